@@ -1,0 +1,117 @@
+// The only file that knows pybind11: addresses and sizes in, kernels called without the GIL.
+// Arguments are checked in npad/ops.py.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "packed.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using npad::FactorType;
+namespace cpu = npad::cpu;
+
+std::vector<const cpu::Isa*> isas() {
+    const cpu::Isa* found[cpu::kMaxIsas];
+    return {found, found + cpu::available_isas(found)};
+}
+const cpu::Isa* g_isa = isas().front();
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Takes the GIL only to look for Ctrl-C and to report; an exception in either stops the kernel.
+bool step(void* user, int64_t done, int64_t total) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) return false;
+    const auto& report = *static_cast<py::object*>(user);
+    if (report.is_none()) return true;
+    PyObject* result = PyObject_CallFunction(report.ptr(), "LL", static_cast<long long>(done),
+                                             static_cast<long long>(total));
+    Py_XDECREF(result);
+    return result != nullptr;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "CPU kernels of npad. Use npad.ops: nothing is checked here.";
+
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const auto* isa : isas()) names.emplace_back(isa->name);
+        return names;
+    });
+    m.def("isa", [] { return g_isa->name; });
+    m.def("set_isa", [](const std::string& name) {
+        for (const auto* isa : isas())
+            if (name == isa->name) {
+                g_isa = isa;
+                return;
+            }
+        throw py::value_error("npad: instruction set '" + name + "' is not available here");
+    });
+    m.def("packed_size", [](int64_t channels) { return npad::PackedLayout(channels).size(); });
+
+    m.def("neighborhood_moments", [](uintptr_t x, int64_t batch, int64_t positions, int64_t channels,
+                                     uintptr_t count, uintptr_t mean, uintptr_t scatter, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.neighborhood_moments(pointer<float>(x), batch, positions, channels,
+                                            pointer<int64_t>(count), pointer<float>(mean),
+                                            pointer<float>(scatter), threads);
+    });
+    m.def("window_covariance",
+          [](uintptr_t count, uintptr_t mean, uintptr_t scatter, int64_t height, int64_t width,
+             int64_t channels, int64_t window, int64_t start, int64_t stop, uintptr_t window_mean,
+             uintptr_t covariance, int threads) {
+              const py::gil_scoped_release release;
+              g_isa->kernels.window_covariance(pointer<int64_t>(count), pointer<float>(mean),
+                                               pointer<float>(scatter), height, width, channels, window,
+                                               start, stop, pointer<float>(window_mean),
+                                               pointer<float>(covariance), threads);
+          });
+    m.def("pack_factor",
+          [](uintptr_t factor, int64_t count, int64_t channels, uintptr_t packed, int threads) {
+              const py::gil_scoped_release release;
+              g_isa->kernels.pack_factor(pointer<float>(factor), count, channels, pointer<float>(packed),
+                                         threads);
+          });
+    py::enum_<FactorType>(m, "FactorType")
+        .value("float32", FactorType::kFloat32)
+        .value("float16", FactorType::kFloat16)
+        .value("bfloat16", FactorType::kBFloat16);
+    m.def("mahalanobis", [](uintptr_t x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                            uintptr_t mean, uintptr_t factor, FactorType type, int64_t window,
+                            uintptr_t distance, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.mahalanobis(pointer<float>(x), batch, height, width, channels,
+                                   pointer<float>(mean), pointer<void>(factor), type, window,
+                                   pointer<float>(distance), threads);
+    });
+    m.def("nearest_centroid", [](uintptr_t x, int64_t n, uintptr_t centroids, int64_t k, int64_t channels,
+                                 uintptr_t distance, uintptr_t index, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.nearest_centroid(pointer<float>(x), n, pointer<float>(centroids), k, channels,
+                                        pointer<float>(distance), pointer<int64_t>(index), threads);
+    });
+    m.def("farthest_first", [](uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids,
+                               int64_t first, uintptr_t index, uintptr_t radius, int threads,
+                               py::object report) {
+        bool finished;
+        {
+            const py::gil_scoped_release release;
+            finished = g_isa->kernels.farthest_first(pointer<float>(points), n, dim, n_centroids, first,
+                                                     pointer<int64_t>(index), pointer<float>(radius),
+                                                     threads, {step, &report});
+        }
+        if (!finished) throw py::error_already_set();
+    });
+}

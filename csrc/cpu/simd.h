@@ -1,0 +1,115 @@
+// Vectors, loads and scratch memory for the CPU kernels. Every csrc/cpu/<op>.cpp is compiled once per
+// instruction set, with NPAD_ISA naming the namespace that its functions live in. Templates of the
+// standard library stay out of these files: the linker merges equal symbols, and a copy compiled for
+// AVX-512 must never run on a processor without it.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+namespace npad::cpu::NPAD_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#else
+inline constexpr int kLanes = 8;  // without AVX the compiler splits a vector into two registers
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Vec8 __attribute__((vector_size(8 * sizeof(float))));
+typedef uint32_t Bits8 __attribute__((vector_size(8 * sizeof(uint32_t))));
+typedef uint16_t Half8 __attribute__((vector_size(8 * sizeof(uint16_t))));
+
+inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec broadcast(float s) { return s - Vec{}; }
+inline float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+}
+
+inline Vec8 load8(const float* p) {
+    Vec8 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store8(float* p, Vec8 v) { std::memcpy(p, &v, sizeof v); }
+
+// 16-bit storage types: bits only, widened to float32 when loaded.
+struct Float16 {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Bits8 widen_bits(const void* p) {
+    Half8 h;
+    std::memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, Bits8);
+}
+inline Vec8 load8(const BFloat16* p) { return reinterpret_cast<Vec8>(widen_bits(p) << 16); }
+inline Vec8 load8(const Float16* p) {
+#if defined(__F16C__)
+    __m128i h;
+    std::memcpy(&h, p, sizeof h);
+    return reinterpret_cast<Vec8>(_mm256_cvtph_ps(h));
+#else
+    // Exponent and mantissa moved into place and rebiased by a product, which also gets subnormals
+    // right; infinity and NaN keep an exponent of all ones.
+    const Bits8 h = widen_bits(p);
+    const Bits8 magnitude = (h & 0x7fff) << 13;
+    Bits8 f = reinterpret_cast<Bits8>(reinterpret_cast<Vec8>(magnitude) * 0x1p112f);
+    const Bits8 special = reinterpret_cast<Bits8>(magnitude >= (0x7c00u << 13));
+    f = (f & ~special) | ((magnitude | 0x7f800000u) & special);
+    return reinterpret_cast<Vec8>(f | ((h & 0x8000) << 16));
+#endif
+}
+
+// One column of as many neighbouring panels as a vector holds.
+template <class T>
+inline Vec load_panels(const T* const* panel) {
+#if defined(__AVX512F__)
+    const Vec8 low = load8(panel[0]), high = load8(panel[1]);
+    return reinterpret_cast<Vec>(
+        _mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<__m256>(low)),
+                           reinterpret_cast<__m256>(high), 1));
+#else
+    return load8(panel[0]);
+#endif
+}
+
+// 64-byte aligned scratch memory, not initialised.
+template <class T>
+class Buffer {
+   public:
+    explicit Buffer(int64_t count)
+        : data_(static_cast<T*>(
+              std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64))) {
+        if (data_ == nullptr && count > 0) throw std::bad_alloc();
+    }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { std::free(data_); }
+
+    T* data() { return data_; }
+    T& operator[](int64_t i) { return data_[i]; }
+
+   private:
+    T* data_;
+};
+
+}  // namespace npad::cpu::NPAD_ISA

@@ -1,0 +1,68 @@
+// Every kernel launcher of npad, in one place: plain pointers, int64 sizes, a thread count.
+// All arrays are contiguous and row-major; embeddings are channels last. Arguments are checked in
+// npad/ops.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
+#pragma once
+
+#include <cstdint>
+
+namespace npad {
+
+enum class FactorType { kFloat32, kFloat16, kBFloat16 };
+
+// Called now and then from the calling thread; returns false to stop the kernel.
+struct Progress {
+    bool (*step)(void* user, int64_t done, int64_t total);
+    void* user;
+};
+
+namespace cpu {
+
+// x (batch, positions, channels); count (positions), mean (positions, channels) and
+// scatter (positions, packed) are updated in place.
+using NeighborhoodMoments = void(const float* x, int64_t batch, int64_t positions, int64_t channels,
+                                 int64_t* count, float* mean, float* scatter, int threads);
+
+// count, mean, scatter of the whole grid -> window_mean (stop - start, channels) and
+// covariance (stop - start, channels, channels).
+using WindowCovariance = void(const int64_t* count, const float* mean, const float* scatter,
+                              int64_t height, int64_t width, int64_t channels, int64_t window,
+                              int64_t start, int64_t stop, float* window_mean, float* covariance,
+                              int threads);
+
+// factor (count, channels, channels), lower triangular -> packed (count, packed).
+using PackFactor = void(const float* factor, int64_t count, int64_t channels, float* packed,
+                        int threads);
+
+// x (batch, height * width, channels) -> distance (batch, height * width).
+using Mahalanobis = void(const float* x, int64_t batch, int64_t height, int64_t width,
+                         int64_t channels, const float* mean, const void* factor, FactorType type,
+                         int64_t window, float* distance, int threads);
+
+// x (n, channels), centroids (k, channels) -> distance (n) and index (n).
+using NearestCentroid = void(const float* x, int64_t n, const float* centroids, int64_t k,
+                             int64_t channels, float* distance, int64_t* index, int threads);
+
+// points (n, dim) -> index (n_centroids) and radius (n_centroids); false if stopped.
+using FarthestFirst = bool(const float* points, int64_t n, int64_t dim, int64_t n_centroids,
+                           int64_t first, int64_t* index, float* radius, int threads,
+                           Progress progress);
+
+struct Kernels {
+    NeighborhoodMoments* neighborhood_moments;
+    WindowCovariance* window_covariance;
+    PackFactor* pack_factor;
+    Mahalanobis* mahalanobis;
+    NearestCentroid* nearest_centroid;
+    FarthestFirst* farthest_first;
+};
+
+// Instruction sets compiled in and runnable on this processor, best first, ending in "baseline".
+inline constexpr int kMaxIsas = 3;
+struct Isa {
+    const char* name;
+    Kernels kernels;
+};
+int available_isas(const Isa* isas[kMaxIsas]);
+
+}  // namespace cpu
+}  // namespace npad

@@ -1,0 +1,56 @@
+from collections.abc import Callable
+
+class FactorType:
+    float32: FactorType
+    float16: FactorType
+    bfloat16: FactorType
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def packed_size(channels: int) -> int: ...
+def neighborhood_moments(
+    x: int, batch: int, positions: int, channels: int, count: int, mean: int, scatter: int, threads: int
+) -> None: ...
+def window_covariance(
+    count: int,
+    mean: int,
+    scatter: int,
+    height: int,
+    width: int,
+    channels: int,
+    window: int,
+    start: int,
+    stop: int,
+    window_mean: int,
+    covariance: int,
+    threads: int,
+) -> None: ...
+def pack_factor(factor: int, count: int, channels: int, packed: int, threads: int) -> None: ...
+def mahalanobis(
+    x: int,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    mean: int,
+    factor: int,
+    type: FactorType,
+    window: int,
+    distance: int,
+    threads: int,
+) -> None: ...
+def nearest_centroid(
+    x: int, n: int, centroids: int, k: int, channels: int, distance: int, index: int, threads: int
+) -> None: ...
+def farthest_first(
+    points: int,
+    n: int,
+    dim: int,
+    n_centroids: int,
+    first: int,
+    index: int,
+    radius: int,
+    threads: int,
+    report: Callable[[int, int], None] | None,
+) -> None: ...

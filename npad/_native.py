@@ -1,0 +1,113 @@
+"""Registers the kernels of the extension for the ops; its only user."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npad import ops
+from npad.reference import packed_size
+
+try:
+    from npad import _core as core
+except ImportError as error:  # the package still works, only slower
+    core = None
+    warnings.warn(
+        f"npad: the compiled kernels cannot be loaded ({error}); the slow PyTorch reference runs "
+        "instead. Rebuild them with: pip install --force-reinstall --no-deps npad",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def info() -> dict[str, Any]:
+    """What the extension was built with and what it uses here."""
+    if core is None:
+        return {"kernels": "PyTorch reference"}
+    return {"kernels": "native", "isa": core.isa(), "isas": core.isas()}
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+    if x.shape[0] == 0:
+        return
+    x = _dense(x)
+    core.neighborhood_moments(
+        x.data_ptr(), x.shape[0], len(count), x.shape[3], count.data_ptr(), mean.data_ptr(),
+        scatter.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def window_covariance(
+    count: Tensor, mean: Tensor, scatter: Tensor, grid: list[int], window: int, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    count, mean, scatter = count.contiguous(), mean.contiguous(), scatter.contiguous()
+    channels = mean.shape[1]
+    window_mean = mean.new_empty(stop - start, channels)
+    covariance = mean.new_empty(stop - start, channels, channels)
+    core.window_covariance(
+        count.data_ptr(), mean.data_ptr(), scatter.data_ptr(), *grid, channels, window, start, stop,
+        window_mean.data_ptr(), covariance.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return window_mean, covariance
+
+
+def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    factor = factor.contiguous()
+    packed = factor.new_empty(len(factor), packed_size(factor.shape[1]))
+    core.pack_factor(
+        factor.data_ptr(), len(factor), factor.shape[1], packed.data_ptr(), torch.get_num_threads()
+    )
+    return packed.to(dtype)
+
+
+def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
+    x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
+    distance = x.new_empty(x.shape[:3])
+    dtype = getattr(core.FactorType, str(factor.dtype).removeprefix("torch."))
+    core.mahalanobis(
+        x.data_ptr(), len(x), *grid, x.shape[3], mean.data_ptr(), factor.data_ptr(), dtype, window,
+        distance.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return distance
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    x, centroids = x.contiguous(), centroids.contiguous()
+    distance, index = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
+    core.nearest_centroid(
+        x.data_ptr(), len(x), centroids.data_ptr(), len(centroids), x.shape[1], distance.data_ptr(),
+        index.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return distance, index
+
+
+def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
+    points = points.contiguous()
+    index, radius = points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
+    core.farthest_first(
+        points.data_ptr(), *points.shape, n_centroids, first, index.data_ptr(), radius.data_ptr(),
+        torch.get_num_threads(), ops.progress.get(),
+    )  # fmt: skip
+    return index, radius
+
+
+def register() -> None:
+    """Register the CPU kernels with PyTorch."""
+    if core is None:
+        return
+    for kernel in (
+        neighborhood_moments,
+        window_covariance,
+        pack_factor,
+        mahalanobis,
+        nearest_centroid,
+        farthest_first,
+    ):
+        torch.library.impl(f"npad::{kernel.__name__}", "CPU", kernel)

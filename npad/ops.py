@@ -1,0 +1,387 @@
+"""Public functional ops: schemas, checks and messages.
+
+Each op is a ``torch.library`` op in the namespace ``npad``, so the device of the tensors picks the
+kernel and ``torch.compile`` and ``torch.export`` see it. Where no kernel is registered for a device,
+the definition in :mod:`npad.reference` runs. Arguments are checked here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from npad import reference
+from npad.reference import packed_size
+
+__all__ = [
+    "FACTOR_DTYPES",
+    "farthest_first",
+    "mahalanobis",
+    "nearest_centroid",
+    "neighborhood_moments",
+    "pack_factor",
+    "packed_size",
+    "window_covariance",
+]
+
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_CHANNELS = 4096
+
+# Called as progress(done, total) by ops that take long; see report_progress.
+progress: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress", default=None)
+
+
+@contextmanager
+def report_progress(callback: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Inside the block, ``farthest_first`` calls ``callback(done, total)`` now and then."""
+    token = progress.set(callback)
+    try:
+        yield
+    finally:
+        progress.reset(token)
+
+
+# --------------------------------------------------------------------------------------------------
+# Schemas, shapes for tracing, and the reference as the kernel of last resort.
+
+_SCHEMAS = {
+    "neighborhood_moments": "(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) scatter) -> ()",
+    "window_covariance": "(Tensor count, Tensor mean, Tensor scatter, int[2] grid, int window, "
+    "int start, int stop) -> (Tensor, Tensor)",
+    "pack_factor": "(Tensor factor, ScalarType dtype) -> Tensor",
+    "mahalanobis": "(Tensor x, Tensor mean, Tensor factor, int[2] grid, int window) -> Tensor",
+    "nearest_centroid": "(Tensor x, Tensor centroids) -> (Tensor, Tensor)",
+    "farthest_first": "(Tensor points, int n_centroids, int first) -> (Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"npad::{_name}", _schema)
+    torch.library.impl(f"npad::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+
+
+@torch.library.register_fake("npad::neighborhood_moments")
+def _(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("npad::window_covariance")
+def _(
+    count: Tensor, mean: Tensor, scatter: Tensor, grid: list[int], window: int, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    channels = mean.shape[1]
+    rows = stop - start
+    return mean.new_empty(rows, channels), mean.new_empty(rows, channels, channels)
+
+
+@torch.library.register_fake("npad::pack_factor")
+def _(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor.new_empty(factor.shape[0], packed_size(factor.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("npad::mahalanobis")
+def _(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
+    return x.new_empty(x.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("npad::nearest_centroid")
+def _(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("npad::farthest_first")
+def _(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
+    return points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks.
+
+
+def _check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"npad.{op}: {name} must be {names}, got {found}")
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"npad.{op}: {name} must have shape ({symbols}) = {expected}, got {tuple(tensor.shape)}"
+        )
+
+
+def _check_devices(op: str, **tensors: Tensor) -> None:
+    (first, reference_tensor), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != reference_tensor.device:
+            raise ValueError(
+                f"npad.{op}: {name} is on {tensor.device} but {first} is on "
+                f"{reference_tensor.device}; move one with .to(device)"
+            )
+
+
+def _check_window(op: str, window: int) -> None:
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"npad.{op}: window must be odd and at least 1, got {window}")
+
+
+def _check_channels(op: str, channels: int) -> None:
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(
+            f"npad.{op}: the number of channels must be 1 to {MAX_CHANNELS}, got {channels}; "
+            "reduce it (n_features of NPad)"
+        )
+
+
+def _embeddings(op: str, x: Tensor) -> tuple[int, int]:
+    """Check (N, H, W, C) embeddings; return (P, C)."""
+    _check_dtype(op, "x", x, torch.float32, torch.float16, torch.bfloat16)
+    if x.ndim != 4 or x.shape[1] * x.shape[2] == 0:
+        raise ValueError(
+            f"npad.{op}: x must have shape (N, H, W, C) with H, W >= 1, got {tuple(x.shape)}"
+        )
+    _check_channels(op, x.shape[3])
+    return x.shape[1] * x.shape[2], x.shape[3]
+
+
+def _statistics(op: str, count: Tensor, mean: Tensor, scatter: Tensor, p: int, c: int) -> None:
+    _check_dtype(op, "count", count, torch.int64)
+    _check_dtype(op, "mean", mean, torch.float32)
+    _check_dtype(op, "scatter", scatter, torch.float32)
+    _check_shape(op, "count", count, "P", (p,))
+    _check_shape(op, "mean", mean, "P, C", (p, c))
+    _check_shape(op, "scatter", scatter, "P, packed", (p, packed_size(c)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Ops.
+
+
+def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+    """Update the count, mean and scatter of every position with a batch, in place.
+
+    Parameters
+    ----------
+    x : (B, H, W, C) float32 | float16 | bfloat16, any strides
+    count : (P,) int64, P = H * W, contiguous; updated
+    mean : (P, C) float32, contiguous; updated
+    scatter : (P, packed) float32, contiguous; updated. Sum of squared deviations, the lower triangle
+        in the packed layout (``packed_size(C)`` elements per position).
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, device, a non-contiguous statistic.
+
+    Notes
+    -----
+    Chan, Golub, LeVeque, *Algorithms for computing the sample variance*, The American Statistician
+    1983. Start from zeros. Batches may come in any order and size; the result is that of one batch
+    up to float32 rounding. Cost: C^2 (B + 1) flops and one read and write of the scatter per position.
+    """
+    op = "neighborhood_moments"
+    p, c = _embeddings(op, x)
+    _statistics(op, count, mean, scatter, p, c)
+    _check_devices(op, x=x, count=count, mean=mean, scatter=scatter)
+    for name, tensor in (("count", count), ("mean", mean), ("scatter", scatter)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"npad.{op}: {name} is updated in place and must be contiguous")
+    torch.ops.npad.neighborhood_moments(x, count, mean, scatter)
+
+
+def window_covariance(
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+    grid: tuple[int, int],
+    window: int,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of positions ``start`` to ``stop`` over their clipped windows.
+
+    Parameters
+    ----------
+    count, mean, scatter : the statistics of ``neighborhood_moments``
+    grid : (H, W), H * W = P
+    window : odd side of the square window; may exceed the grid (one global Gaussian)
+    start, stop : range of positions, row-major
+
+    Returns
+    -------
+    mean : (stop - start, C) float32
+    covariance : (stop - start, C, C) float32, symmetric, with ddof 1 and no regularisation.
+        A window with fewer than two samples gives non-finite values.
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, device, even window, range outside the grid.
+
+    Notes
+    -----
+    n = sum n_q, mu = sum n_q m_q / n, covariance = sum [S_q + n_q (m_q - mu)(m_q - mu)^T] / (n - 1):
+    the law of total covariance, exact. Source: the neighbourhood Gaussian of N-pad (Jang, Hwang,
+    Park, CVPR Workshops 2023); the formula for its statistics is npad's.
+    """
+    op = "window_covariance"
+    if mean.ndim != 2:
+        raise ValueError(f"npad.{op}: mean must have shape (P, C), got {tuple(mean.shape)}")
+    p, c = grid[0] * grid[1], mean.shape[1]
+    _check_channels(op, c)
+    _statistics(op, count, mean, scatter, p, c)
+    _check_devices(op, mean=mean, count=count, scatter=scatter)
+    _check_window(op, window)
+    if not 0 <= start <= stop <= p:
+        raise ValueError(f"npad.{op}: need 0 <= start <= stop <= {p}, got start={start}, stop={stop}")
+    return torch.ops.npad.window_covariance(count, mean, scatter, grid, window, start, stop)
+
+
+def pack_factor(factor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pack lower-triangular factors for ``mahalanobis``.
+
+    Parameters
+    ----------
+    factor : (R, C, C) float32; what lies above the diagonal is ignored
+    dtype : float32 | float16 | bfloat16, the storage type
+
+    Returns
+    -------
+    (R, packed) of ``dtype``
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape.
+    """
+    op = "pack_factor"
+    _check_dtype(op, "factor", factor, torch.float32)
+    if dtype not in FACTOR_DTYPES:
+        raise TypeError(f"npad.{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
+    if factor.ndim != 3 or factor.shape[1] != factor.shape[2]:
+        raise ValueError(f"npad.{op}: factor must have shape (R, C, C), got {tuple(factor.shape)}")
+    _check_channels(op, factor.shape[1])
+    return torch.ops.npad.pack_factor(factor, dtype)
+
+
+def mahalanobis(
+    x: Tensor, mean: Tensor, factor: Tensor, grid: tuple[int, int], window: int = 1
+) -> Tensor:
+    """Distance of each embedding to the nearest Gaussian in its window.
+
+    Parameters
+    ----------
+    x : (N, H, W, C) float32 | float16 | bfloat16, any strides
+    mean : (P, C) float32, P = H * W
+    factor : (P, packed) float32 | float16 | bfloat16: W = L^-1 of the covariance L L^T, packed by
+        ``pack_factor``
+    grid : (H, W)
+    window : odd side of the evaluation window; 1 is the position itself
+
+    Returns
+    -------
+    (N, H, W) float32, in standard deviations; NaN propagates.
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, device, even window.
+
+    Notes
+    -----
+    distance[n, p] = min over q in window(p) of || W_q (x[n, p] - mean_q) ||. Each factor is read
+    once, whatever the window. Source: N-pad (Jang, Hwang, Park, CVPR Workshops 2023).
+    """
+    op = "mahalanobis"
+    p, c = _embeddings(op, x)
+    _check_shape(op, "x", x, "N, H, W, C", (x.shape[0], *grid, c))
+    _check_dtype(op, "mean", mean, torch.float32)
+    _check_dtype(op, "factor", factor, *FACTOR_DTYPES)
+    _check_shape(op, "mean", mean, "P, C", (p, c))
+    _check_shape(op, "factor", factor, "P, packed", (p, packed_size(c)))
+    _check_devices(op, x=x, mean=mean, factor=factor)
+    _check_window(op, window)
+    return torch.ops.npad.mahalanobis(x, mean, factor, grid, window)
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance to the nearest centroid, and its index.
+
+    Parameters
+    ----------
+    x : (N, C) float32, any strides
+    centroids : (K, C) float32, K >= 1
+
+    Returns
+    -------
+    distance : (N,) float32; NaN where x has a NaN
+    index : (N,) int64; of centroids equally near in float32, the first
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, device, no centroid.
+
+    Notes
+    -----
+    Memory is O(N + K C): no N x K matrix. The distance of the winner is computed from differences,
+    so it is accurate also near zero.
+    """
+    op = "nearest_centroid"
+    for name, tensor in (("x", x), ("centroids", centroids)):
+        _check_dtype(op, name, tensor, torch.float32)
+        if tensor.ndim != 2:
+            raise ValueError(f"npad.{op}: {name} must have two dimensions, got {tuple(tensor.shape)}")
+    if centroids.shape[0] == 0 or centroids.shape[1] == 0:
+        raise ValueError(f"npad.{op}: centroids must not be empty, got {tuple(centroids.shape)}")
+    _check_shape(op, "x", x, "N, C", (x.shape[0], centroids.shape[1]))
+    _check_devices(op, x=x, centroids=centroids)
+    return torch.ops.npad.nearest_centroid(x, centroids)
+
+
+def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Greedy k-center: each next centre is the point farthest from all centres before it.
+
+    Parameters
+    ----------
+    points : (N, D) float32, finite
+    n_centroids : 1 to N
+    first : index of the first centre
+
+    Returns
+    -------
+    index : (n_centroids,) int64, distinct
+    radius : (n_centroids,) float32; radius[k] is the covering radius of the first k + 1 centres: the
+        largest distance of a point to the nearest of them
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, range, NaN or infinite points.
+
+    Notes
+    -----
+    Gonzalez, *Clustering to minimize the maximum intercluster distance*, 1985: the covering radius is
+    at most twice the smallest possible. Exact on the points given; of equally far points the first is
+    taken. On the CPU, points that the triangle inequality or a partial distance rules out are
+    skipped; this is fastest when the first dimensions carry most of the variance.
+    """
+    op = "farthest_first"
+    _check_dtype(op, "points", points, torch.float32)
+    if points.ndim != 2 or points.numel() == 0:
+        raise ValueError(
+            f"npad.{op}: points must have shape (N, D) with N, D >= 1, got {tuple(points.shape)}"
+        )
+    if not 1 <= n_centroids <= len(points):
+        raise ValueError(
+            f"npad.{op}: n_centroids must be 1 to the number of points {len(points)}, got {n_centroids}"
+        )
+    if not 0 <= first < len(points):
+        raise ValueError(f"npad.{op}: first must be 0 to {len(points) - 1}, got {first}")
+    if not bool(points.sum().isfinite()) and not bool(points.isfinite().all()):
+        raise ValueError(f"npad.{op}: points hold NaN or infinite values")
+    return torch.ops.npad.farthest_first(points, n_centroids, first)

@@ -1,0 +1,161 @@
+"""The PyTorch definition of every op, written to be read.
+
+These functions say what npad computes; the kernels in ``csrc/`` compute the same faster. They run on
+any device and in any floating dtype, which is how the tests use them in float64 as the oracle.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PANEL = 8
+
+
+@lru_cache(maxsize=32)
+def packed_layout(channels: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every slot of the packed lower triangle; rows of padding are negative.
+
+    Panels of 8 rows, each stored column after column; the short panel comes first. The kernels hold
+    the same definition in ``csrc/packed.h``.
+    """
+    pad = -channels % PANEL
+    rows, columns = [], []
+    for first in range(-pad, channels, PANEL):
+        width = first + PANEL
+        rows.append(torch.arange(first, first + PANEL).repeat(width))
+        columns.append(torch.arange(width).repeat_interleave(PANEL))
+    return torch.cat(rows), torch.cat(columns)
+
+
+def packed_size(channels: int) -> int:
+    """Elements of one packed C x C lower triangle."""
+    pad = -channels % PANEL
+    panels = (channels + pad) // PANEL
+    return PANEL * panels * (PANEL * (panels + 1) // 2 - pad)
+
+
+def pack(dense: Tensor) -> Tensor:
+    """(..., C, C) -> (..., packed): the lower triangle, zeros in the padding."""
+    row, column = (index.to(dense.device) for index in packed_layout(dense.shape[-1]))
+    lower = dense[..., row.clamp(min=0), column]
+    return torch.where(column <= row, lower, torch.zeros_like(lower))
+
+
+def unpack(packed: Tensor, channels: int) -> Tensor:
+    """(..., packed) -> (..., C, C): the lower triangle, zeros above it."""
+    row, column = (index.to(packed.device) for index in packed_layout(channels))
+    stored = column <= row
+    dense = packed.new_zeros(*packed.shape[:-1], channels, channels)
+    dense[..., row[stored], column[stored]] = packed[..., stored]
+    return dense
+
+
+def window_positions(position: int, grid: tuple[int, int], window: int) -> Tensor:
+    """Positions in the square window around one position, clipped at the border, in row order."""
+    height, width = grid
+    y, x, radius = position // width, position % width, window // 2
+    rows = torch.arange(max(y - radius, 0), min(y + radius + 1, height))
+    columns = torch.arange(max(x - radius, 0), min(x + radius + 1, width))
+    return (rows[:, None] * width + columns).flatten()
+
+
+def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+    """Update of count, mean and scatter with a batch by Chan's formula, in place."""
+    batch = x.shape[0]
+    if batch == 0:
+        return
+    x = x.flatten(1, 2).to(mean.dtype)  # (B, P, C)
+    batch_mean = x.mean(0)
+    deviation = x - batch_mean
+    delta = batch_mean - mean
+    total = count + batch
+    weight = (count * batch / total).to(mean.dtype)
+    update = torch.einsum("bpi,bpj->pij", deviation, deviation)
+    update += weight[:, None, None] * delta[:, :, None] * delta[:, None, :]
+    scatter += pack(update)
+    mean += (batch / total).to(mean.dtype)[:, None] * delta
+    count += batch
+
+
+def window_covariance(
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+    grid: tuple[int, int],
+    window: int,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance over the clipped window by the law of total covariance."""
+    channels = mean.shape[1]
+    means = mean.new_empty(stop - start, channels)
+    covariances = mean.new_empty(stop - start, channels, channels)
+    for p in range(start, stop):
+        q = window_positions(p, grid, window).to(mean.device)
+        n_q = count[q].to(mean.dtype)
+        n = n_q.sum()
+        mu = (n_q[:, None] * mean[q]).sum(0) / n
+        deviation = mean[q] - mu
+        lower = unpack(scatter[q].sum(0), channels)
+        within = lower + lower.tril(-1).T
+        between = torch.einsum("q,qi,qj->ij", n_q, deviation, deviation)
+        means[p - start] = mu
+        covariances[p - start] = (within + between) / (n - 1)
+    return means, covariances
+
+
+def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense lower-triangular factors in the packed layout, rounded to ``dtype``."""
+    return pack(factor).to(dtype)
+
+
+def mahalanobis(
+    x: Tensor, mean: Tensor, factor: Tensor, grid: tuple[int, int], window: int = 1
+) -> Tensor:
+    """Distance of each embedding to the nearest Gaussian of its window."""
+    height, width = grid
+    channels = mean.shape[1]
+    z = x.reshape(len(x), height * width, channels).to(mean.dtype)
+    distance = z.new_full((len(x), height * width), torch.inf)
+    for q in range(height * width):
+        w = unpack(factor[q].to(mean.dtype), channels)
+        near = window_positions(q, grid, window).to(x.device)  # who has q in their window
+        d = torch.linalg.vector_norm((z[:, near] - mean[q]) @ w.T, dim=-1)
+        distance[:, near] = torch.minimum(distance[:, near], d)
+    return distance.reshape(len(x), height, width)
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to, and index of, the nearest centroid; the first of equals."""
+    if len(x) == 0:
+        return x.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device)
+    distances, indices = [], []
+    for rows in x.split(max(1, 2**22 // centroids.numel())):
+        squared = (rows[:, None] - centroids).square().sum(-1)
+        nearest, index = squared.min(1)
+        distances.append(nearest.sqrt())
+        indices.append(index)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Greedy k-center (Gonzalez 1985): each next centre is the point farthest from all before it.
+
+    Of equally far points the first is taken. A point is never chosen twice: where all points left
+    coincide with centres, the first of them is next.
+    """
+    index = torch.empty(n_centroids, dtype=torch.int64, device=points.device)
+    radius = points.new_empty(n_centroids)
+    squared = points.new_full((len(points),), torch.inf)
+    chosen = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    farthest = torch.tensor(first, device=points.device)
+    for k in range(n_centroids):
+        index[k] = farthest
+        chosen[farthest] = True
+        squared = torch.minimum(squared, (points - points[farthest]).square().sum(-1))
+        radius[k] = squared.max().sqrt()
+        farthest = squared.masked_fill(chosen, -1.0).argmax()
+    return index, radius
