@@ -1,0 +1,94 @@
+"""Files that appear whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedWriter
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+_TEMPORARY = ".npad-{}.tmp"  # hidden, and ends as no result does
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
+    """Write to a temporary file that takes the place of `path` once it is whole and on the disk.
+
+    The temporary file lies in the same folder. It is flushed to the disk before it is renamed, and
+    removed after an exception, so that a full disk, an interrupt or a power cut leaves what was
+    there before. One that a killed process left behind is removed by the next writer in the folder.
+
+    Parameters
+    ----------
+    path : path
+        Where it is a symbolic link, the file it points to is replaced and the link stays. A new
+        file's mode follows the umask; a file that is replaced passes its mode on, so far as the
+        umask allows.
+
+    Yields
+    ------
+    file : BufferedWriter
+        Can be written and sought.
+
+    Raises
+    ------
+    OSError
+        As `open` does: no such folder, no permission to write the folder or the file that is there,
+        a full disk. Also where `path` is a folder or a device, which renaming would replace.
+    """
+    target = Path(os.path.realpath(path))
+    mode = _mode(target)
+    _remove_leftovers(target.parent)
+    temporary, descriptor = _open_temporary(target.parent, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # the file is in place; not every file system can flush a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _mode(target: Path) -> int:
+    """Mode of the new file. Renaming does not ask if the old one is a file, or read-only."""
+    if not target.exists():
+        return 0o666
+    if not target.is_file():
+        raise OSError(errno.EEXIST, "this is not a file and is not replaced", str(target))
+    with target.open("r+b") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def _open_temporary(folder: Path, mode: int) -> tuple[Path, int]:
+    """Path and descriptor of a new file, locked to tell other writers that it is no leftover."""
+    while True:
+        path = folder / _TEMPORARY.format(secrets.token_hex(8))
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
+        with suppress(OSError):  # some file systems have no locks; there, leftovers stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():
+            return path, descriptor
+        os.close(descriptor)  # another writer removed it before it was locked
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files whose writer was killed; a living writer holds the lock of its own."""
+    for leftover in folder.glob(_TEMPORARY.format("*")):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
