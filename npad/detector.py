@@ -1,0 +1,544 @@
+"""NPad: fit on defect-free images, score new ones."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npad import anomaly_map, model_file, ops, progress
+from npad._version import __version__
+from npad.anomaly_map import Standardization
+from npad.backbone import Backbone
+from npad.gaussian import NeighborhoodGaussian
+from npad.images import Batch, ImageSource
+from npad.model_file import ModelFileError
+from npad.nominal_set import NominalSet
+
+MIN_IMAGES = 2
+MAX_HELD_OUT = 64  # images whose embeddings are kept in memory while fitting
+PCA_IMAGES = 64  # images whose embeddings choose the principal axes
+TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
+FUSIONS = ("product", "sum", "mahalanobis", "euclidean")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.FACTOR_DTYPES}
+
+
+@dataclass
+class Prediction:
+    """Scores and anomaly maps of images, in their order; higher is more anomalous.
+
+    Attributes
+    ----------
+    scores : (N,) float64, the maximum of each image's smoothed map at the model's resolution
+    maps : N arrays (H, W) float32, each at its image's own size
+    paths : N names: the path, or ``image[i]`` for arrays
+    skipped : (name, reason) of files that could not be read, with ``skip_bad=True``
+    """
+
+    scores: NDArray[np.float64]
+    maps: list[NDArray[np.float32]]
+    paths: list[str]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class NPad:
+    """N-pad anomaly detector.
+
+    Parameters
+    ----------
+    backbone : any timm name with ``features_only``, or "filterbank", which needs no weights
+    layers : timm ``out_indices`` of the feature levels; None takes the two of stride 8 and 16
+    image_size : int or (height, width): images are resized to it, without a crop
+    weights : path of the backbone's weights (safetensors, or a torch file, read with
+        ``weights_only=True``); None downloads timm's
+    window : odd side of the training window of the Gaussians
+    score_window : odd side of the evaluation window
+    eps : added to the diagonal of every covariance, in squared units of the features; "auto" takes the
+        one that makes held-out nominal embeddings most likely
+    nominal_set : "kcenter", "kmeans" or None
+    n_centroids : size of the nominal set; a fraction below 1 is of all nominal embeddings
+    fusion : "product" of both distances (default), "sum" of both standardised on held-out nominal
+        images, "mahalanobis" or "euclidean" alone; None is "product", or "mahalanobis" without a
+        nominal set
+    factor_dtype : "float32", "float16" or "bfloat16", storage of the Gaussians' factors
+    n_features : dimensions to which embeddings are reduced; None keeps all
+    reduction : "pca" of a sample of nominal embeddings, or a seeded "random" orthogonal projection
+    holdout : fraction of the images (at most 64 images) kept from the fit while eps and
+        standardisation are chosen; they are fitted afterwards
+    seed : of every random choice
+    device : torch device
+    batch_size : images that go through the backbone together
+    progress : True, False, or None: bars for what takes over two seconds, on a terminal only
+
+    Attributes
+    ----------
+    grid_ : (H, W) of the embeddings
+    n_images_ : images fitted
+    eps_ : the eps in use
+    mean_, factor_ : (P, C) float32 and (P, packed): the Gaussians, or None where the fusion does not
+        use them
+    centroids_ : (K, C) float32, the nominal set, or None
+    projection_ : (channels of the backbone, n_features) float32, or None
+    standardization_ : Standardization of the "sum", or None
+    skipped_ : (name, reason) of files skipped by ``fit(..., skip_bad=True)``
+
+    Notes
+    -----
+    Jang, Hwang, Park, *N-Pad: Neighboring Pixel-Based Industrial Anomaly Detection*, CVPR Workshops
+    2023. The same input, seed and thread count give bitwise equal models. Defaults: docs/method.md.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        *,
+        layers: Sequence[int] | None = None,
+        image_size: int | tuple[int, int] = 256,
+        weights: str | Path | None = None,
+        window: int = 3,
+        score_window: int = 1,
+        eps: float | str = "auto",
+        nominal_set: str | None = "kcenter",
+        n_centroids: float = 8192,
+        fusion: str | None = None,
+        factor_dtype: str = "float16",
+        n_features: int | None = None,
+        reduction: str = "pca",
+        holdout: float = 0.1,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.layers = tuple(layers) if layers is not None else None
+        self.image_size = _pair(image_size)
+        self.weights = weights
+        self.window = _odd("window", window)
+        self.score_window = _odd("score_window", score_window)
+        self.eps = _eps(eps)
+        self.nominal_set = _choice("nominal_set", nominal_set, ("kcenter", "kmeans", None))
+        self.n_centroids = n_centroids
+        if fusion is None:
+            fusion = "product" if nominal_set else "mahalanobis"
+        self.fusion = _choice("fusion", fusion, FUSIONS)
+        self.factor_dtype = _choice("factor_dtype", factor_dtype, tuple(DTYPES))
+        self.n_features = n_features
+        self.reduction = _choice("reduction", reduction, ("pca", "random"))
+        self.holdout = holdout
+        self.seed = seed
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.progress = progress
+        self._backbone: Backbone | None = None
+        if self.fusion in ("product", "sum", "euclidean") and nominal_set is None:
+            raise ValueError(
+                f"NPad: fusion={self.fusion!r} needs a nominal set; "
+                "give nominal_set, or fusion='mahalanobis'"
+            )
+        if not 0 <= holdout <= 0.5:
+            raise ValueError(f"NPad: holdout must be from 0 to 0.5, got {holdout}")
+        if holdout == 0 and (self._uses_gaussian and eps == "auto" or self.fusion == "sum"):
+            raise ValueError(
+                "NPad: eps='auto' and fusion='sum' need held-out images; "
+                "use holdout > 0, or a number for eps and another fusion"
+            )
+        for name, value in (("n_features", n_features), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"NPad: {name} must be at least 1, got {value}")
+
+    # ----------------------------------------------------------------------------------------------
+    # Fit.
+
+    def fit(self, source: Any, *, skip_bad: bool = False) -> NPad:
+        """Fit on defect-free images.
+
+        Parameters
+        ----------
+        source : folder, list of paths, (N, H, W, C) or (N, C, H, W) array or tensor, DataLoader, or
+            any iterable of batches
+        skip_bad : go on after a file that cannot be read and list it in ``skipped_``
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError : too few images, images that cannot be read (ImageError), an argument that does
+            not fit the data.
+        """
+        images = self._open(source, skip_bad)
+        network = self._network()
+        self.grid_ = network.grid(self.image_size)
+        self.projection_, batches = self._projection(images)
+        channels = network.channels if self.projection_ is None else self.projection_.shape[1]
+        gaussian = (
+            NeighborhoodGaussian(self.grid_, channels, window=self.window, device=self.device)
+            if self._uses_gaussian
+            else None
+        )
+        nominal = (
+            NominalSet(self.nominal_set, self.n_centroids, seed=self.seed)
+            if self._uses_nominal_set
+            else None
+        )
+
+        def add(x: Tensor) -> None:
+            if gaussian is not None:
+                gaussian.update(x)
+            if nominal is not None:
+                nominal.update(x)
+
+        held_out = _Reservoir(self.holdout, self.seed)
+        n_images = 0
+        with progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance:
+            for batch in batches:
+                x = self._embed(batch.images)
+                fitted = held_out.take(x)
+                if len(fitted):
+                    add(fitted)
+                n_images += len(x)
+                advance(len(x))
+        if n_images < MIN_IMAGES:
+            raise ValueError(
+                f"NPad.fit: {n_images} image(s) given; at least {MIN_IMAGES} defect-free images are "
+                "needed, and some tens are recommended"
+            )
+
+        self.eps_ = self.eps
+        self.standardization_ = None
+        if held_out.kept:
+            x = torch.stack(held_out.kept)
+            if gaussian is not None and self.eps_ == "auto":
+                self.eps_ = gaussian.choose_eps(x)
+            if self.fusion == "sum":
+                self._finalize(gaussian, nominal)
+                self.standardization_ = Standardization.of(*self._distances(x))
+            add(x)
+        self._finalize(gaussian, nominal)
+        self.n_images_ = n_images
+        self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if the sample met it too
+        return self
+
+    def _finalize(self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None) -> None:
+        self.mean_ = self.factor_ = self.centroids_ = None
+        if gaussian is not None:
+            dtype, positions = DTYPES[self.factor_dtype], len(gaussian.count)
+            with progress.task("fit: Gaussians", positions, self.progress, "positions") as advance:
+                self.mean_, self.factor_ = gaussian.finalize(float(self.eps_), dtype, advance)
+        if nominal is not None:
+            with progress.task("fit: nominal set", None, self.progress, "centroids") as advance:
+                self.centroids_ = nominal.finalize(advance).centroids_
+
+    def _projection(self, images: ImageSource) -> tuple[Tensor | None, Iterable[Batch]]:
+        """Matrix that reduces the embeddings, and the batches to fit."""
+        if self.n_features is None:
+            return None, images.batches()
+        channels = self._network().channels
+        if self.n_features > channels:
+            raise ValueError(
+                f"NPad: n_features={self.n_features} is more than the {channels} channels of "
+                f"{self.backbone}; give at most that, or None"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.reduction == "random":
+            gaussian = torch.randn(channels, self.n_features, generator=generator)
+            return torch.linalg.qr(gaussian).Q.to(self.device), images.batches()
+
+        # A random sample where the source can be read twice, else the images that come first.
+        batches: Iterable[Batch]
+        if images.reiterable and images.n_images is not None:
+            order = torch.randperm(images.n_images, generator=generator)[:PCA_IMAGES]
+            sample, batches = list(images.batches(sorted(order.tolist()))), images.batches()
+        else:
+            rest = images.batches()
+            sample = list(itertools.islice(rest, -(-PCA_IMAGES // self.batch_size)))
+            batches = itertools.chain(sample, rest)
+        self.projection_ = None
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        mean = torch.zeros(1, channels, device=self.device)
+        scatter = torch.zeros(1, ops.packed_size(channels), device=self.device)
+        for batch in sample:
+            x = self._embed(batch.images).reshape(-1, 1, 1, channels)
+            ops.neighborhood_moments(x, count, mean, scatter)
+        _, covariance = ops.window_covariance(count, mean, scatter, (1, 1), 1, 0, 1)
+        _, vectors = torch.linalg.eigh(covariance[0].double())
+        return vectors[:, -self.n_features :].flip(1).float().contiguous(), batches
+
+    # ----------------------------------------------------------------------------------------------
+    # Predict.
+
+    def predict(self, source: Any, *, skip_bad: bool = False) -> Prediction:
+        """Score images; see ``fit`` for the sources and ``predict_batches`` for endless ones."""
+        parts = list(self.predict_batches(source, skip_bad=skip_bad))
+        return Prediction(
+            np.concatenate([part.scores for part in parts] or [np.empty(0)]),
+            [map_ for part in parts for map_ in part.maps],
+            [path for part in parts for path in part.paths],
+            [item for part in parts for item in part.skipped],
+        )
+
+    def predict_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Prediction]:
+        """Score images batch by batch, in memory that does not grow with their number."""
+        self._check_fitted()
+        images = self._open(source, skip_bad)
+        sigma = anomaly_map.smoothing_sigma(self.image_size)
+        told = 0
+        with progress.task("predict", images.n_images, self.progress, "images") as advance:
+            for batch in images.batches():
+                mahalanobis, euclidean = self._distances(self._embed(batch.images))
+                fused = anomaly_map.fuse(
+                    mahalanobis, euclidean, self.fusion, standardization=self.standardization_
+                )
+                maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
+                skipped, told = images.skipped[told:], len(images.skipped)
+                yield Prediction(
+                    maps.amax((1, 2)).double().cpu().numpy(),
+                    [
+                        anomaly_map.resize_map(map_, size).cpu().numpy()
+                        for map_, size in zip(maps, batch.sizes, strict=True)
+                    ],
+                    batch.names,
+                    skipped,
+                )
+                advance(len(batch.names))
+        if images.skipped[told:]:
+            yield Prediction(np.empty(0), [], [], images.skipped[told:])
+
+    def _distances(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mahalanobis and Euclidean maps of embeddings, each (N, H, W), or None where not in use."""
+        mahalanobis = euclidean = None
+        if self.mean_ is not None and self.factor_ is not None:
+            mahalanobis = ops.mahalanobis(
+                x, self.mean_, self.factor_, self.grid_, self.score_window
+            )
+        if self.centroids_ is not None:
+            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids_)
+            euclidean = distance.reshape(x.shape[:3])
+        return mahalanobis, euclidean
+
+    # ----------------------------------------------------------------------------------------------
+    # Model files.
+
+    def settings(self) -> dict[str, Any]:
+        """Every argument, as JSON types."""
+        return {
+            "backbone": self.backbone,
+            "layers": list(self.layers) if self.layers is not None else None,
+            "image_size": list(self.image_size),
+            "weights": str(self.weights) if self.weights is not None else None,
+            "window": self.window,
+            "score_window": self.score_window,
+            "eps": self.eps,
+            "nominal_set": self.nominal_set,
+            "n_centroids": self.n_centroids,
+            "fusion": self.fusion,
+            "factor_dtype": self.factor_dtype,
+            "n_features": self.n_features,
+            "reduction": self.reduction,
+            "holdout": self.holdout,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted model: one safetensors file with a JSON header, whole or not at all.
+
+        Raises
+        ------
+        ModelFileError : the file cannot be written; what was there before is whole.
+        """
+        self._check_fitted()
+        network = self._network()
+        header = {
+            "npad_version": __version__,
+            "settings": self.settings(),
+            "backbone": {
+                "name": network.name,
+                "layers": list(network.layers),
+                "weights_hash": network.weights_hash,
+            },
+            "channels": network.channels,
+            "grid": list(self.grid_),
+            "n_images": self.n_images_,
+            "n_centroids": len(self.centroids_) if self.centroids_ is not None else None,
+            "eps": self.eps_,
+            "standardization": asdict(self.standardization_) if self.standardization_ else None,
+        }
+        tensors = {name: getattr(self, f"{name}_") for name in TENSORS}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        model_file.write_model(path, header, present, progress=self.progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        weights: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> NPad:
+        """Read a model that ``save`` wrote. No code from the file runs.
+
+        Parameters
+        ----------
+        path : the model file
+        device : torch device
+        weights : where the backbone's weights are, if not where they were when the model was fitted
+        progress : as for ``NPad``
+
+        Raises
+        ------
+        ModelFileError : the file is damaged, of a newer format, or was fitted on another backbone.
+        BackboneError : the backbone's weights cannot be had.
+        """
+        header, tensors = model_file.read_model(path, progress=progress)
+        try:
+            settings = header["settings"]
+            if weights is not None:
+                settings = settings | {"weights": str(weights)}
+            model = cls(**settings, device=device, progress=progress)
+            model.grid_ = _pair(tuple(header["grid"]))
+            model.n_images_ = int(header["n_images"])
+            model.eps_ = header["eps"]
+            saved = header["standardization"]
+            model.standardization_ = Standardization(**saved) if saved else None
+            model.skipped_ = []
+            expected = model._expected_tensors(int(header["channels"]), header["n_centroids"])
+            backbone = header["backbone"]["name"], header["backbone"]["weights_hash"]
+        except (KeyError, TypeError, ValueError) as error:
+            problem = (
+                f"has a header that this npad cannot use ({error}); fit and save the model again"
+            )
+            raise ModelFileError(path, problem) from error
+        model_file.check_tensors(path, tensors, expected)
+        network = model._network()
+        if (network.name, network.weights_hash) != backbone:
+            raise ModelFileError(
+                path,
+                f"was fitted on {backbone[0]} with weights {backbone[1][:12]}, but the weights given "
+                f"are {network.name} {network.weights_hash[:12]}; give the same file with weights=",
+            )
+        if network.grid(model.image_size) != model.grid_:
+            raise ModelFileError(path, f"has grid {model.grid_}, which its backbone does not make")
+        for name in TENSORS:
+            tensor = tensors.get(name)
+            setattr(model, f"{name}_", tensor.to(device) if tensor is not None else None)
+        return model
+
+    def _expected_tensors(
+        self, channels: int, n_centroids: int | None
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        positions = self.grid_[0] * self.grid_[1]
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if self.n_features is not None:
+            expected["projection"] = torch.float32, (channels, self.n_features)
+            channels = self.n_features
+        if self._uses_gaussian:
+            packed = ops.packed_size(channels)
+            expected["mean"] = torch.float32, (positions, channels)
+            expected["factor"] = DTYPES[self.factor_dtype], (positions, packed)
+        if self._uses_nominal_set:
+            expected["centroids"] = torch.float32, (int(n_centroids or 0), channels)
+        return expected
+
+    # ----------------------------------------------------------------------------------------------
+    # Parts.
+
+    @property
+    def _uses_gaussian(self) -> bool:
+        return self.fusion != "euclidean"
+
+    @property
+    def _uses_nominal_set(self) -> bool:
+        return self.fusion != "mahalanobis"
+
+    def _open(self, source: Any, skip_bad: bool) -> ImageSource:
+        return ImageSource(
+            source, image_size=self.image_size, batch_size=self.batch_size, skip_bad=skip_bad
+        )
+
+    def _network(self) -> Backbone:
+        if self._backbone is None:
+            self._backbone = Backbone(self.backbone, self.layers, self.weights).to(self.device)
+        return self._backbone
+
+    def _embed(self, images: Tensor) -> Tensor:
+        x = self._network()(images.to(self.device))
+        return x if self.projection_ is None else x @ self.projection_
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "n_images_"):
+            raise RuntimeError("NPad: the model is not fitted; call fit or NPad.load first")
+
+
+class _Reservoir:
+    """Keeps a uniform sample of the embeddings that pass and gives the others back to be fitted.
+
+    An image is a candidate with probability ``fraction`` (the first always is); of the candidates at
+    most ``MAX_HELD_OUT`` are kept, by Vitter's algorithm R, so no length need be known.
+    """
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        self.kept: list[Tensor] = []
+        self._fraction = fraction
+        self._random = random.Random(seed)
+        self._candidates = 0
+
+    def take(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> the embeddings to fit now, (B', H, W, C)."""
+        fitted = []
+        for embedding in x:
+            first = self._candidates == 0 and self._fraction > 0
+            if not (self._random.random() < self._fraction or first):
+                fitted.append(embedding)
+                continue
+            self._candidates += 1
+            if len(self.kept) < MAX_HELD_OUT:
+                self.kept.append(embedding.clone())
+                continue
+            slot = self._random.randrange(self._candidates)
+            if slot < MAX_HELD_OUT:
+                fitted.append(self.kept[slot])
+                self.kept[slot] = embedding.clone()
+            else:
+                fitted.append(embedding)
+        return torch.stack(fitted) if fitted else x[:0]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 1):
+        raise ValueError(
+            f"NPad: image_size must be a positive int or (height, width), got {size!r}"
+        )
+    return height, width
+
+
+def _odd(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1 or value % 2 == 0:
+        raise ValueError(f"NPad: {name} must be an odd int of at least 1, got {value!r}")
+    return value
+
+
+def _eps(value: float | str) -> float | str:
+    if value == "auto" or (not isinstance(value, str) and 0 <= value < float("inf")):
+        return value
+    raise ValueError(f"NPad: eps must be 'auto' or a number of at least 0, got {value!r}")
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(
+            f"NPad: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
+    return value

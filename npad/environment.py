@@ -1,0 +1,45 @@
+"""What npad runs on: versions, kernels, devices."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from npad import _native
+from npad._version import __version__
+
+PACKAGES = ("timm", "faiss-cpu", "faiss-gpu", "numpy", "scipy", "scikit-learn", "pillow")
+
+
+def info() -> dict[str, Any]:
+    """Versions, kernels and devices in use, as JSON types.
+
+    Returns
+    -------
+    dict with the keys npad, kernels, threads, python, platform, cores, torch, cuda, gpus, packages
+    """
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "npad": __version__,
+        "kernels": _native.info(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in gpus],
+        "packages": versions,
+    }

@@ -1,0 +1,189 @@
+"""The neighbourhood Gaussian: statistics per position, and their inverse Cholesky factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from npad import ops
+
+CHUNK_BYTES = 64 << 20  # of dense covariance that is factored at a time
+EPS_CANDIDATES = torch.logspace(-6, 1, 57)  # eps="auto" tries these multiples of the mean variance
+
+
+class NeighborhoodGaussian:
+    """A Gaussian for every position of a grid over the embeddings of its window.
+
+    Fitting keeps a count, a mean and a packed scatter matrix per position, so its memory is
+    P * C (C + 1) / 2 floats however many images there are. ``finalize`` turns them into what
+    ``npad.ops.mahalanobis`` scores with.
+
+    Parameters
+    ----------
+    grid : (H, W)
+    channels : C
+    window : odd side of the training window; 1 is PaDiM's Gaussian, one that covers the grid is a
+        single global Gaussian
+    device : where the statistics live
+
+    Notes
+    -----
+    Jang, Hwang, Park, *N-Pad: Neighboring Pixel-Based Industrial Anomaly Detection*, CVPR Workshops
+    2023. Statistics of windows by the law of total covariance (see ``npad.ops.window_covariance``).
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        channels: int,
+        *,
+        window: int = 3,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        positions = grid[0] * grid[1]
+        self.grid = grid
+        self.window = window
+        self.count = torch.zeros(positions, dtype=torch.int64, device=device)
+        self.mean = torch.zeros(positions, channels, device=device)
+        self.scatter = torch.zeros(positions, ops.packed_size(channels), device=device)
+
+    @property
+    def channels(self) -> int:
+        """Channels C of an embedding."""
+        return self.mean.shape[1]
+
+    def update(self, x: Tensor) -> NeighborhoodGaussian:
+        """Add a batch of embeddings, (B, H, W, C)."""
+        ops.neighborhood_moments(x, self.count, self.mean, self.scatter)
+        return self
+
+    def merge(self, other: NeighborhoodGaussian) -> NeighborhoodGaussian:
+        """Add the statistics of another fit, as if its images had been fitted here (Chan's formula)."""
+        if (other.grid, other.channels) != (self.grid, self.channels):
+            raise ValueError(
+                f"NeighborhoodGaussian.merge: other has grid {other.grid} and {other.channels} "
+                f"channels, this one {self.grid} and {self.channels}"
+            )
+        total = (self.count + other.count).clamp(min=1)
+        share = other.count / total
+        delta = other.mean - self.mean
+        correction = (self.count * share).float().sqrt()[:, None] * delta
+        # The rank-1 term is the scatter of two points, +-correction / sqrt(2), about their mean 0.
+        pair = torch.stack([correction, -correction]).mul_(0.5**0.5).unflatten(1, self.grid)
+        zeros = torch.zeros_like(self.count), torch.zeros_like(self.mean)
+        ops.neighborhood_moments(pair, *zeros, self.scatter)
+        self.scatter += other.scatter
+        self.mean += share.float()[:, None] * delta
+        self.count += other.count
+        return self
+
+    def choose_eps(self, held_out: Tensor) -> float:
+        """Find the eps that makes held-out nominal embeddings most likely.
+
+        Parameters
+        ----------
+        held_out : (M, H, W, C) float32, embeddings of images that are not part of the statistics
+
+        Returns
+        -------
+        eps, in squared units of the features
+
+        Notes
+        -----
+        The likelihood of x under N(mu, Sigma + eps I) for all eps at once: with Sigma = V diag(l) V^T,
+        log p = -1/2 sum_j [log(l_j + eps) + (V^T (x - mu))_j^2 / (l_j + eps)] + const. It is summed
+        over an even sample of positions, as many as two billion multiplications decompose.
+        """
+        positions, channels = self.mean.shape
+        n_sample = max(8, min(64, 2 * 10**9 // channels**3))
+        sample = torch.linspace(0, positions - 1, min(n_sample, positions)).round().long().unique()
+        spectra, energies = [], []
+        for p in sample.tolist():
+            mean, covariance = self._window(p, p + 1)
+            values, vectors = torch.linalg.eigh(covariance[0].double())
+            z = held_out.flatten(1, 2)[:, p].double() - mean[0].double()
+            spectra.append(values.clamp(min=0))
+            energies.append((z @ vectors).square().mean(0))
+        spectrum, energy = torch.stack(spectra), torch.stack(energies)
+        scale = float(spectrum.mean()) or 1.0
+        candidates = scale * EPS_CANDIDATES.double()
+        likelihood = torch.stack(
+            [-((spectrum + eps).log() + energy / (spectrum + eps)).sum() for eps in candidates]
+        )
+        return float(candidates[likelihood.argmax()])
+
+    def finalize(
+        self,
+        eps: float,
+        dtype: torch.dtype = torch.float32,
+        advance: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Factor covariance + eps I = L L^T of every position; the statistics are kept.
+
+        Works in chunks of positions: peak memory is the packed scatter, the packed factor and a chunk.
+
+        Parameters
+        ----------
+        eps : added to the diagonal, in squared units of the features
+        dtype : storage type of the factor, float32 | float16 | bfloat16
+        advance : called with the number of positions done since the last call
+
+        Returns
+        -------
+        mean : (P, C) float32
+        factor : (P, packed) of ``dtype``, W = L^-1 packed by ``npad.ops.pack_factor``
+
+        Raises
+        ------
+        ValueError : a window with fewer than two samples; a covariance that is not positive definite
+            with this eps; a factor that float16 cannot hold.
+        """
+        positions, channels = self.mean.shape
+        means = torch.empty_like(self.mean)
+        factors = self.scatter.new_empty(self.scatter.shape, dtype=dtype)
+        step = max(1, CHUNK_BYTES // (4 * channels**2))
+        for start in range(0, positions, step):
+            stop = min(start + step, positions)
+            means[start:stop], covariance = self._window(start, stop)
+            covariance.diagonal(dim1=1, dim2=2).add_(eps)
+            factor = self._inverse_cholesky(covariance, start, eps)
+            packed = ops.pack_factor(factor, dtype)
+            if not bool(packed.isfinite().all()):
+                raise ValueError(
+                    f"npad: with eps={eps:g} the factor needs values up to {factor.abs().max():.3g}, "
+                    f"more than {str(dtype).removeprefix('torch.')} holds; use "
+                    "factor_dtype='bfloat16' or 'float32', or a larger eps"
+                )
+            factors[start:stop] = packed
+            if advance is not None:
+                advance(stop - start)
+        return means, factors
+
+    def _window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        mean, covariance = ops.window_covariance(
+            self.count, self.mean, self.scatter, self.grid, self.window, start, stop
+        )
+        if not bool(covariance.diagonal(dim1=1, dim2=2).isfinite().all()):
+            raise ValueError(
+                "npad: a covariance is not finite: each window needs at least two samples, "
+                "and features must be finite and below 1e18; fit more images"
+            )
+        return mean, covariance
+
+    def _inverse_cholesky(self, covariance: Tensor, start: int, eps: float) -> Tensor:
+        """W = L^-1 for a chunk; in float64 where float32 cannot factor it."""
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        if bool(failed.any()):
+            lower, failed = torch.linalg.cholesky_ex(covariance.double())
+            if bool(failed.any()):
+                worst = int(failed.nonzero()[0])
+                least = float(torch.linalg.eigvalsh(covariance[worst].double())[0])
+                row, column = divmod(start + worst, self.grid[1])
+                raise ValueError(
+                    f"npad: the covariance at grid position ({row}, {column}) is not positive definite "
+                    f"with eps={eps:g}; eps must be above about {eps - least:.3g}, or use eps='auto'"
+                )
+        identity = torch.eye(self.channels, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False).float()

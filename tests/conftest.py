@@ -1,0 +1,62 @@
+"""Fixtures of the whole suite: devices, instruction sets, thread counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from npad import _native
+
+# A kernel that fails to load must fail the suite, not pass on the reference.
+ISAS = _native.core.isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once with each instruction set that this processor has."""
+    before = _native.core.isa()
+    _native.core.set_isa(request.param)
+    yield request.param
+    _native.core.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Leave the thread count and the random state as they were."""
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def _path(variable: str) -> Path:
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set")
+    return Path(os.environ[variable])
+
+
+@pytest.fixture
+def data() -> Path:
+    """Folder of real data sets, from NPAD_DATA."""
+    return _path("NPAD_DATA")
+
+
+@pytest.fixture
+def weights() -> Path:
+    """Folder of pre-trained weights, from NPAD_WEIGHTS."""
+    return _path("NPAD_WEIGHTS")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
