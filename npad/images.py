@@ -1,0 +1,342 @@
+"""Many images: folders, files, arrays and iterables become batches of RGB in [0, 1].
+
+Files are decoded and resized by worker threads a bounded number of images ahead of the consumer
+(Pillow releases the interpreter lock for both). Every image is processed by itself, so the result
+does not depend on the batch size or on the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from npad.decoding import (
+    DTYPES,
+    SUFFIXES,
+    Array,
+    ImageError,
+    StrPath,
+    list_images,
+    load,
+    read_image,
+)
+
+__all__ = ["Batch", "ImageError", "ImageSource", "list_images", "read_image"]
+
+Task: TypeAlias = "tuple[int, str, StrPath | Array]"  # position, name, a file or (H, W, C) pixels
+Loaded: TypeAlias = "tuple[Tensor, tuple[int, int]]"  # what `load` returns
+
+CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images that are ready for the backbone.
+
+    Attributes
+    ----------
+    images : (B, 3, H, W) float32
+        RGB in [0, 1], resized to the source's ``image_size``.
+    sizes : list of (height, width)
+        The size of each image as displayed, that is after its EXIF orientation.
+    names : list of str
+        The path as given, or ``"image[17]"`` for arrays.
+    indices : list of int
+        The position of each image in the source.
+    """
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    names: list[str]
+    indices: list[int]
+
+
+class ImageSource:
+    """Batches of images from a folder, files, arrays, or an iterable of batches.
+
+    Nothing is decoded before `batches` runs.
+
+    Parameters
+    ----------
+    source
+        - A folder (searched by `list_images`), a file, or a list of both.
+        - An array or tensor: (H, W), (H, W, C), (C, H, W), (N, H, W), (N, H, W, C) or
+          (N, C, H, W); RGB order; uint8, uint16 (divided by 65535) or floating in [0, 1]. The
+          channels are the first or last axis of 1, 3 or 4: write a few grey images as (N, 1, H, W).
+        - A list of such arrays, or any iterable of batches (a DataLoader for one). A batch is an
+          array, a tuple or list with the images first, or a mapping with the key ``"image"``; in
+          three dimensions it is a single image. A batch is split to ``batch_size``, never merged,
+          unless it comes in a list.
+    image_size : (height, width)
+        Every image is resized to exactly this, bilinearly with antialiasing, without a crop and
+        without keeping its aspect. An image of this size is left as it is.
+    batch_size : int
+        Images in one batch, at most.
+    workers : int, optional
+        Decoding threads; by default one for each available core, at most 8.
+    skip_bad : bool
+        Leave out images that raise `ImageError` and list them in ``skipped``.
+
+    Attributes
+    ----------
+    n_images : int or None
+        Number of images, bad ones included; None if it cannot be known before iterating.
+    reiterable : bool
+        False for an iterator, whose images come only once.
+    skipped : list of (name, reason)
+        The images left out so far.
+
+    Raises
+    ------
+    ImageError
+        A path that does not exist, or a folder without images.
+    TypeError, ValueError
+        A source, dtype or shape that is not supported.
+    """
+
+    n_images: int | None
+    reiterable: bool
+    skipped: list[tuple[str, str]]
+
+    def __init__(
+        self,
+        source: object,
+        *,
+        image_size: tuple[int, int],
+        batch_size: int = 8,
+        workers: int | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        if workers is None:
+            workers = min(8, _available_cores())
+        limits = {"image_size": min(image_size), "batch_size": batch_size, "workers": workers}
+        for name, value in limits.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.workers = workers
+        self.skip_bad = skip_bad
+        self.skipped = []
+        self.reiterable = not isinstance(source, Iterator)
+        self._entries: Sequence[StrPath | Array] = ()  # paths and (H, W, C) arrays, or
+        self._stream: Iterable[object] | None = None  # an iterable of batches
+        self._used_up = False
+
+        if isinstance(source, (str, os.PathLike)):
+            if not Path(source).exists():
+                raise ImageError(source, "no such file or folder")
+            self._entries = _expand([source])
+        elif isinstance(source, (np.ndarray, Tensor)):
+            self._entries = _split(source, "source", grey_batch=True)
+        elif isinstance(source, (list, tuple)):
+            paths = [item for item in source if isinstance(item, (str, os.PathLike))]
+            if paths and len(paths) < len(source):
+                raise TypeError("source: a list must hold either paths or arrays, not both")
+            if paths:
+                self._entries = _expand(paths)
+            else:
+                self._entries = [x for i, item in enumerate(source) for x in _images(item, i)]
+        elif isinstance(source, Iterable):
+            self._stream = source
+        else:
+            raise TypeError(
+                "source must be a folder, a list of paths, an array, a tensor or an iterable of "
+                f"batches, got {type(source).__name__}"
+            )
+
+        self.n_images = len(self._entries) if self._stream is None else _loader_length(source)
+        if self.n_images == 0:
+            raise ValueError("source holds no images")
+
+    def batches(self, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Decode, resize and yield the images in order.
+
+        Closing the iterator, or an exception in its consumer, ends the worker threads.
+
+        Parameters
+        ----------
+        indices : sequence of int, optional
+            Positions of the images to yield, in this order; all by default. Needs paths or arrays:
+            an iterable of batches has no random access.
+
+        Raises
+        ------
+        ImageError
+            A bad image, in place of the batch that would hold it (unless ``skip_bad``).
+        IndexError, ValueError
+            An index out of range, or indices into an iterable; an iterator used a second time; an
+            iterable without images.
+        """
+        if self._stream is not None:
+            if indices is not None:
+                raise ValueError("indices need a source of paths or arrays, not an iterable")
+            if self._used_up:
+                raise ValueError("the source is an iterator that is used up: pass a list instead")
+            self._used_up = not self.reiterable
+            return self._run(_stream_tasks(self._stream))
+        entries = self._entries
+        if indices is None:
+            indices = range(len(entries))
+        for i in indices:
+            if not 0 <= i < len(entries):
+                raise IndexError(f"index {i} is out of range: the source has {len(entries)} images")
+        return self._run(iter([[(int(i), _name(i, entries[i]), entries[i]) for i in indices]]))
+
+    def _run(self, groups: Iterator[list[Task]]) -> Iterator[Batch]:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="npad-images")
+        try:
+            for tasks in groups:
+                good = self._good(self._ahead(pool, tasks))
+                while rows := list(islice(good, self.batch_size)):
+                    yield Batch(
+                        images=torch.stack([image for _, (image, _) in rows]),
+                        sizes=[size for _, (_, size) in rows],
+                        names=[name for (_, name, _), _ in rows],
+                        indices=[index for (index, _, _), _ in rows],
+                    )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _ahead(
+        self, pool: ThreadPoolExecutor, tasks: Iterable[Task]
+    ) -> Iterator[tuple[Task, Future[Loaded]]]:
+        """Results in order, the next batch being decoded while the consumer holds this one."""
+        pending: deque[tuple[Task, Future[Loaded]]] = deque()
+        for task in tasks:
+            _, name, entry = task
+            pending.append((task, pool.submit(load, entry, name, self.image_size)))
+            if len(pending) > self.batch_size + self.workers:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
+
+    def _good(
+        self, results: Iterable[tuple[Task, Future[Loaded]]]
+    ) -> Iterator[tuple[Task, Loaded]]:
+        for task, future in results:
+            try:
+                loaded = future.result()
+            except ImageError as error:
+                if not self.skip_bad:
+                    raise
+                if (error.path, error.reason) not in self.skipped:  # a second pass finds it again
+                    self.skipped.append((error.path, error.reason))
+            else:
+                yield task, loaded
+
+
+def _expand(paths: Iterable[StrPath]) -> list[StrPath]:
+    """The paths given, each folder among them replaced by its images."""
+    found: list[StrPath] = []
+    for path in paths:
+        if Path(path).is_dir():
+            images = list_images(path)
+            if not images:
+                suffixes = ", ".join(sorted(SUFFIXES))
+                raise ImageError(path, f"the folder holds no images ({suffixes})")
+            found += images
+        else:
+            found.append(path)
+    return found
+
+
+def _stream_tasks(stream: Iterable[object]) -> Iterator[list[Task]]:
+    """Tasks of one given batch after the other; no look-ahead, which would delay a camera."""
+    start = 0
+    for number, item in enumerate(stream):
+        images = _images(item, number)
+        yield [(start + i, _name(start + i, image), image) for i, image in enumerate(images)]
+        start += len(images)
+    if start == 0:
+        raise ValueError("source: the iterable yielded no images")
+
+
+def _images(item: object, number: int) -> list[Array]:
+    """The images of one item of an iterable, each (H, W, C)."""
+    where = f"source, item {number}"
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            raise TypeError(f'{where}: a mapping must have the key "image", got {list(item)}')
+        item = item["image"]
+    elif isinstance(item, (list, tuple)) and not _is_list_of_images(item):
+        item = item[0]
+    if isinstance(item, (list, tuple)):
+        sizes = sorted({tuple(x.shape) for x in item if isinstance(x, (np.ndarray, Tensor))})
+        raise ValueError(
+            f"{where}: a batch must be one array (N, C, H, W) of images of one size, "
+            f"got a {type(item).__name__} of {len(item)} with the shapes {sizes}"
+        )
+    if isinstance(item, (str, os.PathLike)):
+        raise TypeError(f"{where} is a path: pass paths as a list")
+    if not isinstance(item, (np.ndarray, Tensor)):
+        raise TypeError(f"{where}: expected an array or a tensor, got {type(item).__name__}")
+    return _split(item, where, grey_batch=False)
+
+
+def _is_list_of_images(item: Sequence[object]) -> bool:
+    """Whether taking the first element alone would lose images."""
+    arrays = [x for x in item if isinstance(x, (np.ndarray, Tensor))]
+    return not item or (len(arrays) > 1 and arrays[0].ndim == arrays[1].ndim < 4)
+
+
+def _split(images: Array | Tensor, where: str, *, grey_batch: bool) -> list[Array]:
+    """Views (H, W, C) of the images in an array, after a check of its dtype and shape."""
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        images = (images.float() if images.dtype == torch.bfloat16 else images).numpy()
+    if images.dtype == object:
+        raise TypeError(f"{where}: two image sizes cannot form one array; pass a list of images")
+    if images.dtype.type not in DTYPES:
+        raise TypeError(
+            f"{where}: dtype {images.dtype} is not supported; convert to uint8, uint16, or to "
+            "floating point in [0, 1]"
+        )
+    ndim, shape = images.ndim, images.shape
+    last = ndim in (3, 4) and shape[-1] in CHANNELS
+    first = ndim in (3, 4) and shape[-3] in CHANNELS
+    if last and first:
+        raise ValueError(f"{where}: cannot tell which axis of {shape} holds the channels")
+    if first:
+        images = np.moveaxis(images, -3, -1)
+    elif ndim == 2 or (ndim == 3 and grey_batch and not last):
+        images = images[..., None]
+    elif not last:
+        raise ValueError(
+            f"{where}: expected images (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels, "
+            f"got shape {shape}"
+        )
+    if 0 in images.shape[-3:]:
+        raise ValueError(f"{where}: shape {shape} has images without pixels")
+    return list(images) if images.ndim == 4 else [images]
+
+
+def _name(index: int, entry: StrPath | Array) -> str:
+    return f"image[{index}]" if isinstance(entry, np.ndarray) else os.fspath(entry)
+
+
+def _loader_length(source: object) -> int | None:
+    """Images that a DataLoader yields, if its sampler alone decides that."""
+    if not isinstance(source, DataLoader) or source.batch_size is None:
+        return None
+    if not isinstance(source.sampler, Sized):  # an iterable data set
+        return None
+    n_images = len(source.sampler)
+    return n_images - n_images % source.batch_size if source.drop_last else n_images
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
