@@ -94,6 +94,8 @@ class ImageSource:
         Number of images, bad ones included; None if it cannot be known before iterating.
     reiterable : bool
         False for an iterator, whose images come only once.
+    random_access : bool
+        Whether `batches` takes indices: True for paths and arrays, False for an iterable.
     skipped : list of (name, reason)
         The images left out so far.
 
@@ -107,6 +109,7 @@ class ImageSource:
 
     n_images: int | None
     reiterable: bool
+    random_access: bool
     skipped: list[tuple[str, str]]
 
     def __init__(
@@ -156,7 +159,8 @@ class ImageSource:
                 f"batches, got {type(source).__name__}"
             )
 
-        self.n_images = len(self._entries) if self._stream is None else _loader_length(source)
+        self.random_access = self._stream is None
+        self.n_images = len(self._entries) if self.random_access else _loader_length(source)
         if self.n_images == 0:
             raise ValueError("source holds no images")
 

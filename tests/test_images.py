@@ -537,7 +537,7 @@ def test_data_loader():
     data = torch.utils.data.TensorDataset(torch.rand(10, 3, 16, 16), torch.arange(10))
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     source = ImageSource(loader, image_size=(16, 16))
-    assert (source.n_images, source.reiterable) == (10, True)
+    assert (source.n_images, source.reiterable, source.random_access) == (10, True, False)
     for _ in range(2):
         assert torch.equal(torch.cat([b.images for b in source.batches()]), data.tensors[0])
 
@@ -622,6 +622,7 @@ def test_sources_that_are_not_supported(tmp_path):
 def test_indices(folder):
     everything, names = collect(folder)
     chosen = [7, 0, 7, 3]
+    assert ImageSource(folder, image_size=(16, 16)).random_access
     images, chosen_names = collect(folder, indices=chosen, batch_size=3)
     assert torch.equal(images, everything[chosen])
     assert chosen_names == [names[i] for i in chosen]
