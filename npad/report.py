@@ -1,0 +1,330 @@
+"""One HTML file that shows how well a model does: figures, curves, and the images it gets wrong.
+
+The page needs nothing but itself: pictures and plots are part of it, and there is no script. Its
+size is bounded by thumbnails and by the number of images that `npad.evaluation` picks.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from npad.atomic_file import replacing
+from npad.datasets import GOOD
+from npad.images import read_image
+from npad.results import METRICS, PRO_LIMIT, CategoryResult, Picture, summarize, versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_report"]
+
+_THUMBNAIL = 224  # pixels of the longer side
+_COLORMAP = "inferno"
+_HISTOGRAM_BINS = 48
+_LABELS = {
+    "auroc": "Image AUROC",
+    "ap": "Image AP",
+    "f1_max": "Image F1‑max",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1‑max",
+    "aupro": f"AUPRO {PRO_LIMIT}",
+}
+_GROUPS = {
+    "good": "Good images, highest score first",
+    "defective": "Defective images, lowest score first",
+    "typical": "A typical image of each type: the one with the median score",
+}
+# Colours that stand for the page's own in the plots, so that they follow its light and dark scheme.
+_THEME = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--line)",
+    "#040404": "var(--good)",
+    "#050505": "var(--bad)",
+    "#060606": "var(--accent)",
+}
+_INK, _MUTED, _LINE, _GOOD, _BAD, _ACCENT = _THEME
+
+
+def write_report(
+    results: Sequence[CategoryResult],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Anomaly detection report",
+) -> None:
+    """Write one self-contained HTML file.
+
+    Parameters
+    ----------
+    results : of one category or of many; their image files are read again for the thumbnails
+    path : of the file, which appears only once it is whole; missing folders are made
+    title : heading of the page
+
+    Raises
+    ------
+    ValueError  there are no results.
+    ImageError  an image is not there any more.
+    OSError     the file cannot be written.
+    """
+    import jinja2  # noqa: PLC0415  (heavy, and only reports need it)
+
+    if not results:
+        raise ValueError("write_report: results is empty; evaluate at least one category")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"metric": _metric, "number": _number, "seconds": _seconds}
+    shared = _shared([_settings(result) for result in results])
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        written=datetime.now(timezone.utc),
+        versions=versions(),
+        labels=_LABELS,
+        metrics=METRICS,
+        limit=PRO_LIMIT,
+        rows=summarize(results),
+        settings=shared,
+        color_bar=_data_uri(_color(np.linspace(0, 255, 256).astype(np.uint8)[None]), "PNG"),
+        categories=[_category(i, result, shared) for i, result in enumerate(results)],
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(page.encode())
+
+
+def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> dict[str, Any]:
+    from markupsafe import Markup  # noqa: PLC0415
+
+    n_good = sum(not image.is_anomalous for image in result.images)
+    groups = []
+    for group, heading in _GROUPS.items():
+        pictures = [_row(picture, result) for picture in result.pictures if picture.group == group]
+        of = {"good": n_good, "defective": len(result.images) - n_good, "typical": len(pictures)}
+        if pictures:
+            left_out = of[group] - len(pictures)
+            groups.append({"heading": heading, "rows": pictures, "left_out": left_out})
+    curves = {
+        "roc": ("Image ROC", "false positive rate", "true positive rate", "auroc"),
+        "pixel_roc": ("Pixel ROC", "false positive rate", "true positive rate", "pixel_auroc"),
+        "pro": ("Per-region overlap", "false positive rate", "mean overlap", "aupro"),
+    }
+    own = {key: value for key, value in _settings(result).items() if key not in shared}
+    return {
+        "id": f"category-{number + 1}",
+        "result": result,
+        "n_good": n_good,
+        "model_size": _bytes(result.model_bytes),
+        "own_settings": own,
+        "groups": groups,
+        "histogram": Markup(_svg(_histogram(result), f"Scores of {result.name} by type")),
+        "curves": [
+            Markup(
+                _svg(
+                    _curve(result.curves[key], (x, y), 1 if key != "pro" else PRO_LIMIT),
+                    f"{heading} of {result.name}",
+                )
+            )
+            for key, (heading, x, y, _) in curves.items()
+        ],
+        "curve_titles": [(heading, result.metrics[m]) for heading, _, _, m in curves.values()],
+    }
+
+
+# --- pictures ---
+
+
+def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
+    image = picture.image
+    photo = _thumbnail(read_image(image.path))
+    size = photo.shape[1], photo.shape[0]
+    levels = np.asarray(Image.fromarray(picture.levels).resize(size, Image.Resampling.BILINEAR))
+    mask = np.asarray(Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST))
+    heat = _color(levels)
+    strength = 0.75 * (levels / np.float32(255))[..., None]
+    overlay = photo * (1 - strength) + heat * strength
+    overlay[ndimage.binary_dilation(mask, iterations=2) & ~mask] = (90, 220, 255)
+    alarm = image.score >= result.threshold
+    if image.is_anomalous:
+        verdict = "found" if alarm else "missed"
+    else:
+        verdict = "false alarm" if alarm else "passed"
+    return {
+        "name": f"{image.path.parent.name}/{image.path.name}",
+        "path": str(image.path),
+        "defect_type": image.defect_type,
+        "score": image.score,
+        "verdict": "" if math.isnan(result.threshold) else verdict,
+        "width": size[0],
+        "height": size[1],
+        "pictures": [
+            ("image", _data_uri(photo, "JPEG")),
+            ("anomaly map", _data_uri(heat, "JPEG")),
+            ("overlay", _data_uri(overlay.astype(np.uint8), "JPEG")),
+            ("mask", _data_uri(mask, "PNG")),
+        ],
+    }
+
+
+def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Shrink or enlarge (H, W, 3) uint8 or float in [0, 1] to `_THUMBNAIL`; uint8."""
+    if pixels.dtype != np.uint8:
+        pixels = (255 * pixels.clip(0, 1) + 0.5).astype(np.uint8)
+    scale = _THUMBNAIL / max(pixels.shape[:2])
+    width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _color(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
+
+    table = mpl.colormaps[_COLORMAP](np.arange(256), bytes=True)[:, :3]
+    colors: NDArray[np.uint8] = table[levels]
+    return colors
+
+
+def _data_uri(pixels: NDArray[Any], kind: str) -> str:
+    buffer = io.BytesIO()
+    options = {"quality": 82} if kind == "JPEG" else {"optimize": True}
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# --- plots ---
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _histogram(result: CategoryResult) -> Figure:
+    """One histogram of image scores under the other, good images first, on one scale."""
+    kinds = (
+        [GOOD, *result.types] if any(not i.is_anomalous for i in result.images) else [*result.types]
+    )
+    scores = {k: [i.score for i in result.images if i.defect_type == k] for k in kinds}
+    every = np.concatenate(list(scores.values()))
+    low, high = float(every.min()), float(every.max())
+    log = low > 0 and high > 20 * low  # a few huge scores would squeeze the rest into one bin
+    if high == low:
+        low, high = low - 0.5, high + 0.5
+    edges = (np.geomspace if log else np.linspace)(low, high, _HISTOGRAM_BINS + 1)
+    figure = _figure(9.6, 0.55 + 0.52 * len(kinds))
+    axes = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
+    for ax, kind in zip(axes, kinds, strict=True):
+        color = _GOOD if kind == GOOD else _BAD
+        counts, _ = np.histogram(scores[kind], edges)
+        ax.stairs(counts, edges, fill=True, color=color, alpha=0.75)
+        ax.axvline(result.threshold, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        name = kind if len(kind) <= 24 else kind[:23] + "…"
+        ax.set_ylabel(
+            f"{name} · {len(scores[kind])}", rotation=0, ha="right", va="center", color=_INK
+        )
+        ax.set(yticks=[], ylim=(0, max(counts.max(), 1) * 1.08), xlim=(low, high))
+        if log:
+            ax.set_xscale("log")
+        for side in ("top", "left", "right"):
+            ax.spines[side].set_visible(False)
+        ax.spines["bottom"].set_color(_LINE)
+        ax.tick_params(which="both", length=0, colors=_MUTED)
+    axes[-1].tick_params(which="major", length=3, color=_LINE)
+    axes[-1].set_xlabel("image score" + (", logarithmic" if log else ""), color=_MUTED)
+    return figure
+
+
+def _curve(
+    curve: tuple[NDArray[Any], NDArray[Any]], axis_names: tuple[str, str], end: float
+) -> Figure:
+    figure = _figure(3.3, 2.9)
+    ax = figure.subplots()
+    ax.plot([0, end], [0, end], color=_LINE, linewidth=1, linestyle=(0, (2, 3)))
+    if len(curve[0]):
+        ax.fill_between(*curve, color=_ACCENT, alpha=0.10, linewidth=0)
+        ax.plot(*curve, color=_ACCENT, linewidth=1.8, solid_joinstyle="round")
+    else:
+        ax.text(end / 2, 0.5, "undefined: one class only", ha="center", color=_MUTED)
+    ax.set(xlim=(0, end), ylim=(0, 1.01))
+    ax.set_xlabel(axis_names[0], color=_MUTED)
+    ax.set_ylabel(axis_names[1], color=_MUTED)
+    ax.tick_params(length=3, color=_LINE, labelcolor=_MUTED)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        ax.spines[side].set_color(_LINE)
+    return figure
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Draw as inline SVG in the page's own font and colours, without names that could collide."""
+    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
+    from markupsafe import escape  # noqa: PLC0415
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
+    svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
+    for color, name in _THEME.items():
+        svg = svg.replace(color, name)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+# --- words ---
+
+
+def _settings(result: CategoryResult) -> dict[str, str]:
+    metric_size = "{} x {}".format(*result.metric_size)
+    values = {**result.settings, **result.fitted, "metric_size": metric_size}
+    return {key: "none" if value is None else str(value) for key, value in values.items()}
+
+
+def _shared(settings: list[dict[str, str]]) -> dict[str, str]:
+    """Settings that all categories have in common."""
+    return {k: v for k, v in settings[0].items() if all(other.get(k) == v for other in settings)}
+
+
+def _metric(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4g}"
+
+
+def _seconds(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e3:.3g} kB"
