@@ -1,0 +1,294 @@
+"""From images to a grid of embeddings: a frozen timm network, or the filter bank."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from npad.backbone_weights import BackboneError, load_weights, weights_hash
+from npad.filter_bank import N_LEVELS, FilterBank
+
+__all__ = ["Backbone", "BackboneError"]
+
+_FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
+_REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
+_IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Backbone(nn.Module):
+    """Frozen network from images to embeddings on one grid.
+
+    Each chosen layer is averaged over a 3 x 3 patch at its own resolution, brought to the grid of
+    the first chosen layer and concatenated. The patch is always divided by 9, zeros around the
+    border counted: dividing by the pixels inside gives the border a larger spread than the rest,
+    and its false alarms then decide the image score.
+
+    Parameters
+    ----------
+    name : any timm model with ``features_only``, or ``"filterbank"``, which needs no download.
+    layers : levels of the network (timm's ``out_indices``). Default: the two levels nearest to
+        reductions 8 and 16, which are layer2 and layer3 of a ResNet; where every level has the
+        same reduction, as in a plain vision transformer, the blocks that end half and three
+        quarters of the depth; levels 1, 2 and 3 of the filter bank.
+    weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
+        timm checkpoint of the whole model or a state dict of its ``features_only`` form. Default:
+        timm's own pre-trained weights, from its cache or downloaded.
+
+    Attributes
+    ----------
+    name, layers : as chosen; layers in increasing order.
+    channels : channels of the embedding, all layers together.
+    weights_hash : SHA-256 in hex over name, dtype, shape and bytes of all weights in use; it does
+        not depend on the file they came from.
+
+    Raises
+    ------
+    BackboneError  unknown name, no download, or weights that do not fit.
+    ValueError     layers that the network does not have; weights for the filter bank.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[int] | None = None,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.net: nn.Module
+        if name == "filterbank":
+            if weights is not None:
+                raise ValueError("weights: the filter bank is fixed and takes none")
+            levels = [2 ** (level + 1) for level in range(N_LEVELS + 1)]
+            self.layers = _checked_layers(name, layers or _FILTER_BANK_LAYERS, levels, first=1)
+            bank = FilterBank(self.layers)
+            self.net, self._reductions = bank, bank.reductions
+            self.channels = bank.n_channels * len(self.layers)
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        else:
+            outline = _timm_outline(name)
+            reductions = [int(level["reduction"]) for level in outline.feature_info.info]
+            config = outline.pretrained_cfg
+            chosen = _default_layers(reductions) if layers is None else layers
+            self.layers = _checked_layers(name, chosen, reductions)
+            net = _timm_features(name, config, self.layers, pretrained=weights is None)
+            if weights is not None:
+                load_weights(net, name, Path(weights), lambda: _whole_model_keys(name))
+            self.net, self._reductions = net, net.feature_info.reduction()
+            self.channels = sum(net.feature_info.channels())
+            mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
+        self._channels_last_output = str(getattr(self.net, "output_fmt", "")) == "Format.NHWC"
+        # Not persistent: they belong to the name, not to the weights.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        self.weights_hash = weights_hash(self.net.state_dict())
+        self.requires_grad_(False)
+        self.eval()
+        self.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: the backbone is frozen."""
+        return super().train(False)
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Grid (h, w) of the embeddings of images of this size (H, W).
+
+        Raises
+        ------
+        ValueError  images smaller than the stride of the deepest layer, a grid smaller than 2 x 2,
+            or a size that the network does not take.
+        """
+        if image_size not in self._grids:
+            self._grids[image_size] = self._dry_grid(image_size)
+        return self._grids[image_size]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings of a batch.
+
+        Parameters
+        ----------
+        images : (B, 3, H, W) float32 in [0, 1]; the network's own mean and standard deviation are
+            applied here.
+
+        Returns
+        -------
+        (B, h, w, C) float32, contiguous; (h, w) is ``grid((H, W))`` and C is ``channels``.
+
+        Raises
+        ------
+        TypeError  dtype.   ValueError  shape or image size.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if images.dtype != torch.float32:
+            raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
+        grid = self.grid((images.shape[2], images.shape[3]))
+        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        levels = [F.avg_pool2d(level, 3, stride=1, padding=1) for level in self._features(x)]
+        aligned = [
+            level
+            if level.shape[2:] == grid
+            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+            for level in levels
+        ]
+        return torch.cat(aligned, dim=1).permute(0, 2, 3, 1).contiguous()
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        features: list[Tensor] = self.net(x)
+        return [f.permute(0, 3, 1, 2) for f in features] if self._channels_last_output else features
+
+    def _dry_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        try:
+            grid = self._meta_grid(image_size)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            grid, reason = (0, 0), f": {error}"
+        else:
+            reason = f": the embedding grid would be {grid[0]} x {grid[1]}"
+        stride = max(self._reductions)
+        if min(image_size) < stride:
+            reason = f": it is smaller than the stride {stride} of layer {self.layers[-1]}"
+        elif min(grid) >= 2:
+            return grid
+        raise ValueError(
+            f"image_size {image_size} does not work with backbone {self.name!r}{reason}; "
+            f"{self._least_size()}"
+        )
+
+    def _meta_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Run on tensors without data: only shapes are computed."""
+        state = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+        meta = {key: value.to("meta") for key, value in state.items()}
+        x = torch.empty(1, 3, *image_size, device="meta")
+        features = torch.func.functional_call(self.net, meta, (x,))
+        height, width = (
+            features[0].shape[1:3] if self._channels_last_output else features[0].shape[2:]
+        )
+        return int(height), int(width)
+
+    def _least_size(self) -> str:
+        for side in range(max(self._reductions), 1025):
+            try:
+                if min(self._meta_grid((side, side))) >= 2:
+                    return f"the least that works is {side} x {side}"
+            except (RuntimeError, AssertionError, ValueError):
+                continue
+        return "no square image of at most 1024 pixels works"
+
+
+def _checked_layers(
+    name: str, layers: Sequence[int], reductions: Sequence[int], first: int = 0
+) -> tuple[int, ...]:
+    chosen = tuple(sorted(set(layers)))
+    if not chosen or len(chosen) != len(layers):
+        raise ValueError(f"layers must be one or more different levels, got {list(layers)}")
+    if chosen[0] < first or chosen[-1] >= len(reductions):
+        levels = ", ".join(f"{i} (1/{r})" for i, r in enumerate(reductions) if i >= first)
+        raise ValueError(
+            f"layers {list(layers)}: backbone {name!r} has levels {levels}, by their reduction"
+        )
+    return chosen
+
+
+def _default_layers(reductions: Sequence[int]) -> tuple[int, ...]:
+    if len(set(reductions)) == 1:
+        return tuple(sorted({len(reductions) // 2 - 1, 3 * len(reductions) // 4 - 1}))
+    chosen: list[int] = []
+    for target in _REDUCTIONS:
+        deeper = range(chosen[-1] + 1 if chosen else 0, len(reductions))
+        distance = {i: abs(math.log2(reductions[i] / target)) for i in deeper}
+        chosen += sorted(distance, key=lambda i: distance[i])[:1]
+    return tuple(chosen)
+
+
+def _timm() -> Any:
+    """Import timm when it is first needed: it takes seconds, and the filter bank does without."""
+    import timm  # noqa: PLC0415, TID251
+
+    return timm
+
+
+def _timm_outline(name: str) -> Any:
+    """All levels of a timm model, without data: its reductions and configuration can be read."""
+    if not _timm().is_model(name):
+        close = difflib.get_close_matches(name, _timm().list_models(), n=5)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
+        raise BackboneError(f"backbone {name!r} is no model of timm {_timm().__version__}: {hint}")
+    try:
+        with torch.device("meta"):
+            return _timm().create_model(name, features_only=True)
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"backbone {name!r}: timm cannot return its inner features ({error}); "
+            "choose a model that has features_only"
+        ) from error
+
+
+def _timm_features(
+    name: str, config: dict[str, Any], layers: tuple[int, ...], pretrained: bool
+) -> Any:
+    """The chosen levels of a timm model, and no part of it beyond the deepest."""
+    options: dict[str, Any] = {"features_only": True, "out_indices": layers}
+    if config.get("fixed_input_size"):
+        options["dynamic_img_size"] = True  # a transformer then takes other sizes than its own
+    if pretrained:
+        _check_download(name, config)
+    try:
+        try:
+            net: Any = _timm().create_model(name, pretrained=pretrained, **options)
+        except TypeError:  # not every architecture knows dynamic_img_size
+            del options["dynamic_img_size"]
+            net = _timm().create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise _no_download(name, error) from error
+    deepest = net.feature_info.get_dicts()[-1]
+    if "stage" in deepest and hasattr(net, "blocks"):
+        net.blocks = net.blocks[: deepest["stage"]]  # timm's EfficientNets would run every block
+    return net
+
+
+def _whole_model_keys(name: str) -> list[str]:
+    with torch.device("meta"):
+        nets = [_timm().create_model(name), _timm().create_model(name, features_only=True)]
+    return [key for net in nets for key in net.state_dict()]
+
+
+def _check_download(name: str, config: dict[str, Any]) -> None:
+    """Fail in seconds where timm would go on retrying for most of a minute."""
+    import huggingface_hub as hub  # noqa: PLC0415
+
+    repository = config.get("hf_hub_id")
+    if not repository:
+        if not config.get("url"):
+            raise BackboneError(f"backbone {name!r}: timm has no weights for it; pass weights=")
+        return  # a plain address: torch.hub does not retry
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(hub.try_to_load_from_cache(repository, file), str) for file in files):
+        return
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, files[0]), timeout=10)
+    except hub.errors.EntryNotFoundError:
+        return  # the hub answers; the weights have another name
+    except Exception as error:
+        raise _no_download(name, error) from error
+
+
+def _no_download(name: str, error: Exception) -> BackboneError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BackboneError(
+        f"backbone {name!r}: its pre-trained weights cannot be downloaded ({reason}); "
+        "pass weights= with a file of them, or use backbone 'filterbank', which needs none"
+    )
