@@ -10,7 +10,14 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def packed_size(channels: int) -> int: ...
 def neighborhood_moments(
-    x: int, batch: int, positions: int, channels: int, count: int, mean: int, scatter: int, threads: int
+    x: int,
+    batch: int,
+    positions: int,
+    channels: int,
+    count: int,
+    mean: int,
+    scatter: int,
+    threads: int,
 ) -> None: ...
 def window_covariance(
     count: int,

@@ -45,7 +45,13 @@ def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor
 
 
 def window_covariance(
-    count: Tensor, mean: Tensor, scatter: Tensor, grid: list[int], window: int, start: int, stop: int
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+    grid: list[int],
+    window: int,
+    start: int,
+    stop: int,
 ) -> tuple[Tensor, Tensor]:
     count, mean, scatter = count.contiguous(), mean.contiguous(), scatter.contiguous()
     channels = mean.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npad import anomaly_map, model_file, ops, progress
 from npad._version import __version__
-from npad.anomaly_map import Standardization
+from npad.anomaly_map import FUSIONS, Standardization
 from npad.backbone import Backbone
 from npad.gaussian import NeighborhoodGaussian
 from npad.images import Batch, ImageSource
@@ -27,7 +27,7 @@ MIN_IMAGES = 2
 MAX_HELD_OUT = 64  # images whose embeddings are kept in memory while fitting
 PCA_IMAGES = 64  # images whose embeddings choose the principal axes
 TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
-FUSIONS = ("product", "sum", "mahalanobis", "euclidean")
+
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.FACTOR_DTYPES}
 
 
@@ -188,7 +188,7 @@ class NPad:
         )
         nominal = (
             NominalSet(self.nominal_set, self.n_centroids, seed=self.seed)
-            if self._uses_nominal_set
+            if self.nominal_set is not None and self._uses_nominal_set
             else None
         )
 
@@ -256,7 +256,7 @@ class NPad:
 
         # A random sample where the source can be read twice, else the images that come first.
         batches: Iterable[Batch]
-        if images.reiterable and images.n_images is not None:
+        if images.random_access and images.n_images is not None:
             order = torch.randperm(images.n_images, generator=generator)[:PCA_IMAGES]
             sample, batches = list(images.batches(sorted(order.tolist()))), images.batches()
         else:

@@ -69,7 +69,13 @@ def _(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
 
 @torch.library.register_fake("npad::window_covariance")
 def _(
-    count: Tensor, mean: Tensor, scatter: Tensor, grid: list[int], window: int, start: int, stop: int
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+    grid: list[int],
+    window: int,
+    start: int,
+    stop: int,
 ) -> tuple[Tensor, Tensor]:
     channels = mean.shape[1]
     rows = stop - start
@@ -107,7 +113,9 @@ def _check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> N
         raise TypeError(f"npad.{op}: {name} must be {names}, got {found}")
 
 
-def _check_shape(op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
+def _check_shape(
+    op: str, name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]
+) -> None:
     if tuple(tensor.shape) != expected:
         raise ValueError(
             f"npad.{op}: {name} must have shape ({symbols}) = {expected}, got {tuple(tensor.shape)}"
@@ -237,7 +245,9 @@ def window_covariance(
     _check_devices(op, mean=mean, count=count, scatter=scatter)
     _check_window(op, window)
     if not 0 <= start <= stop <= p:
-        raise ValueError(f"npad.{op}: need 0 <= start <= stop <= {p}, got start={start}, stop={stop}")
+        raise ValueError(
+            f"npad.{op}: need 0 <= start <= stop <= {p}, got start={start}, stop={stop}"
+        )
     return torch.ops.npad.window_covariance(count, mean, scatter, grid, window, start, stop)
 
 
@@ -335,7 +345,9 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     for name, tensor in (("x", x), ("centroids", centroids)):
         _check_dtype(op, name, tensor, torch.float32)
         if tensor.ndim != 2:
-            raise ValueError(f"npad.{op}: {name} must have two dimensions, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"npad.{op}: {name} must have two dimensions, got {tuple(tensor.shape)}"
+            )
     if centroids.shape[0] == 0 or centroids.shape[1] == 0:
         raise ValueError(f"npad.{op}: centroids must not be empty, got {tuple(centroids.shape)}")
     _check_shape(op, "x", x, "N, C", (x.shape[0], centroids.shape[1]))

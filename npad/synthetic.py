@@ -202,19 +202,19 @@ def _broken_thread(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask
     along_x = rng.random() < 0.5
     threads = cloth.weft if along_x else cloth.warp
     cy, cx = (int(c) for c in _centre(rng, cloth.size))
-    middle, half = threads.along[cy, cx], rng.uniform(1.6, 4.0)
+    middle, half = threads.along[cy, cx], rng.uniform(0.8, 3.0)
     gone = (threads.index == threads.index[cy, cx]) & (np.abs(threads.along - middle) < half)
     (cloth.weft_there if along_x else cloth.warp_there)[gone] = False
     return cloth.render(), gone
 
 
 def _misweave(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask]:
-    """Two or three threads float over a stretch where they should go under and over."""
+    """One to three threads float over a stretch where they should go under and over."""
     along_x = rng.random() < 0.5
     threads = cloth.weft if along_x else cloth.warp
     cy, cx = (int(c) for c in _centre(rng, cloth.size))
-    middle, half = threads.along[cy, cx], rng.uniform(2.0, 4.0)
-    first, count = threads.index[cy, cx], rng.integers(2, 4)
+    middle, half = threads.along[cy, cx], rng.uniform(1.2, 3.0)
+    first, count = threads.index[cy, cx], rng.integers(1, 4)
     floating = (threads.index >= first) & (threads.index < first + count)
     floating &= np.abs(threads.along - middle) < half
     cloth.weft_over[floating] = along_x
@@ -223,7 +223,7 @@ def _misweave(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask]:
 
 def _hole(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask]:
     """A puncture: inside is nothing, and the threads around it are pushed aside into shadow."""
-    blob = _blob(rng, cloth.size, rng.uniform(7.0, 12.0), roughness=0.5)
+    blob = _blob(rng, cloth.size, rng.uniform(4.5, 10.0), roughness=0.5)
     picture, mask = cloth.render(), blob > 0
     rim = 0.4 * np.clip(blob / 0.25, 0, 1)[..., None]
     empty = np.clip((blob - 0.35) / 0.12 + 0.25 * cloth.fuzz[0], 0, 1)[..., None]  # frayed
@@ -232,10 +232,10 @@ def _hole(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask]:
 
 def _stain(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask]:
     """A dried drop, darker and browner, with the darker rim that drying leaves."""
-    blob = _blob(rng, cloth.size, rng.uniform(12.0, 24.0))
+    blob = _blob(rng, cloth.size, rng.uniform(8.0, 20.0))
     picture, mask = cloth.render(), blob > 0
     rim = np.exp(-(((blob - 0.12) / 0.10) ** 2))
-    strength = rng.uniform(0.16, 0.30) * (0.7 + 0.6 * rim) * np.clip(blob / 0.10, 0, 1)
+    strength = rng.uniform(0.07, 0.24) * (0.7 + 0.6 * rim) * np.clip(blob / 0.10, 0, 1)
     absorbed = np.array([0.75, 0.95, 1.25], dtype=np.float32)
     return picture * (1 - strength[..., None] * absorbed), mask
 
@@ -245,7 +245,7 @@ def _contamination(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask
     height, width = cloth.size
     cy, cx = _centre(rng, cloth.size)
     t = np.linspace(-1, 1, 400)
-    heading, bend, half = rng.uniform(0, np.pi), rng.normal(0, 14), rng.uniform(16, 34)
+    heading, bend, half = rng.uniform(0, np.pi), rng.normal(0, 14), rng.uniform(9, 26)
     wave = bend * (t * t - 0.3) + rng.normal(0, 4) * np.sin(3 * t)
     path_y = cy + half * t * np.sin(heading) + wave * np.cos(heading)
     path_x = cx + half * t * np.cos(heading) - wave * np.sin(heading)
@@ -253,13 +253,15 @@ def _contamination(cloth: _Cloth, rng: np.random.Generator) -> tuple[Array, Mask
     line = np.ones(cloth.size, dtype=bool)
     line[np.round(path_y[on]).astype(int), np.round(path_x[on]).astype(int)] = False
     distance = ndimage.distance_transform_edt(line)
-    thickness = rng.uniform(1.0, 1.7)
+    thickness, opacity = rng.uniform(0.5, 1.3), rng.uniform(0.5, 1.0)
     fibre = np.clip(thickness + 0.5 - distance, 0, 1)[..., None]
     from_shadow = np.pad(distance, ((1, 0), (1, 0)), mode="edge")[:-1, :-1]
     shadow = np.clip(1 - from_shadow / (2.2 * thickness), 0, 1)[..., None]
     colours = np.array([[0.16, 0.15, 0.16], [0.30, 0.16, 0.14], [0.80, 0.78, 0.74]], np.float32)
-    picture = cloth.render() * (1 - 0.35 * shadow)
-    return picture * (1 - fibre) + fibre * colours[rng.integers(3)], (fibre + shadow)[..., 0] > 0
+    picture = cloth.render() * (1 - 0.3 * opacity * shadow)
+    mask = (fibre + shadow)[..., 0] > 0
+    fibre = opacity * fibre
+    return picture * (1 - fibre) + fibre * colours[rng.integers(3)], mask
 
 
 _Defect = Callable[[_Cloth, np.random.Generator], tuple[Array, Mask]]

@@ -1,0 +1,120 @@
+"""The study behind NPad's defaults: one factor at a time around a base configuration.
+
+    python bench/study_defaults.py DIR --backbone resnet18 --weights FILE --out study.json
+
+DIR is an MVTec AD category, or "synthetic" for aligned woven texture. Embeddings are computed once and
+kept in memory; everything else is NPad itself. Prints the table of docs/method.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npad import NPad
+from npad.datasets import find_categories
+from npad.evaluation import evaluate
+from npad.synthetic import make_dataset
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "window 1": {"window": 1},
+    "window 5": {"window": 5},
+    "evaluation window 3": {"score_window": 3},
+    "eps 0.0001": {"eps": 1e-4},
+    "eps 0.001": {"eps": 1e-3},
+    "eps 0.01": {"eps": 1e-2},
+    "Mahalanobis alone": {"nominal_set": None},
+    "Mahalanobis alone, window 1": {"nominal_set": None, "window": 1},
+    "Mahalanobis alone, evaluation window 3": {"nominal_set": None, "score_window": 3},
+    "Euclidean alone": {"fusion": "euclidean"},
+    "Euclidean alone, 1024 centroids": {"fusion": "euclidean", "n_centroids": 1024},
+    "Euclidean alone, 1024 k-means centroids": {
+        "fusion": "euclidean",
+        "nominal_set": "kmeans",
+        "n_centroids": 1024,
+    },
+    "1024 centroids": {"n_centroids": 1024},
+    "2048 centroids": {"n_centroids": 2048},
+    "4096 centroids": {"n_centroids": 4096},
+    "1024 k-means centroids": {"nominal_set": "kmeans", "n_centroids": 1024},
+    "sum": {"fusion": "sum"},
+    "float32 factor": {"factor_dtype": "float32"},
+    "bfloat16 factor": {"factor_dtype": "bfloat16"},
+    "192 features, PCA": {"n_features": 192},
+    "100 features, PCA": {"n_features": 100},
+    "192 features, random": {"n_features": 192, "reduction": "random"},
+}
+METRICS = ("auroc", "pixel_auroc", "aupro")
+
+
+class CachedNPad(NPad):
+    """NPad whose backbone runs once per image."""
+
+    cache: dict[int, Tensor] = {}  # noqa: RUF012  (shared by all configurations on purpose)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        keys = [zlib.crc32(image.numpy()) for image in images]
+        if any(key not in self.cache for key in keys):
+            for key, embedding in zip(keys, self._network()(images), strict=True):
+                self.cache[key] = embedding.clone()
+        x = torch.stack([self.cache[key] for key in keys])
+        return x if self.projection_ is None else x @ self.projection_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="MVTec AD category, or 'synthetic'")
+    parser.add_argument("--backbone", default="filterbank")
+    parser.add_argument("--weights")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", help="comma-separated names of variants")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(args.data)
+        if args.data == "synthetic":
+            root = make_dataset(Path(folder) / "woven", seed=0)
+        (category,) = find_categories(root)
+        names = args.only.split(",") if args.only else list(VARIANTS)
+        rows = {}
+        print("| configuration | image AUROC | pixel AUROC | AUPRO | eps | fit s | model MB |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for name in names:
+            runs = []
+            for seed in map(int, args.seeds.split(",")):
+                model = CachedNPad(
+                    args.backbone, weights=args.weights, seed=seed, **VARIANTS[name]
+                )
+                start = time.perf_counter()
+                result = evaluate(model, category, progress=False)
+                path = Path(folder) / "model.npad"
+                model.save(path)
+                runs.append(
+                    {metric: result.metrics[metric] for metric in METRICS}
+                    | {"eps": model.eps_, "fit_s": result.fit_seconds}
+                    | {"model_mb": path.stat().st_size / 1e6, "s": time.perf_counter() - start}
+                )
+            rows[name] = runs
+            mean = {key: sum(run[key] for run in runs if not isinstance(run[key], str)) / len(runs)
+                    for key in runs[0]}  # fmt: skip
+            print(
+                f"| {name} | {mean['auroc']:.4f} | {mean['pixel_auroc']:.4f} | {mean['aupro']:.4f} "
+                f"| {mean['eps']:.2g} | {mean['fit_s']:.0f} | {mean['model_mb']:.0f} |",
+                flush=True,
+            )
+            settings = {"data": root.name, "backbone": args.backbone, "seeds": args.seeds}
+            args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+// Distance of every x (n, channels) to the nearest of the centroids (k, channels), and its index.
+//
+//   || x - c ||^2 / 2 = || x ||^2 / 2 + s,   s = || c ||^2 / 2 - x . c   (x, c less the centroids' mean)
+//
+// A matrix product in registers gives s for kWide centroids and kTile embeddings at a time, and only
+// the least s of the kWide is kept. Rounding can swap two centroids in s, so the groups whose least s
+// lies within the error bound of the best, nearly always one or two, are measured by differences. The
+// result is that of the plain loop over differences, of equals the lowest index, at the speed of the
+// product. A thread owns whole embeddings: the result does not depend on the number of threads.
+// Flops: 2 n k channels. NaN in x: distance NaN, index 0.
+#include <cmath>
+
+#include "squared_distance.h"
+
+#include <omp.h>
+
+namespace npad::cpu::NPAD_ISA {
+
+namespace {
+
+// Registers: kWide x 2 sums, two vectors of embeddings, one broadcast.
+#if defined(__AVX512F__)
+constexpr int64_t kWide = 14;
+#elif defined(__AVX2__)
+constexpr int64_t kWide = 6;
+#else
+constexpr int64_t kWide = 3;
+#endif
+constexpr int64_t kTile = 2 * kLanes;         // embeddings side by side
+constexpr int64_t kRows = 4 * kTile;          // embeddings that meet a panel of centroids in turn
+constexpr int64_t kPackedBytes = 12 << 20;    // centroids packed at a time; shared by all threads
+
+// rows x (count, channels) less mean -> panel (channels, width), padded with zeros.
+void pack(const float* x, int64_t count, int64_t channels, const float* mean, int64_t width,
+          float* panel) {
+    for (int64_t i = 0; i < width; ++i)
+        for (int64_t c = 0; c < channels; ++c)
+            panel[c * width + i] = i < count ? x[i * channels + c] - mean[c] : 0.0f;
+}
+
+// least[j] = min over the panel's centroids of half_norm - x_j . c
+void least_of_panel(const float* centroids, const float* half_norm, const float* x, int64_t channels,
+                    float* least) {
+    Vec product[kWide][2] = {};
+    for (int64_t c = 0; c < channels; ++c) {
+        const Vec x0 = load(x + c * kTile), x1 = load(x + c * kTile + kLanes);
+#pragma GCC unroll 14
+        for (int64_t i = 0; i < kWide; ++i) {
+            const float centroid = centroids[c * kWide + i];
+            product[i][0] += centroid * x0;
+            product[i][1] += centroid * x1;
+        }
+    }
+    Vec least0 = broadcast(INFINITY), least1 = least0;
+#pragma GCC unroll 14
+    for (int64_t i = 0; i < kWide; ++i) {
+        const Vec s0 = half_norm[i] - product[i][0], s1 = half_norm[i] - product[i][1];
+        least0 = s0 < least0 ? s0 : least0;
+        least1 = s1 < least1 ? s1 : least1;
+    }
+    store(least, least0);
+    store(least + kLanes, least1);
+}
+
+// Centroids packed for the product, a block of panels at a time.
+class Packed {
+   public:
+    Packed(const float* centroids, int64_t k, int64_t channels)
+        : centroids_(centroids), k_(k), channels_(channels),
+          panels_(limit_panels(k, channels)), mean_(channels),
+          data_(panels_ * kWide * channels), half_norm_(panels_ * kWide) {
+        for (int64_t c = 0; c < channels; ++c) mean_[c] = 0;
+        for (int64_t i = 0; i < k; ++i)
+            for (int64_t c = 0; c < channels; ++c)
+                mean_[c] += centroids[i * channels + c] / static_cast<float>(k);
+    }
+
+    void load_block(int64_t first, int threads);
+
+    // How far s of any of these centroids can be from its exact value, for x of this norm, in units
+    // of half a squared distance; the measured distance adds its own part.
+    float error(float norm, float least) const {
+        const float rounding = (static_cast<float>(channels_) + 16) * 0x1p-24f;
+        const float half_distance = std::fmax(norm * norm / 2 + least, 0.0f);
+        return rounding * (norm * largest_norm_ + largest_norm_ * largest_norm_ + half_distance);
+    }
+
+    const float* mean() { return mean_.data(); }
+    const float* panel(int64_t p) { return data_.data() + p * kWide * channels_; }
+    const float* half_norm(int64_t p) { return half_norm_.data() + p * kWide; }
+    int64_t panels() const { return panels_; }
+    int64_t panels_at(int64_t first) const {
+        const int64_t left = (k_ - first + kWide - 1) / kWide;
+        return left < panels_ ? left : panels_;
+    }
+
+   private:
+    static int64_t limit_panels(int64_t k, int64_t channels) {
+        const int64_t all = (k + kWide - 1) / kWide;
+        const int64_t fit = kPackedBytes / (kWide * channels * static_cast<int64_t>(sizeof(float))) + 1;
+        return all < fit ? all : fit;
+    }
+
+    const float* centroids_;
+    int64_t k_, channels_, panels_;
+    Buffer<float> mean_, data_, half_norm_;
+    float largest_norm_ = 0;
+};
+
+void Packed::load_block(int64_t first, int threads) {
+    const int64_t panels = panels_at(first);
+    float largest = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
+    for (int64_t p = 0; p < panels; ++p) {
+        const int64_t start = first + p * kWide, count = k_ - start < kWide ? k_ - start : kWide;
+        float* panel = data_.data() + p * kWide * channels_;
+        pack(centroids_ + start * channels_, count, channels_, mean_.data(), kWide, panel);
+        float squares[kWide] = {};
+        for (int64_t c = 0; c < channels_; ++c)
+            for (int64_t i = 0; i < kWide; ++i) squares[i] += panel[c * kWide + i] * panel[c * kWide + i];
+        for (int64_t i = 0; i < kWide; ++i) {
+            half_norm_[p * kWide + i] = i < count ? squares[i] / 2 : INFINITY;
+            if (squares[i] > largest) largest = squares[i];
+        }
+    }
+    largest_norm_ = std::sqrt(largest);
+}
+
+struct Nearest {
+    float squared;
+    int64_t index;
+};
+
+// Measures the centroids first .. stop - 1 in order.
+void measure(const float* x, const float* centroids, int64_t first, int64_t stop, int64_t channels,
+             Nearest& nearest) {
+    for (int64_t i = first; i < stop; ++i) {
+        const float d = squared_distance(x, centroids + i * channels, channels, nearest.squared);
+        if (d < nearest.squared) nearest = {d, i};
+    }
+}
+
+}  // namespace
+
+void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
+                      float* distance, int64_t* index, int threads) {
+    Packed packed(centroids, k, channels);
+    const int64_t scratch_size = kRows * channels + packed.panels() * kRows;
+    Buffer<float> scratch(threads * scratch_size);
+
+    for (int64_t first = 0; first < k; first += packed.panels() * kWide) {
+        packed.load_block(first, threads);
+        const int64_t panels = packed.panels_at(first);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (int64_t start = 0; start < n; start += kRows) {
+            const int64_t count = n - start < kRows ? n - start : kRows;
+            float* tiles = scratch.data() + omp_get_thread_num() * scratch_size;
+            float* least = tiles + kRows * channels;  // (panels, kRows)
+            for (int64_t t = 0; t < count; t += kTile)
+                pack(x + (start + t) * channels, count - t < kTile ? count - t : kTile, channels,
+                     packed.mean(), kTile, tiles + t * channels);
+            for (int64_t p = 0; p < panels; ++p)
+                for (int64_t t = 0; t < count; t += kTile)
+                    least_of_panel(packed.panel(p), packed.half_norm(p), tiles + t * channels, channels,
+                                   least + p * kRows + t);
+
+            for (int64_t i = 0; i < count; ++i) {
+                const float* row = x + (start + i) * channels;
+                const float* y = tiles + i / kTile * kTile * channels + i % kTile;
+                float norm = 0, best = INFINITY;
+                for (int64_t c = 0; c < channels; ++c) norm += y[c * kTile] * y[c * kTile];
+                for (int64_t p = 0; p < panels; ++p)
+                    if (least[p * kRows + i] < best) best = least[p * kRows + i];
+                norm = std::sqrt(norm);
+                // Not finite (NaN, overflow): every group is measured.
+                const float error = packed.error(norm, best);
+                const float limit = best + 2 * error;
+
+                Nearest nearest;
+                if (first == 0)
+                    nearest = {squared_distance(row, centroids, channels, INFINITY), 0};
+                else
+                    nearest = {distance[start + i], index[start + i]};
+                for (int64_t p = 0; p < panels; ++p) {
+                    if (least[p * kRows + i] > limit) continue;
+                    const int64_t begin = first + p * kWide;
+                    measure(row, centroids, begin, k - begin < kWide ? k : begin + kWide, channels,
+                            nearest);
+                }
+                distance[start + i] = nearest.squared;
+                index[start + i] = nearest.index;
+            }
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) distance[i] = std::sqrt(distance[i]);
+}
+
+}  // namespace npad::cpu::NPAD_ISA

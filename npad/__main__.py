@@ -1,0 +1,5 @@
+"""`python -m npad`."""
+
+from npad.cli import main
+
+main()

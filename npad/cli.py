@@ -1,0 +1,430 @@
+"""The command line: fit, predict, evaluate, demo, info."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from npad._version import __version__
+from npad.command import Arguments, UsageError, command, new_model, run
+
+if TYPE_CHECKING:
+    from npad.datasets import Category
+    from npad.results import CategoryResult
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="npad",
+    help="Find defects in images, having seen only images without defects.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+REPORT, RESULTS, PARTIAL = "report.html", "results.json", "results.partial.json"
+
+Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="DIR")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Go on after a file that cannot be read, and list it.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="CPU threads. [default: as torch chooses]"),
+]
+
+
+def main() -> None:
+    """Run the program named on the command line."""
+    run(app)
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            help="Show the version.",
+            callback=lambda asked: _show_version() if asked else None,
+        ),
+    ] = False,
+) -> None:
+    """Find defects in images, having seen only images without defects."""
+
+
+def _show_version() -> None:
+    print(f"npad {__version__}")
+    raise typer.Exit
+
+
+# --- fit ---
+
+
+@command(app)
+def fit(
+    folder: Folder,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="MODEL", help="Model file to write.")
+    ],
+    arguments: Arguments,
+    skip_bad: SkipBad = False,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a model on a folder of images without defects."""
+    if (folder / "train" / "good").is_dir() or any(folder.glob("*/train/good")):
+        raise UsageError(
+            f"{folder} is a data set with defects: give its train/good, or use npad evaluate"
+        )
+    _check_can_be_written(output)
+    _set_threads(threads)
+    model = new_model(arguments, progress=_progress(quiet))
+    model.fit(folder, skip_bad=skip_bad)
+    model.save(output)
+    _list_skipped(model.skipped_)
+    if not quiet:
+        centroids = 0 if model.centroids_ is None else len(model.centroids_)
+        eps = f", eps {model.eps_:.3g}" if model.factor_ is not None else ""
+        print(
+            f"{output}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images, "
+            f"grid {model.grid_[0]} x {model.grid_[1]}{eps}, {centroids} centroids"
+        )
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Fail before the work and not after it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the path of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder: make it first")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            path.open("r+b").close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# --- predict ---
+
+
+def _color_range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not low < high:
+        raise typer.BadParameter(f"{text!r} is not LOW,HIGH")
+    return low, high
+
+
+@command(app)
+def predict(
+    model_file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(exists=True, metavar="PATH...", help="Images, and folders of images."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write into.")
+    ],
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Also write the anomaly maps, as float32 TIFF.")
+    ] = False,
+    overlays: Annotated[
+        bool, typer.Option("--overlays/--no-overlays", help="Draw the maps over the images.")
+    ] = True,
+    color_range: Annotated[
+        Any,
+        typer.Option(
+            parser=_color_range,
+            metavar="LOW,HIGH",
+            help="Map values at the ends of the overlays' colours. [default: the median and the "
+            "99.9th percentile of this run]",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="The backbone's weights, if not where they were.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")] = "cpu",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Images that go through the backbone together."),
+    ] = None,
+    skip_bad: SkipBad = False,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score images: OUT/scores.csv, OUT/scores.jsonl, OUT/overlays and OUT/maps."""
+    from npad.detector import NPad  # noqa: PLC0415
+    from npad.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
+
+    _set_threads(threads)
+    progress = _progress(quiet)
+    inputs = find_inputs(paths, output)
+    model = NPad.load(model_file, device=device, weights=weights, progress=progress)
+    if batch_size is not None:
+        model.batch_size = batch_size
+    files = PredictionFiles(
+        output, inputs, maps=maps, overlays=overlays, color_range=color_range, progress=progress
+    )
+    skipped = []
+    with files:
+        for prediction in model.predict_batches(list(inputs), skip_bad=skip_bad):
+            files.add(prediction)
+            skipped += prediction.skipped
+        _list_skipped(skipped)
+        if not files.n_scored:
+            raise ValueError(f"none of the {len(inputs)} images could be read")
+        files.finish()
+    if not quiet:
+        print(f"{output / 'scores.csv'}: {files.n_scored} images")
+        if overlays:
+            low, high = files.color_range or (math.nan, math.nan)
+            print(f"{output / 'overlays'}: colours from {low:.4g} to {high:.4g}")
+
+
+# --- evaluate ---
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise typer.BadParameter(f"{text!r} is not a list of different numbers such as 0,1,2")
+    return seeds
+
+
+Report = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the report.")
+]
+Seeds = Annotated[
+    Any,
+    typer.Option(
+        parser=_seeds, metavar="N,N,...", help="Fit with each seed: mean and spread of the metrics."
+    ),
+]
+
+
+@command(app)
+def evaluate(
+    folder: Folder,
+    arguments: Arguments,
+    output: Report = Path("npad-report"),
+    seeds: Seeds = None,
+    skip_bad: SkipBad = False,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit, score and measure a data set in the MVTec AD layout: one category or a folder of many."""
+    from npad.datasets import find_categories  # noqa: PLC0415
+
+    _set_threads(threads)
+    _evaluate(find_categories(folder), arguments, output, seeds, skip_bad, quiet)
+
+
+@command(app, backbone="filterbank")
+def demo(
+    arguments: Arguments,
+    output: Report = Path("npad-demo"),
+    seeds: Seeds = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Weave a small data set with planted defects and evaluate on it."""
+    from npad.datasets import find_categories  # noqa: PLC0415
+    from npad.synthetic import make_dataset  # noqa: PLC0415
+
+    _set_threads(threads)
+    seed = arguments.get("seed", 0)
+    data = output / f"data-seed{seed}"
+    if not data.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished:
+            make_dataset(Path(unfinished) / "data" / "woven", seed)
+            (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
+    _evaluate(find_categories(data), arguments, output, seeds, False, quiet)
+
+
+def _evaluate(
+    categories: Sequence[Category],
+    arguments: Arguments,
+    output: Path,
+    seeds: Sequence[int] | None,
+    skip_bad: bool,
+    quiet: bool,
+) -> None:
+    from npad.evaluation import evaluate as evaluate_category  # noqa: PLC0415
+    from npad.report import write_report  # noqa: PLC0415
+    from npad.results import summarize, to_json  # noqa: PLC0415
+
+    if seeds is not None and "seed" in arguments:
+        raise UsageError("--seed and --seeds exclude each other")
+    progress = _progress(quiet)
+    output.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = [{"seed": seed} for seed in seeds] if seeds else [{}]
+    models = [lambda run=run: new_model(arguments, progress=progress, **run) for run in runs]
+    for make in models:
+        make()  # what NPad refuses, it refuses now
+    results: list[list[CategoryResult]] = [[] for _ in runs]  # of each seed
+    for category in categories:
+        for make, of_seed in zip(models, results, strict=True):
+            result = evaluate_category(make(), category, skip_bad=skip_bad, progress=progress)
+            _list_skipped(result.skipped)
+            of_seed.append(result)
+        _write_json(output / PARTIAL, to_json(_named(results, seeds)))
+
+    named = _named(results, seeds)
+    rows, spread = _over_seeds([summarize(of_seed) for of_seed in results])
+    seeds_json = {"seeds": list(seeds), "mean": rows, "deviation": spread} if seeds else {}
+    write_report(named, output / REPORT)
+    _write_json(output / RESULTS, to_json(named) | seeds_json)
+    (output / PARTIAL).unlink()
+    if not quiet:
+        if len(categories) == 1:
+            rows, spread = rows[:1], spread[:1]  # their mean would say the same again
+        types = results[0][0].types if len(categories) == 1 and not seeds else {}
+        rows += [{"category": f"  {name}", **values} for name, values in types.items()]
+        for row, deviation in zip(list(rows), spread, strict=False):
+            rows.insert(rows.index(row) + 1, deviation)
+        _print_table(rows)
+        print(f"{output / REPORT}")
+
+
+def _named(
+    results: Sequence[Sequence[CategoryResult]], seeds: Sequence[int] | None
+) -> list[CategoryResult]:
+    """All results, category by category, with the seed in their name where there are several."""
+    return [
+        replace(result, name=f"{result.name}, seed {seeds[i]}") if seeds else result
+        for of_category in zip(*results, strict=True)
+        for i, result in enumerate(of_category)
+    ]
+
+
+def _over_seeds(
+    summaries: Sequence[Sequence[dict[str, Any]]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Mean and standard deviation over seeds of each row of a summary; one seed has no spread."""
+    means, deviations = [], []
+    for of_seeds in zip(*summaries, strict=True):
+        values = {key: [row[key] for row in of_seeds] for key in of_seeds[0] if key != "category"}
+        name = of_seeds[0]["category"]
+        means.append({"category": name} | {k: statistics.fmean(v) for k, v in values.items()})
+        if len(of_seeds) > 1:
+            spread = {key: statistics.stdev(v) for key, v in values.items()}
+            deviations.append({"category": f"  ± of {len(of_seeds)} seeds"} | spread)
+    return means, deviations
+
+
+def _write_json(path: Path, values: Any) -> None:
+    from npad.atomic_file import replacing  # noqa: PLC0415
+
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=1, allow_nan=False).encode())
+
+
+COLUMNS = {
+    "auroc": "image\nAUROC",
+    "ap": "image\nAP",
+    "f1_max": "image\nF1-max",
+    "pixel_auroc": "pixel\nAUROC",
+    "pixel_ap": "pixel\nAP",
+    "pixel_f1_max": "pixel\nF1-max",
+    "aupro": "AUPRO\n0.3",
+    "fit_seconds": "fit\ns",
+    "images_per_second": "images\n/s",
+}
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table on a terminal, else tab-separated columns under the names used in the JSON."""
+    cells = [[str(row["category"]), *(_cell(key, row.get(key)) for key in COLUMNS)] for row in rows]
+    if not sys.stdout.isatty():
+        table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+        table.writerows([["category", *COLUMNS], *cells])
+        return
+    from rich import box  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", overflow="ellipsis", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, *values in cells:
+        table.add_row(Text(name), *values)  # a name is no markup
+    Console().print(table)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.1f}" if key in ("fit_seconds", "images_per_second") else f"{value:.3f}"
+
+
+# --- info ---
+
+
+@command(app)
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what is in use: versions, kernels, devices."""
+    from npad.environment import info as environment  # noqa: PLC0415
+
+    facts = environment()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    flat = {}
+    for name, value in facts.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    width = max(map(len, flat))
+    for name, value in flat.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        print(f"{name:{width}}  {'none' if text in (None, '') else text}")
+
+
+# --- shared ---
+
+
+def _progress(quiet: bool) -> bool | None:
+    return False if quiet else None
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch  # noqa: PLC0415
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _list_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    for path, reason in skipped:
+        print(f"npad: skipped: {path}: {reason}", file=sys.stderr)

@@ -1,0 +1,213 @@
+// Every CPU kernel of every instruction set at odd sizes, on heap arrays of the exact size, against
+// plain loops in double. Meant to run under AddressSanitizer and UndefinedBehaviorSanitizer, where
+// one element read or written too far ends the program.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+#include "packed.h"
+#include "window.h"
+
+namespace {
+
+using npad::FactorType;
+using npad::PackedLayout;
+using npad::cpu::Isa;
+using Floats = std::vector<float>;
+
+std::mt19937 g_random(0);
+int g_checks = 0;
+
+Floats normal(int64_t n, float offset = 0.0f) {
+    std::normal_distribution<float> draw(offset, 1.0f);
+    Floats values(static_cast<size_t>(n));
+    for (float& v : values) v = draw(g_random);
+    return values;
+}
+
+void check(double actual, double expected, double tolerance, const char* isa, const char* what) {
+    ++g_checks;
+    if (std::abs(actual - expected) <= tolerance * (1 + std::abs(expected))) return;
+    std::fprintf(stderr, "%s %s: got %.9g, expected %.9g\n", isa, what, actual, expected);
+    std::exit(1);
+}
+
+int64_t slot(const PackedLayout& layout, int64_t row, int64_t column) {
+    const int64_t panel = (row + layout.pad) / npad::kPanel;
+    return layout.offset(panel) + column * npad::kPanel + (row - layout.first_row(panel));
+}
+
+void test_moments_and_covariance(const Isa& isa, int64_t batch, int64_t height, int64_t width,
+                                 int64_t channels, int64_t window, int threads) {
+    const PackedLayout layout(channels);
+    const int64_t positions = height * width;
+    const Floats x = normal(batch * positions * channels, 2.0f);
+    std::vector<int64_t> count(static_cast<size_t>(positions));
+    Floats mean(static_cast<size_t>(positions * channels));
+    Floats scatter(static_cast<size_t>(positions * layout.size()));
+    const int64_t half = batch / 2;
+    for (const auto& [first, rows] : {std::pair{int64_t{0}, half}, std::pair{half, batch - half}})
+        if (rows > 0)
+            isa.kernels.neighborhood_moments(x.data() + first * positions * channels, rows, positions,
+                                             channels, count.data(), mean.data(), scatter.data(),
+                                             threads);
+
+    Floats window_mean(static_cast<size_t>(positions * channels));
+    Floats covariance(static_cast<size_t>(positions * channels * channels));
+    isa.kernels.window_covariance(count.data(), mean.data(), scatter.data(), height, width, channels,
+                                  window, 0, positions, window_mean.data(), covariance.data(), threads);
+
+    for (int64_t p = 0; p < positions; ++p) {
+        const npad::Window w(p, height, width, window);
+        const double n = static_cast<double>(batch * w.size());
+        std::vector<double> mu(static_cast<size_t>(channels));
+        std::vector<double> s(static_cast<size_t>(channels * channels));
+        const auto each = [&](auto visit) {
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t row = w.top; row < w.bottom; ++row)
+                    for (int64_t col = w.left; col < w.right; ++col)
+                        visit(x.data() + (b * positions + row * width + col) * channels);
+        };
+        each([&](const float* v) {
+            for (int64_t c = 0; c < channels; ++c) mu[c] += v[c] / n;
+        });
+        each([&](const float* v) {
+            for (int64_t i = 0; i < channels; ++i)
+                for (int64_t j = 0; j < channels; ++j)
+                    s[i * channels + j] += (v[i] - mu[i]) * (v[j] - mu[j]) / (n - 1);
+        });
+        for (int64_t i = 0; i < channels; ++i) {
+            check(window_mean[p * channels + i], mu[i], 1e-4, isa.name, "window mean");
+            for (int64_t j = 0; j < channels; ++j)
+                check(covariance[(p * channels + i) * channels + j], s[i * channels + j], 1e-4,
+                      isa.name, "window covariance");
+        }
+    }
+}
+
+void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                      int64_t window, int threads) {
+    const PackedLayout layout(channels);
+    const int64_t positions = height * width;
+    const Floats x = normal(batch * positions * channels), mean = normal(positions * channels);
+    const Floats dense = normal(positions * channels * channels);
+    Floats packed(static_cast<size_t>(positions * layout.size()), 1e9f);
+    isa.kernels.pack_factor(dense.data(), positions, channels, packed.data(), threads);
+    for (int64_t row = 0; row < channels; ++row)
+        check(packed[slot(layout, row, row)], dense[row * channels + row], 0, isa.name, "pack");
+
+    // bfloat16 by truncation, so that the float32 oracle can use the same values.
+    std::vector<uint16_t> bits(packed.size());
+    Floats rounded(packed.size());
+    for (size_t i = 0; i < packed.size(); ++i) {
+        const uint32_t word = std::bit_cast<uint32_t>(packed[i]);
+        bits[i] = static_cast<uint16_t>(word >> 16);
+        rounded[i] = std::bit_cast<float>(word & 0xffff0000u);
+    }
+
+    Floats distance(static_cast<size_t>(batch * positions));
+    for (const bool half : {false, true}) {
+        const Floats& w_all = half ? rounded : packed;
+        isa.kernels.mahalanobis(x.data(), batch, height, width, channels, mean.data(),
+                                half ? static_cast<const void*>(bits.data()) : packed.data(),
+                                half ? FactorType::kBFloat16 : FactorType::kFloat32, window,
+                                distance.data(), threads);
+        for (int64_t n = 0; n < batch; ++n)
+            for (int64_t p = 0; p < positions; ++p) {
+                const npad::Window w(p, height, width, window);
+                double nearest = std::numeric_limits<double>::infinity();
+                for (int64_t row = w.top; row < w.bottom; ++row)
+                    for (int64_t col = w.left; col < w.right; ++col) {
+                        const int64_t q = row * width + col;
+                        double total = 0;
+                        for (int64_t i = 0; i < channels; ++i) {
+                            double y = 0;
+                            for (int64_t j = 0; j <= i; ++j)
+                                y += double{w_all[q * layout.size() + slot(layout, i, j)]} *
+                                     (x[(n * positions + p) * channels + j] - mean[q * channels + j]);
+                            total += y * y;
+                        }
+                        nearest = std::min(nearest, std::sqrt(total));
+                    }
+                check(distance[n * positions + p], nearest, 1e-4, isa.name, "mahalanobis");
+            }
+    }
+}
+
+double distance(const float* a, const float* b, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
+    return std::sqrt(total);
+}
+
+void test_nearest_centroid(const Isa& isa, int64_t n, int64_t k, int64_t channels, int threads) {
+    const Floats x = normal(n * channels), centroids = normal(k * channels);
+    Floats nearest(static_cast<size_t>(n));
+    std::vector<int64_t> index(static_cast<size_t>(n));
+    isa.kernels.nearest_centroid(x.data(), n, centroids.data(), k, channels, nearest.data(),
+                                 index.data(), threads);
+    for (int64_t i = 0; i < n; ++i) {
+        double least = std::numeric_limits<double>::infinity();
+        for (int64_t j = 0; j < k; ++j)
+            least = std::min(least, distance(&x[i * channels], &centroids[j * channels], channels));
+        check(nearest[i], least, 1e-4, isa.name, "nearest distance");
+        check(distance(&x[i * channels], &centroids[index[i] * channels], channels), least, 1e-4,
+              isa.name, "nearest index");
+    }
+}
+
+void test_farthest_first(const Isa& isa, int64_t n, int64_t dim, int64_t k, int threads) {
+    Floats points = normal(n * dim);
+    for (float& v : points) v = std::round(4 * v);  // exact distances, many ties and duplicates
+    std::vector<int64_t> index(static_cast<size_t>(k));
+    Floats radius(static_cast<size_t>(k));
+    const npad::Progress progress{[](void*, int64_t, int64_t) { return true; }, nullptr};
+    if (!isa.kernels.farthest_first(points.data(), n, dim, k, n / 2, index.data(), radius.data(),
+                                    threads, progress))
+        check(1, 0, 0, isa.name, "farthest_first stopped");
+    std::vector<double> near(static_cast<size_t>(n), std::numeric_limits<double>::infinity());
+    std::vector<bool> chosen(static_cast<size_t>(n));
+    int64_t next = n / 2;
+    for (int64_t c = 0; c < k; ++c) {
+        check(static_cast<double>(index[c]), static_cast<double>(next), 0, isa.name, "centre");
+        chosen[next] = true;
+        for (int64_t i = 0; i < n; ++i)
+            near[i] = std::min(near[i], distance(&points[i * dim], &points[next * dim], dim));
+        check(radius[c], *std::max_element(near.begin(), near.end()), 1e-6, isa.name, "radius");
+        next = -1;
+        for (int64_t i = 0; i < n; ++i)
+            if (!chosen[i] && (next < 0 || near[i] > near[next])) next = i;
+    }
+}
+
+}  // namespace
+
+int main() {
+    const Isa* isas[npad::cpu::kMaxIsas];
+    const int n_isas = npad::cpu::available_isas(isas);
+    for (int i = 0; i < n_isas; ++i) {
+        const Isa& isa = *isas[i];
+        for (const int threads : {1, 2})
+            for (const int64_t channels : {1, 7, 8, 17, 33, 41}) {
+                test_moments_and_covariance(isa, 5, 3, 2, channels, 3, threads);
+                test_moments_and_covariance(isa, 2, 1, 1, channels, 1, threads);
+                test_mahalanobis(isa, 1, 1, 1, channels, 1, threads);
+                test_mahalanobis(isa, 3, 3, 4, channels, 3, threads);
+                test_mahalanobis(isa, 70, 3, 3, channels, 3, threads);
+                test_nearest_centroid(isa, 1, 1, channels, threads);
+                test_nearest_centroid(isa, 37, 131, channels, threads);
+                test_farthest_first(isa, 1, channels, 1, threads);
+                test_farthest_first(isa, 203, channels, 203, threads);
+            }
+        test_moments_and_covariance(isa, 203, 2, 2, 9, 9, 2);
+        std::printf("%s: ok\n", isa.name);
+    }
+    std::printf("%d checks\n", g_checks);
+    return 0;
+}

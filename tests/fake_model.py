@@ -1,0 +1,67 @@
+"""A small deterministic detector, so that the evaluation and the report need no real one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+BACKGROUND = 100
+SIZE = (24, 32)
+
+
+class FakeModel:
+    """Scores by the distance of a pixel's brightness from the mean of the training images."""
+
+    def __init__(self, image_size=SIZE, batch_size=3):
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.skipped_ = []
+        self.fits = 0
+
+    def settings(self):
+        return {"image_size": list(self.image_size), "backbone": "<fake>", "eps": "auto"}
+
+    def fit(self, source, *, skip_bad=False):
+        self.fits += 1
+        self.skipped_ = [(str(p), "cut short") for p in source if skip_bad and "bad" in p.name]
+        good = [p for p in source if "bad" not in p.name]
+        self.mean_ = float(np.mean([np.asarray(Image.open(p), dtype=float).mean() for p in good]))
+        return self
+
+    def predict_batches(self, source, *, skip_bad=False):
+        for start in range(0, len(source), self.batch_size):
+            batch = SimpleNamespace(scores=[], maps=[], paths=[], skipped=[])
+            for path in source[start : start + self.batch_size]:
+                if skip_bad and "bad" in path.name:
+                    batch.skipped.append((str(path), "cut short"))
+                    continue
+                pixels = np.asarray(Image.open(path).convert("L"), dtype=np.float32)
+                batch.maps.append(np.abs(pixels - np.float32(self.mean_)))
+                batch.scores.append(batch.maps[-1].max())
+                batch.paths.append(str(path))
+            batch.scores = np.array(batch.scores, dtype=np.float64)
+            yield batch
+
+
+def write_category(root, tests, *, n_train=4, size=SIZE, grain=3, seed=0):
+    """Write a category of grey images. `tests`: (type, name, brightness of the defect, scale)."""
+    rng = np.random.default_rng(seed)
+    for i in range(n_train):
+        save(rng.normal(BACKGROUND, grain, size), root / f"train/good/{i:03}.png")
+    for kind, name, brightness, scale in tests:
+        height, width = size[0] * scale, size[1] * scale
+        pixels = rng.normal(BACKGROUND, grain, (height, width))
+        mask = np.zeros((height, width), dtype=bool)
+        if kind != "good":
+            mask[height // 3 : height // 2, width // 4 : width // 2] = True
+            pixels[mask] += brightness
+            save(mask * 255, root / f"ground_truth/{kind}/{name}_mask.png")
+        save(pixels, root / f"test/{kind}/{name}.png")
+    return root
+
+
+def save(pixels, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)

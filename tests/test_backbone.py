@@ -1,0 +1,306 @@
+"""Backbones: the embedding, the choice of layers, weights from files, messages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm  # noqa: TID251  (checkpoints and an independent embedding are made with it)
+import torch
+from safetensors.torch import save_file
+
+from npad.backbone import Backbone, BackboneError
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+def checkpoint(folder: Path, name: str, **options: Any) -> Path:
+    """A file of random weights, batch statistics included, of a timm model."""
+    torch.manual_seed(1)
+    path = folder / f"{name}-{'-'.join(map(str, options)) or 'whole'}.safetensors"
+    if not path.exists():
+        state = timm.create_model(name, **options).state_dict()
+        for key, value in state.items():
+            if key.endswith(("running_mean", "running_var")):
+                value.uniform_(0.5, 1.5)
+        save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet_file(folder: Path) -> Path:
+    return checkpoint(folder, "resnet18")
+
+
+@pytest.fixture(scope="session")
+def resnet(resnet_file: Path) -> Backbone:
+    return Backbone("resnet18", weights=resnet_file)
+
+
+def reference_embedding(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
+    """Written from the definition, in float64: every patch divided by 9, borders too."""
+    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(1, 3, 1, 1)
+    net = timm.create_model("resnet18", features_only=True, out_indices=backbone.layers)
+    net.load_state_dict(backbone.net.state_dict())
+    with torch.no_grad():
+        levels = net.double().eval()((images.double() - mean) / std)
+    pooled = []
+    for level in levels:
+        padded = torch.nn.functional.pad(level, (1, 1, 1, 1))
+        height, width = level.shape[2:]
+        shifts = [(i, j) for i in range(3) for j in range(3)]
+        total = sum(padded[:, :, i : i + height, j : j + width] for i, j in shifts)
+        pooled.append(
+            torch.nn.functional.interpolate(
+                total / 9, size=levels[0].shape[2:], mode="bilinear", align_corners=False
+            )
+        )
+    return torch.cat(pooled, 1).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (97, 131)])
+def test_embedding_is_its_definition(resnet: Backbone, size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size)
+    x = resnet(images)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    assert x.shape == (2, *resnet.grid(size), resnet.channels)
+    assert not x.requires_grad
+    expected = reference_embedding(resnet, images)
+    torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rerun_is_bitwise_equal(resnet: Backbone) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(resnet(images), resnet(images))
+
+
+def test_resnet_takes_layers_2_and_3_and_builds_nothing_deeper(resnet: Backbone) -> None:
+    assert resnet.layers == (2, 3)
+    assert resnet.channels == 128 + 256
+    assert resnet.grid((256, 256)) == (32, 32)
+    assert not any(key.startswith(("layer4", "fc")) for key in resnet.net.state_dict())
+
+
+def test_layers_are_sorted_and_set_the_grid(resnet_file: Path) -> None:
+    backbone = Backbone("resnet18", layers=[3, 1], weights=resnet_file)
+    assert backbone.layers == (1, 3)
+    assert backbone.grid((64, 96)) == (16, 24)
+    assert backbone.channels == 64 + 256
+
+
+def test_it_stays_frozen(resnet: Backbone) -> None:
+    assert not any(p.requires_grad for p in resnet.parameters())
+    resnet.train()
+    assert not any(module.training for module in resnet.modules())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 64), (67, 101), (224, 40), (33, 32)])
+@pytest.mark.parametrize("name", ["resnet18", "filterbank"])
+def test_grid_is_exact(name: str, size: tuple[int, int], resnet: Backbone) -> None:
+    backbone = resnet if name == "resnet18" else Backbone(name)
+    assert backbone(torch.rand(1, 3, *size)).shape[1:3] == backbone.grid(size)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "filterbank"])
+def test_too_small_an_image_names_the_least_that_works(name: str, resnet: Backbone) -> None:
+    backbone = resnet if name == "resnet18" else Backbone(name)
+    with pytest.raises(ValueError, match=r"image_size \(15, 300\).* stride 16 ") as caught:
+        backbone.grid((15, 300))
+    least = int(str(caught.value).rsplit(" ", 1)[1])
+    assert min(backbone.grid((least, least))) >= 2
+    with pytest.raises(ValueError, match=f"the least that works is {least} x {least}"):
+        backbone(torch.rand(1, 3, least - 1, least - 1))
+
+
+def test_a_grid_of_one_cell_is_refused(resnet_file: Path) -> None:
+    backbone = Backbone("resnet18", layers=[3], weights=resnet_file)
+    with pytest.raises(ValueError, match=r"grid would be 1 x 1; the least that works is 17 x 17"):
+        backbone.grid((16, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "channels", "grid"),
+    [
+        ("convnext_atto", (1, 2), 80 + 160, (12, 8)),  # levels begin at reduction 4
+        ("efficientnet_lite0", (2, 3), 40 + 112, (12, 8)),
+        ("vit_tiny_patch16_224", (5, 8), 2 * 192, (6, 4)),  # one reduction: half, three quarters
+        ("swin_tiny_patch4_window7_224", (1, 2), 192 + 384, (12, 8)),  # channels last inside
+    ],
+)
+def test_other_architectures(
+    folder: Path, name: str, layers: tuple[int, ...], channels: int, grid: tuple[int, int]
+) -> None:
+    """The whole model's checkpoint loads although timm renames weights in its feature form."""
+    backbone = Backbone(name, weights=checkpoint(folder, name))
+    assert (backbone.layers, backbone.channels) == (layers, channels)
+    assert backbone.grid((96, 64)) == grid
+    assert backbone(torch.rand(1, 3, 96, 64)).shape == (1, *grid, channels)
+
+
+def test_a_size_the_network_does_not_take(folder: Path) -> None:
+    backbone = Backbone("vit_tiny_patch16_224", weights=checkpoint(folder, "vit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match=r"\(100, 96\) does not work .*divisible.*32 x 32"):
+        backbone.grid((100, 96))
+
+
+def test_the_model_normalises_with_its_own_moments(folder: Path) -> None:
+    backbone = Backbone("vit_tiny_patch16_224", weights=checkpoint(folder, "vit_tiny_patch16_224"))
+    assert backbone.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_images_are_checked(resnet: Backbone) -> None:
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(2, 1, 64, 64\)"):
+        resnet(torch.rand(2, 1, 64, 64))
+    with pytest.raises(TypeError, match="float32 in"):
+        resnet(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("layers", [[], [2, 2], [5], [-1], [2, 7]])
+def test_layers_that_do_not_exist(layers: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"layers"):
+        Backbone("resnet18", layers=layers, weights="unread")
+    with pytest.raises(ValueError, match=r"layers"):
+        Backbone("filterbank", layers=layers)
+
+
+def test_hash_does_not_depend_on_the_file(
+    resnet: Backbone, resnet_file: Path, folder: Path
+) -> None:
+    state = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3)).state_dict()
+    whole = resnet.net.state_dict()
+    part = {key: whole[key] for key in state}
+    torch.save(part, folder / "part.pth")
+    torch.save(
+        {"epoch": torch.tensor(3), "state_dict": {f"module.{k}": v for k, v in part.items()}},
+        folder / "wrapped.pth",
+    )
+    old = {k: v for k, v in part.items() if not k.endswith("num_batches_tracked")}
+    save_file(old, folder / "old.safetensors")
+    for file in ("part.pth", "wrapped.pth", "old.safetensors"):
+        assert Backbone("resnet18", weights=folder / file).weights_hash == resnet.weights_hash
+    assert len(resnet.weights_hash) == 64
+    part["conv1.weight"] = part["conv1.weight"] * 1.0001
+    torch.save(part, folder / "other.pth")
+    assert Backbone("resnet18", weights=folder / "other.pth").weights_hash != resnet.weights_hash
+    fewer = Backbone("resnet18", layers=[2], weights=resnet_file)
+    assert fewer.weights_hash != resnet.weights_hash
+
+
+def test_filter_bank_hash_sees_its_filters() -> None:
+    first, second = Backbone("filterbank"), Backbone("filterbank")
+    assert first.weights_hash == second.weights_hash
+    assert (first.layers, first.channels) == ((1, 2, 3), 51)
+    with pytest.raises(ValueError, match="takes none"):
+        Backbone("filterbank", weights="some.safetensors")
+
+
+def test_weights_that_do_not_fit(resnet: Backbone, folder: Path) -> None:
+    state = {key: value.clone() for key, value in resnet.net.state_dict().items()}
+    missing = {k: v for k, v in state.items() if not k.startswith("layer3")}
+    save_file(missing, folder / "missing.safetensors")
+    with pytest.raises(BackboneError, match=r"missing\.safetensors: .*missing \(layer3\.0\.conv1"):
+        Backbone("resnet18", weights=folder / "missing.safetensors")
+    save_file({**state, "conv1.weight": torch.zeros(64, 1, 7, 7)}, folder / "shape.safetensors")
+    with pytest.raises(BackboneError, match=r"conv1\.weight is \(64, 1, 7, 7\), not \(64, 3, 7, 7"):
+        Backbone("resnet18", weights=folder / "shape.safetensors")
+    save_file({**state, "neck.weight": torch.zeros(3)}, folder / "extra.safetensors")
+    with pytest.raises(BackboneError, match=r"extra\.safetensors: 1 weights have no place .*neck"):
+        Backbone("resnet18", weights=folder / "extra.safetensors")
+
+
+class Payload:
+    """Pickled, it would run code when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("payload-ran",))
+
+
+def test_files_that_are_no_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BackboneError, match="there is no such file"):
+        Backbone("resnet18", weights=tmp_path / "absent.pth")
+    whole = checkpoint(folder, "resnet18").read_bytes()
+    for name, content in {
+        "cut.safetensors": whole[: len(whole) // 2],
+        "empty.safetensors": b"",
+        "empty.pth": b"",
+        "text.pth": b"these are no weights",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BackboneError, match=f"{name}: weights: neither"):
+            Backbone("resnet18", weights=tmp_path / name)
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(BackboneError, match="no state dict"):
+        Backbone("resnet18", weights=tmp_path / "list.pth")
+    torch.save({"conv1.weight": Payload()}, tmp_path / "code.pth")
+    with pytest.raises(BackboneError, match=r"code\.pth: weights: neither"):
+        Backbone("resnet18", weights=tmp_path / "code.pth")
+    assert not (tmp_path / "payload-ran").exists()
+
+
+def test_an_unknown_name_suggests_others() -> None:
+    with pytest.raises(BackboneError, match=r"'resnt18' .*did you mean .*resnet18"):
+        Backbone("resnt18")
+
+
+def test_no_download_names_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(BackboneError, match=r"the network is down.*pass weights=.*filterbank"):
+        Backbone("resnet18")
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_refused_connection_fails_at_once(tmp_path: Path, offline: str) -> None:
+    """For real, with nothing replaced: no answer at the address of the hub."""
+    code = (
+        "import time, timm; from npad.backbone import Backbone; start = time.monotonic()\n"
+        "try: Backbone('resnet18')\n"
+        "except Exception as e: print(type(e).__name__, e); print(time.monotonic() - start)"
+    )
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")},
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": offline,
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert out[0].startswith("BackboneError backbone 'resnet18': its pre-trained weights cannot")
+    assert "weights=" in out[0]
+    assert float(out[1]) < 15  # retrying takes three quarters of a minute
+
+
+def test_importing_it_does_not_import_timm() -> None:
+    code = "import sys, npad.backbone; npad.backbone.Backbone('filterbank'); print('timm' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_real_weights(weights: Path) -> None:
+    file = weights / "resnet18_layers123.safetensors"
+    backbone = Backbone("resnet18", weights=file)
+    assert backbone.layers == (2, 3)
+    assert backbone.weights_hash == Backbone("resnet18", weights=file).weights_hash
+    start = time.monotonic()
+    x = backbone(torch.rand(1, 3, 256, 256))
+    assert time.monotonic() - start < 5
+    assert x.shape == (1, 32, 32, 384)
+    assert x.min() >= 0  # means of ReLU outputs

@@ -1,0 +1,146 @@
+"""NeighborhoodGaussian: fit, merge, choice of eps, factors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from npad import ops, reference
+from npad.gaussian import NeighborhoodGaussian
+
+GRID = (4, 5)
+
+
+def fit(x: Tensor, window: int = 3) -> NeighborhoodGaussian:
+    gaussian = NeighborhoodGaussian(GRID, x.shape[-1], window=window)
+    for batch in x.split(7):
+        gaussian.update(batch)
+    return gaussian
+
+
+def test_window_1_is_padims_gaussian() -> None:
+    """Scores equal those of numpy's covariance and inverse, position by position."""
+    x, new = torch.randn(60, *GRID, 8), torch.randn(2, *GRID, 8)
+    mean, factor = fit(x, window=1).finalize(0.01)
+    actual = ops.mahalanobis(new, mean, factor, GRID)
+    samples = x.flatten(1, 2).double().numpy()
+    for p in range(20):
+        covariance = np.cov(samples[:, p], rowvar=False) + 0.01 * np.eye(8)
+        z = new.flatten(1, 2)[:, p].double().numpy() - samples[:, p].mean(0)
+        squared = np.einsum("ni,ij,nj->n", z, np.linalg.inv(covariance), z)
+        np.testing.assert_allclose(actual.flatten(1)[:, p], np.sqrt(squared), rtol=1e-4)
+
+
+def test_merging_halves_is_fitting_the_whole() -> None:
+    x = torch.randn(30, *GRID, 9) * 2 + 3
+    whole, merged = fit(x), fit(x[:11]).merge(fit(x[11:]))
+    assert torch.equal(merged.count, whole.count)
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_with_nothing_changes_nothing() -> None:
+    whole = fit(torch.randn(9, *GRID, 5))
+    mean, scatter = whole.mean.clone(), whole.scatter.clone()
+    whole.merge(NeighborhoodGaussian(GRID, 5))
+    assert torch.equal(whole.mean, mean)
+    assert torch.equal(whole.scatter, scatter)
+    fresh = NeighborhoodGaussian(GRID, 5).merge(whole)
+    torch.testing.assert_close(fresh.scatter, scatter)
+
+
+def test_merge_rejects_another_grid() -> None:
+    with pytest.raises(ValueError, match=r"other has grid \(2, 2\) and 5 channels"):
+        fit(torch.randn(3, *GRID, 5)).merge(NeighborhoodGaussian((2, 2), 5))
+
+
+def test_chosen_eps_is_the_most_likely() -> None:
+    """Against a plain evaluation of the density at every candidate."""
+    scale = torch.logspace(-2, 1, 6)
+    x = torch.randn(12, *GRID, 6) * scale
+    held_out = torch.randn(15, *GRID, 6) * scale
+    gaussian = fit(x, window=1)
+    eps = gaussian.choose_eps(held_out)
+
+    mean, covariance = reference.window_covariance(
+        gaussian.count, gaussian.mean.double(), gaussian.scatter.double(), GRID, 1, 0, 20
+    )
+
+    def likelihood(value: float) -> float:
+        total = 0.0
+        for p in range(20):
+            normal = torch.distributions.MultivariateNormal(
+                mean[p], covariance[p] + value * torch.eye(6).double()
+            )
+            total += float(normal.log_prob(held_out.flatten(1, 2)[:, p].double()).sum())
+        return total
+
+    assert all(likelihood(eps) >= likelihood(eps * f) for f in (0.1, 0.5, 2.0, 10.0))
+
+
+def test_chosen_eps_follows_the_scale_of_the_features() -> None:
+    x, held_out = torch.randn(12, *GRID, 6), torch.randn(8, *GRID, 6)
+    eps = fit(x).choose_eps(held_out)
+    assert fit(100 * x).choose_eps(100 * held_out) == pytest.approx(1e4 * eps, rel=1e-2)
+
+
+def test_chosen_eps_makes_nominal_distances_about_one_per_channel() -> None:
+    torch.manual_seed(1)
+    mix = torch.randn(24, 24) / 5
+    x, held_out, new = (torch.randn(n, *GRID, 24) @ mix for n in (10, 8, 50))
+    gaussian = fit(x)
+    mean, factor = gaussian.finalize(gaussian.choose_eps(held_out))
+    squared = ops.mahalanobis(new, mean, factor, GRID).square().mean() / 24
+    assert 0.5 < squared < 2
+
+
+@pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
+def test_chunks_do_not_change_the_factors(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaussian = fit(torch.randn(20, *GRID, 12))
+    whole = gaussian.finalize(0.1, dtype)
+    monkeypatch.setattr("npad.gaussian.CHUNK_BYTES", 4 * 12**2 * 3)
+    done: list[int] = []
+    chunked = gaussian.finalize(0.1, dtype, done.append)
+    assert torch.equal(whole[0], chunked[0])
+    torch.testing.assert_close(whole[1], chunked[1], rtol=1e-5, atol=1e-6)
+    assert whole[1].dtype == dtype
+    assert sum(done) == 20
+
+
+@pytest.mark.parametrize("case", ["constant channels", "duplicates", "large", "dead position"])
+@pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
+def test_singular_covariances_give_finite_scores(case: str, dtype: torch.dtype) -> None:
+    x = torch.randn(12, *GRID, 10)
+    if case == "constant channels":
+        x[..., 3:6] = 2.5
+    elif case == "duplicates":
+        x = x[:1].repeat(12, 1, 1, 1)
+    elif case == "large":
+        x = x * 1e4 + 1e4
+    else:
+        x[:, 1:4, 1:4] = 0.0
+    gaussian = fit(x)
+    eps = gaussian.choose_eps(x[:3] * 1.01)
+    mean, factor = gaussian.finalize(eps, dtype)
+    assert ops.mahalanobis(x, mean, factor, GRID).isfinite().all()
+
+
+def test_covariance_that_cannot_be_factored_names_the_position_and_the_eps() -> None:
+    x = torch.randn(12, *GRID, 4) * 1e4
+    x[..., 3] = x[..., :3].sum(-1)
+    with pytest.raises(ValueError, match=r"grid position \(\d, \d\).*eps must be above about"):
+        fit(x).finalize(0.0)
+
+
+def test_float16_overflow_names_the_remedy() -> None:
+    gaussian = fit(torch.zeros(3, *GRID, 4))
+    with pytest.raises(ValueError, match="factor_dtype='bfloat16' or 'float32'"):
+        gaussian.finalize(1e-12, torch.float16)
+    gaussian.finalize(1e-12, torch.bfloat16)
+
+
+def test_too_few_samples() -> None:
+    with pytest.raises(ValueError, match="each window needs at least two samples"):
+        fit(torch.randn(1, *GRID, 4), window=1).finalize(0.1)

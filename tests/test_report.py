@@ -1,0 +1,275 @@
+"""The report: one file, nothing fetched, no script, pictures that a browser really shows."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from fake_model import FakeModel, write_category
+from PIL import Image
+
+from npad import evaluation, report
+from npad.datasets import find_categories
+from npad.images import ImageError
+
+TESTS = [
+    *(("good", f"{i:03}", 0, 1) for i in range(12)),
+    *(("dent", f"{i:03}", 40, 1) for i in range(3)),
+    *(("<b>odd & long type name<b>", f"{i:03}", 4 + i, 1) for i in range(7)),
+]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    root = write_category(tmp_path_factory.mktemp("data") / "plate", TESTS)
+    return evaluation.evaluate(FakeModel(), find_categories(root)[0])
+
+
+@pytest.fixture(scope="module")
+def page(result, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    report.write_report([result], path)
+    return path
+
+
+class Elements(HTMLParser):
+    """All elements of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += f" {data}"
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def browser():
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if shutil.which(name):
+            return name
+    if os.environ.get("NPAD_REQUIRE_CHROMIUM") == "1":
+        pytest.fail("NPAD_REQUIRE_CHROMIUM is 1, but no chromium is on the PATH")
+    return pytest.skip("no chromium on the PATH")
+
+
+SCRIPT = """<script>
+addEventListener("load", () => {
+  const found = {
+    images: [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight,
+                                           i.clientWidth, i.clientHeight]),
+    plots: [...document.querySelectorAll("svg")].map(s => {
+      const box = s.getBoundingClientRect();
+      return [box.width, box.height, s.querySelectorAll("path").length];
+    }),
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    fill: getComputedStyle(document.querySelector("svg path[style*='--good']")).fill,
+    good: getComputedStyle(document.documentElement).getPropertyValue("--good").trim(),
+  };
+  document.body.setAttribute("data-found", JSON.stringify(found));
+});
+</script>"""
+
+
+@pytest.mark.parametrize("width", [1280, 520])
+def test_a_browser_shows_every_picture(page, result, tmp_path, width):
+    # The page forbids scripts; the copy under test has to allow the one that looks at it.
+    text, n_policies = re.subn(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
+    assert n_policies == 1
+    copy = tmp_path / "copy.html"
+    copy.write_text(text.replace("</body>", SCRIPT + "</body>"), encoding="utf-8")
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    command = [browser(), *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},1000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", copy.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    (body,) = Elements(done.stdout.decode()).all("body")
+    found = json.loads(body["data-found"])
+    assert len(found["images"]) == 4 * len(result.pictures) + 1  # and the colour scale
+    for complete, natural_width, natural_height, shown_width, shown_height in found["images"]:
+        assert complete
+        assert min(natural_width, natural_height, shown_width, shown_height) > 0
+    for shown_width, _, *_ in (picture[3:] for picture in found["images"][1:]):
+        assert shown_width > 80
+    assert len(found["plots"]) == 4
+    for plot_width, plot_height, n_paths in found["plots"]:
+        assert plot_width > 150
+        assert plot_height > 60
+        assert n_paths > 5
+    assert found["overflow"] <= 0  # nothing makes the whole page scroll sideways
+    red, green, blue = (int(found["good"][i : i + 2], 16) for i in (1, 3, 5))
+    assert found["fill"] == f"rgb({red}, {green}, {blue})"  # plots have the page's colours
+
+
+def test_a_browser_draws_the_page_as_it_is(page, tmp_path):
+    shot = tmp_path / "shot.png"
+    (tmp_path / "profile").mkdir()
+    command = [browser(), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(
+        [*command, "--window-size=1200,2400", f"--screenshot={shot}", page.as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape[1] == 1200
+    assert pixels.std() > 10
+    colourful = pixels.max(axis=2) - pixels.min(axis=2) > 60
+    assert colourful.mean() > 0.001  # histograms and maps, not only text
+
+
+def test_the_file_needs_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    elements = Elements(text)
+    assert not elements.all("script")
+    assert not elements.all("link")
+    assert not elements.all("iframe")
+    for image in elements.all("img"):
+        assert image["src"].startswith("data:image/")
+        assert image["alt"]
+    for attributes in (attributes for _, attributes in elements.found):
+        for name in ("href", "xlink:href", "src"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/"))
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    (policy,) = [m for m in elements.all("meta") if "http-equiv" in m]
+    assert "default-src 'none'" in policy["content"]
+
+
+def test_links_lead_somewhere(page):
+    elements = Elements(page.read_text(encoding="utf-8"))
+    ids = {attributes["id"] for _, attributes in elements.found if "id" in attributes}
+    for link in elements.all("a"):
+        assert link["href"][1:] in ids
+
+
+def test_pictures_are_image_map_overlay_and_mask(page, result):
+    images = Elements(page.read_text(encoding="utf-8")).all("img")[1:]
+    kinds = [image["alt"].rsplit(", ", 1)[1] for image in images]
+    assert kinds == ["image", "anomaly map", "overlay", "mask"] * len(result.pictures)
+    for i, picture in enumerate(result.pictures):
+        row = images[4 * i : 4 * i + 4]
+        decoded = [
+            Image.open(io.BytesIO(base64.b64decode(image["src"].split(",", 1)[1]))) for image in row
+        ]
+        for image, attributes in zip(decoded, row, strict=True):
+            assert image.size == (int(attributes["width"]), int(attributes["height"])) == (224, 168)
+        assert np.asarray(decoded[3]).any() == picture.image.is_anomalous
+        photo, heat = (np.asarray(image.convert("RGB")).astype(int) for image in decoded[:2])
+        assert np.ptp(photo.mean(axis=(0, 1))) < 2  # the grey photograph, not the map
+        brightest = np.unravel_index(picture.levels.argmax(), picture.levels.shape)
+        y, x = (int((b + 0.5) * 7) for b in brightest)  # 24 x 32 became 168 x 224
+        assert heat[y, x].sum() > np.median(heat.sum(axis=2))
+
+
+def test_words_and_figures(page, result):
+    text = " ".join(Elements(page.read_text(encoding="utf-8")).text.split())
+    for value in result.metrics.values():
+        assert f"{value:.3f}" in text
+    assert f"{result.n_false_alarms} of 12 good images" in text
+    assert f"{result.n_missed} of 10 defective images" in text
+    assert "8 shown, 4 left out." in text
+    assert "8 shown, 2 left out." in text
+    assert "<b>odd & long type name<b>" in text  # escaped in the source, plain to the reader
+    assert "backbone <fake>" in text
+    assert "mean_" in text
+    assert "metric_size 24 x 32" in text
+    assert f"numpy {np.__version__}" in text
+    order = [text.index(heading) for heading in ("Good images,", "Defective images,")]
+    assert order == sorted(order)
+
+
+def test_many_categories_begin_with_a_summary(result, tmp_path):
+    other = dataclasses.replace(
+        result, name="bracket", settings={**result.settings, "eps": 0.25}, pictures=[]
+    )
+    report.write_report([result, other], tmp_path / "report.html", title="Two <parts>")
+    elements = Elements((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = " ".join(elements.text.split())
+    assert text.index("Summary") < text.index("mean") < text.index("At the threshold")
+    assert "Two <parts>" in text
+    assert text.count("Settings of this category eps") == 2
+    assert [a["href"] for a in elements.all("a")].count("#category-2") == 1
+
+
+def test_undefined_figures_and_left_out_images(result, tmp_path):
+    good = [image for image in result.images if not image.is_anomalous]
+    bare = dataclasses.replace(
+        result,
+        images=good,
+        metrics=dict.fromkeys(result.metrics, math.nan),
+        types={},
+        threshold=math.nan,
+        curves=dict.fromkeys(result.curves, (np.empty(0), np.empty(0))),
+        fit_seconds=math.nan,
+        skipped=[(f"part{i}.png", "cut short") for i in range(25)],
+        notes=["A note."],
+        pictures=[p for p in result.pictures if p.group == "good"],
+    )
+    report.write_report([bare], tmp_path / "report.html")
+    text = " ".join(Elements((tmp_path / "report.html").read_text(encoding="utf-8")).text.split())
+    assert "nan" not in text.lower().replace("nanosecond", "")
+    assert "The test images are all good" in text
+    assert "undefined: one class only" in text
+    assert "part0.png: cut short" in text
+    assert "and 5 more" in text
+    assert "A note." in text
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0], [1e-3, 1e3], [-5.0, 1e6]])
+def test_histogram_of_any_scores(result, tmp_path, scores):
+    images = [
+        dataclasses.replace(image, score=scores[image.is_anomalous]) for image in result.images
+    ]
+    odd = dataclasses.replace(result, images=images, threshold=scores[1])
+    report.write_report([odd], tmp_path / "report.html")
+    text = Elements((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert ("image score, logarithmic" in text) == (scores == [1e-3, 1e3])
+
+
+def test_size_is_bounded(page, result):
+    assert page.stat().st_size < 200_000 + 60_000 * len(result.pictures)
+
+
+def test_a_failed_report_leaves_the_old_one(result, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("the old one")
+    gone = dataclasses.replace(result.pictures[0].image, path=tmp_path / "gone.png")
+    pictures = [dataclasses.replace(result.pictures[0], image=gone)]
+    with pytest.raises((ImageError, OSError), match=r"gone\.png"):
+        report.write_report([dataclasses.replace(result, pictures=pictures)], path)
+    assert path.read_text() == "the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_no_results(tmp_path):
+    with pytest.raises(ValueError, match="results is empty"):
+        report.write_report([], tmp_path / "report.html")
