@@ -92,9 +92,7 @@ def main() -> None:
         for name in names:
             runs = []
             for seed in map(int, args.seeds.split(",")):
-                model = CachedNPad(
-                    args.backbone, weights=args.weights, seed=seed, **VARIANTS[name]
-                )
+                model = CachedNPad(args.backbone, weights=args.weights, seed=seed, **VARIANTS[name])
                 start = time.perf_counter()
                 result = evaluate(model, category, progress=False)
                 path = Path(folder) / "model.npad"

@@ -61,57 +61,60 @@ PYBIND11_MODULE(_core, m) {
     });
     m.def("packed_size", [](int64_t channels) { return npad::PackedLayout(channels).size(); });
 
-    m.def("neighborhood_moments", [](uintptr_t x, int64_t batch, int64_t positions, int64_t channels,
-                                     uintptr_t count, uintptr_t mean, uintptr_t scatter, int threads) {
-        const py::gil_scoped_release release;
-        g_isa->kernels.neighborhood_moments(pointer<float>(x), batch, positions, channels,
-                                            pointer<int64_t>(count), pointer<float>(mean),
-                                            pointer<float>(scatter), threads);
-    });
+    m.def("neighborhood_moments",
+          [](uintptr_t x, int64_t batch, int64_t positions, int64_t channels, uintptr_t count,
+             uintptr_t mean, uintptr_t scatter, int threads) {
+              const py::gil_scoped_release release;
+              g_isa->kernels.neighborhood_moments(pointer<float>(x), batch, positions, channels,
+                                                  pointer<int64_t>(count), pointer<float>(mean),
+                                                  pointer<float>(scatter), threads);
+          });
     m.def("window_covariance",
           [](uintptr_t count, uintptr_t mean, uintptr_t scatter, int64_t height, int64_t width,
              int64_t channels, int64_t window, int64_t start, int64_t stop, uintptr_t window_mean,
              uintptr_t covariance, int threads) {
               const py::gil_scoped_release release;
               g_isa->kernels.window_covariance(pointer<int64_t>(count), pointer<float>(mean),
-                                               pointer<float>(scatter), height, width, channels, window,
-                                               start, stop, pointer<float>(window_mean),
+                                               pointer<float>(scatter), height, width, channels,
+                                               window, start, stop, pointer<float>(window_mean),
                                                pointer<float>(covariance), threads);
           });
     m.def("pack_factor",
           [](uintptr_t factor, int64_t count, int64_t channels, uintptr_t packed, int threads) {
               const py::gil_scoped_release release;
-              g_isa->kernels.pack_factor(pointer<float>(factor), count, channels, pointer<float>(packed),
-                                         threads);
+              g_isa->kernels.pack_factor(pointer<float>(factor), count, channels,
+                                         pointer<float>(packed), threads);
           });
     py::enum_<FactorType>(m, "FactorType")
         .value("float32", FactorType::kFloat32)
         .value("float16", FactorType::kFloat16)
         .value("bfloat16", FactorType::kBFloat16);
-    m.def("mahalanobis", [](uintptr_t x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                            uintptr_t mean, uintptr_t factor, FactorType type, int64_t window,
-                            uintptr_t distance, int threads) {
+    m.def("mahalanobis", [](uintptr_t x, int64_t batch, int64_t height, int64_t width,
+                            int64_t channels, uintptr_t mean, uintptr_t factor, FactorType type,
+                            int64_t window, uintptr_t distance, int threads) {
         const py::gil_scoped_release release;
         g_isa->kernels.mahalanobis(pointer<float>(x), batch, height, width, channels,
                                    pointer<float>(mean), pointer<void>(factor), type, window,
                                    pointer<float>(distance), threads);
     });
-    m.def("nearest_centroid", [](uintptr_t x, int64_t n, uintptr_t centroids, int64_t k, int64_t channels,
-                                 uintptr_t distance, uintptr_t index, int threads) {
-        const py::gil_scoped_release release;
-        g_isa->kernels.nearest_centroid(pointer<float>(x), n, pointer<float>(centroids), k, channels,
-                                        pointer<float>(distance), pointer<int64_t>(index), threads);
-    });
-    m.def("farthest_first", [](uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids,
-                               int64_t first, uintptr_t index, uintptr_t radius, int threads,
-                               py::object report) {
-        bool finished;
-        {
-            const py::gil_scoped_release release;
-            finished = g_isa->kernels.farthest_first(pointer<float>(points), n, dim, n_centroids, first,
-                                                     pointer<int64_t>(index), pointer<float>(radius),
-                                                     threads, {step, &report});
-        }
-        if (!finished) throw py::error_already_set();
-    });
+    m.def("nearest_centroid",
+          [](uintptr_t x, int64_t n, uintptr_t centroids, int64_t k, int64_t channels,
+             uintptr_t distance, uintptr_t index, int threads) {
+              const py::gil_scoped_release release;
+              g_isa->kernels.nearest_centroid(pointer<float>(x), n, pointer<float>(centroids), k,
+                                              channels, pointer<float>(distance),
+                                              pointer<int64_t>(index), threads);
+          });
+    m.def("farthest_first",
+          [](uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
+             uintptr_t index, uintptr_t radius, int threads, py::object report) {
+              bool finished;
+              {
+                  const py::gil_scoped_release release;
+                  finished = g_isa->kernels.farthest_first(
+                      pointer<float>(points), n, dim, n_centroids, first, pointer<int64_t>(index),
+                      pointer<float>(radius), threads, {step, &report});
+              }
+              if (!finished) throw py::error_already_set();
+          });
 }

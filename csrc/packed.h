@@ -1,9 +1,9 @@
 // The packed lower-triangular layout of scatter matrices and inverse Cholesky factors.
 //
-// Rows are grouped in panels of kPanel = 8; a panel holds its columns one after another, each column
-// being the panel's 8 rows, contiguous. One column of a panel is thus one 16-byte load in 16-bit
-// precision, one 8 x 8 tile is what a matrix instruction takes, and a vector unit of 8 or 16 lanes
-// works on 8 or 16 rows at once with no sum across lanes.
+// Rows are grouped in panels of kPanel = 8; a panel holds its columns one after another, each
+// column being the panel's 8 rows, contiguous. One column of a panel is thus one 16-byte load in
+// 16-bit precision, one 8 x 8 tile is what a matrix instruction takes, and a vector unit of 8 or 16
+// lanes works on 8 or 16 rows at once with no sum across lanes.
 //
 // If 8 does not divide C, the FIRST panel is the short one: `pad` rows of zeros stand above row 0,
 // where a row has fewest columns, so that padding costs least. Panel p holds rows
@@ -11,7 +11,8 @@
 //
 //   stored / needed: 1.018 at C = 384, 1.027 at C = 256, 1.071 at C = 100
 //
-// npad/reference.py holds the same definition in Python for the reference ops; a test compares them.
+// npad/reference.py holds the same definition in Python for the reference ops; a test compares
+// them.
 #pragma once
 
 #include <cstdint>

@@ -18,7 +18,7 @@ struct Window {
 
     NPAD_HOST_DEVICE constexpr int64_t size() const { return (bottom - top) * (right - left); }
 
-   private:
+  private:
     NPAD_HOST_DEVICE static constexpr int64_t clip(int64_t v, int64_t limit) {
         return v < 0 ? 0 : (v > limit ? limit : v);
     }

@@ -42,7 +42,7 @@ def mahalanobis(
     channels: int,
     mean: int,
     factor: int,
-    type: FactorType,
+    factor_type: FactorType,
     window: int,
     distance: int,
     threads: int,

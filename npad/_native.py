@@ -11,8 +11,11 @@ from torch import Tensor
 from npad import ops
 from npad.reference import packed_size
 
+core: Any
 try:
-    from npad import _core as core
+    from npad import _core
+
+    core = _core
 except ImportError as error:  # the package still works, only slower
     core = None
     warnings.warn(

@@ -146,7 +146,7 @@ class NPad:
             )
         if not 0 <= holdout <= 0.5:
             raise ValueError(f"NPad: holdout must be from 0 to 0.5, got {holdout}")
-        if holdout == 0 and (self._uses_gaussian and eps == "auto" or self.fusion == "sum"):
+        if holdout == 0 and ((self._uses_gaussian and eps == "auto") or self.fusion == "sum"):
             raise ValueError(
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
                 "use holdout > 0, or a number for eps and another fusion"
@@ -222,7 +222,9 @@ class NPad:
                 self.eps_ = gaussian.choose_eps(x)
             if self.fusion == "sum":
                 self._finalize(gaussian, nominal)
-                self.standardization_ = Standardization.of(*self._distances(x))
+                mahalanobis, euclidean = self._distances(x)
+                if mahalanobis is not None and euclidean is not None:
+                    self.standardization_ = Standardization.of(mahalanobis, euclidean)
             add(x)
         self._finalize(gaussian, nominal)
         self.n_images_ = n_images

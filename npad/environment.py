@@ -22,7 +22,7 @@ def info() -> dict[str, Any]:
     -------
     dict with the keys npad, kernels, threads, python, platform, cores, torch, cuda, gpus, packages
     """
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -138,7 +138,9 @@ class NominalSet:
         return distance.reshape(x.shape[:-1])
 
     def _target(self, n: int) -> int:
-        return int(self.n_centroids) if self.n_centroids >= 1 else max(1, round(self.n_centroids * n))
+        return (
+            int(self.n_centroids) if self.n_centroids >= 1 else max(1, round(self.n_centroids * n))
+        )
 
     def _take_bank(self, before: list[Tensor] | None = None) -> Tensor:
         """Join the parts into one tensor, letting go of each as it is copied."""

@@ -109,7 +109,7 @@ def test_nan_propagates(isa: str) -> None:
 
 
 def test_overflow_is_infinite_not_nan(isa: str) -> None:
-    mean, dense = gaussians((1, 1), 9)
+    mean, _ = gaussians((1, 1), 9)
     x = torch.full((1, 1, 1, 9), 1e30)
     assert ops.mahalanobis(x, mean, ops.pack_factor(torch.eye(9)[None]), (1, 1)).isinf().all()
 

@@ -1,16 +1,19 @@
-// Greedy k-center, farthest point first (Gonzalez 1985): every centre is the point farthest from the
-// centres before it; radius[k] is that distance after k + 1 centres. Ties: the lowest index. points
-// (n, dim) float32, n < 2^32 - 1. The sequence is that of the plain loop over all points and centres,
-// bitwise the same for every number of threads; no centre is chosen twice, also among duplicates.
+// Greedy k-center, farthest point first (Gonzalez 1985): every centre is the point farthest from
+// the centres before it; radius[k] is that distance after k + 1 centres. Ties: the lowest index.
+// points (n, dim) float32, n < 2^32 - 1. The sequence is that of the plain loop over all points and
+// centres, bitwise the same for every number of threads; no centre is chosen twice, also among
+// duplicates.
 //
 // What is not computed:
-//  - Points are lazy. A point's distance to the centres it has seen bounds the true one from above, so
+//  - Points are lazy. A point's distance to the centres it has seen bounds the true one from above,
+//  so
 //    only points whose bound exceeds the farthest point known need to see the centres they missed
 //    (Minoux's lazy greedy). Points near an early centre are never touched again. Blocks of 16
-//    neighbouring points (leaves of a k-d tree) wake together and meet many centres at once, in cache.
+//    neighbouring points (leaves of a k-d tree) wake together and meet many centres at once, in
+//    cache.
 //  - Heads (head.h) bound the distance from below: half a head rules out most pairs at a few cycles
-//    each, the whole head nearly all others. Of what is left of 64 centres, the likeliest nearest is
-//    measured first, which rules out most of the rest; sums stop once they reach the bound.
+//    each, the whole head nearly all others. Of what is left of 64 centres, the likeliest nearest
+//    is measured first, which rules out most of the rest; sums stop once they reach the bound.
 // Bytes beside the points: 276 per point.
 #include <omp.h>
 
@@ -20,11 +23,11 @@ namespace npad::cpu::NPAD_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 16;   // points that wake together: one AVX-512 register
-constexpr int64_t kGroup = 64;   // blocks that a thread takes at a time
-constexpr int64_t kChunk = 64;   // centres met at a time: their bounds fill 4 KiB
+constexpr int64_t kBlock = 16;      // points that wake together: one AVX-512 register
+constexpr int64_t kGroup = 64;      // blocks that a thread takes at a time
+constexpr int64_t kChunk = 64;      // centres met at a time: their bounds fill 4 KiB
 constexpr int64_t kSplitAxes = 16;  // the k-d tree looks at one cache line of each head
-constexpr float kSlack = 1e-3f;  // (d + e)^2 <= (1 + kSlack) d^2 + (1 + 1 / kSlack) e^2
+constexpr float kSlack = 1e-3f;     // (d + e)^2 <= (1 + kSlack) d^2 + (1 + 1 / kSlack) e^2
 constexpr double kReportSeconds = 0.05;
 
 struct Item {
@@ -36,7 +39,8 @@ struct Item {
 void select_smallest(Item* items, int64_t n, int64_t rank) {
     int64_t low = 0, high = n - 1;
     while (low < high) {
-        const float a = items[low].value, b = items[low + (high - low) / 2].value, c = items[high].value;
+        const float a = items[low].value, b = items[low + (high - low) / 2].value,
+                    c = items[high].value;
         const float pivot = a < b ? (b < c ? b : (a < c ? c : a)) : (a < c ? a : (b < c ? c : b));
         int64_t i = low, j = high;
         while (i <= j) {
@@ -94,21 +98,36 @@ uint64_t rank_of(float squared, uint32_t point) {
 }
 
 class KCenter {
-   public:
-    KCenter(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t* index, int threads)
-        : points_(points), n_(n), dim_(dim), threads_(threads), blocks_((n + kBlock - 1) / kBlock),
-          groups_((blocks_ + kGroup - 1) / kGroup), heads_(blocks_ * kBlock * kHead),
-          point_(blocks_ * kBlock), nearest_(blocks_ * kBlock), seen_(blocks_), rank_(blocks_),
-          group_rank_(groups_), todo_(groups_), centre_heads_(n_centroids * kHead), index_(index) {}
+  public:
+    KCenter(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t* index,
+            int threads)
+        : points_(points),
+          n_(n),
+          dim_(dim),
+          threads_(threads),
+          blocks_((n + kBlock - 1) / kBlock),
+          groups_((blocks_ + kGroup - 1) / kGroup),
+          heads_(blocks_ * kBlock * kHead),
+          point_(blocks_ * kBlock),
+          nearest_(blocks_ * kBlock),
+          seen_(blocks_),
+          rank_(blocks_),
+          group_rank_(groups_),
+          todo_(groups_),
+          centre_heads_(n_centroids * kHead),
+          index_(index) {}
 
     bool prepare(Progress progress, int64_t total);
 
-    // Makes the point of this rank the next centre; returns the rank of the farthest point after it.
+    // Makes the point of this rank the next centre; returns the rank of the farthest point after
+    // it.
     uint64_t add_centre(uint64_t rank);
 
-    uint64_t rank_of_point(int64_t point) const { return rank_of(INFINITY, static_cast<uint32_t>(point)); }
+    uint64_t rank_of_point(int64_t point) const {
+        return rank_of(INFINITY, static_cast<uint32_t>(point));
+    }
 
-   private:
+  private:
     void sort_into_blocks();
     void place(int64_t row);
     void visit_group(int64_t group);
@@ -121,11 +140,12 @@ class KCenter {
     int64_t n_, dim_;
     int threads_;
     int64_t blocks_, groups_;
-    Buffer<float> heads_;       // of every row; rows are points in the order of the tree
-    Buffer<uint32_t> point_;    // of every row
-    Buffer<float> nearest_;     // squared distance to the centres seen; negative: a centre, or no point
-    Buffer<int64_t> seen_;      // of every block: number of centres met
-    Buffer<uint64_t> rank_;     // of every block: the highest of its points, from nearest_
+    Buffer<float> heads_;     // of every row; rows are points in the order of the tree
+    Buffer<uint32_t> point_;  // of every row
+    Buffer<float>
+        nearest_;           // squared distance to the centres seen; negative: a centre, or no point
+    Buffer<int64_t> seen_;  // of every block: number of centres met
+    Buffer<uint64_t> rank_;  // of every block: the highest of its points, from nearest_
     Buffer<uint64_t> group_rank_;
     Buffer<int64_t> todo_;
     Buffer<float> centre_heads_;
@@ -145,8 +165,9 @@ bool KCenter::prepare(Progress progress, int64_t total) {
 #pragma omp parallel for num_threads(threads_) schedule(static) reduction(max : largest)
         for (int64_t i = start; i < stop; i += Head::kRows) {
             const int count = stop - i < Head::kRows ? static_cast<int>(stop - i) : Head::kRows;
-            const float far = head.compute(points_ + i * dim_, count, heads_.data() + i * kHead,
-                                           scratch.data() + omp_get_thread_num() * Head::kRows * head.stride());
+            const float far =
+                head.compute(points_ + i * dim_, count, heads_.data() + i * kHead,
+                             scratch.data() + omp_get_thread_num() * Head::kRows * head.stride());
             if (far > largest) largest = far;
         }
         if (!progress.step(progress.user, 0, total)) return false;
@@ -208,8 +229,8 @@ uint64_t KCenter::add_centre(uint64_t rank) {
             for (int64_t row = b * kBlock; row < (b + 1) * kBlock; ++row)
                 if (point_[row] == point && nearest_[row] >= 0) {
                     nearest_[row] = -1;
-                    std::memcpy(centre_heads_.data() + centres_ * kHead, heads_.data() + row * kHead,
-                                kHead * sizeof(float));
+                    std::memcpy(centre_heads_.data() + centres_ * kHead,
+                                heads_.data() + row * kHead, kHead * sizeof(float));
                     refresh_rank(b);
                 }
         }
@@ -254,8 +275,9 @@ void KCenter::visit(int64_t block) {
     }
     if (seen_[block] < centres_) return;
     uint64_t known = farthest();
-    while (rank_[block] > known && !__atomic_compare_exchange_n(&farthest_, &known, rank_[block], true,
-                                                                __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (rank_[block] > known &&
+           !__atomic_compare_exchange_n(&farthest_, &known, rank_[block], true, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
     }
 }
 

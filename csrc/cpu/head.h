@@ -5,9 +5,9 @@
 //
 //   || x - c ||^2 >= sum_j (q_j . (x - c))^2 + (r(x) - r(c))^2
 //
-// A head holds kHead floats: kHalf - 1 coordinates and the residual after them, then as many further
-// coordinates and the residual after all. So its first half is a bound, and the whole is a tighter
-// one. Rounding of heads is at most `error()` in the distance of any two points.
+// A head holds kHead floats: kHalf - 1 coordinates and the residual after them, then as many
+// further coordinates and the residual after all. So its first half is a bound, and the whole is a
+// tighter one. Rounding of heads is at most `error()` in the distance of any two points.
 #pragma once
 
 #include <cmath>
@@ -21,9 +21,12 @@ inline constexpr int kHalf = kHead / 2;
 inline constexpr int kAxes = kHead - 2;
 
 class Head {
-   public:
+  public:
     Head(const float* points, int64_t n, int64_t dim)
-        : dim_(dim), stride_((dim + kLanes - 1) / kLanes * kLanes), mean_(stride_), axes_(kAxes * stride_) {
+        : dim_(dim),
+          stride_((dim + kLanes - 1) / kLanes * kLanes),
+          mean_(stride_),
+          axes_(kAxes * stride_) {
         const int64_t count = n < kSample ? n : kSample;
         Buffer<float> sample(count * stride_);
         std::memset(sample.data(), 0, static_cast<size_t>(count * stride_) * sizeof(float));
@@ -47,11 +50,13 @@ class Head {
 
     // Every coordinate is a sum of `dim` products; axes, residuals and both points add their part.
     float error(float largest_distance_to_mean) const {
-        return 24 * (static_cast<float>(stride_ / kLanes) + 32) * 0x1p-24f * largest_distance_to_mean;
+        return 24 * (static_cast<float>(stride_ / kLanes) + 32) * 0x1p-24f *
+               largest_distance_to_mean;
     }
 
-   private:
-    static constexpr int64_t kSample = 2048;  // rows: enough for directions that only have to be good
+  private:
+    static constexpr int64_t kSample =
+        2048;  // rows: enough for directions that only have to be good
     static constexpr int kIterations = 5;
 
     void find_axes(Buffer<float>& sample, int64_t count);

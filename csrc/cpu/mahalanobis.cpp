@@ -2,11 +2,12 @@
 //
 //   distance[n, p] = min over q in window(p) of || W_q (x[n, p] - mean_q) ||
 //
-// A thread owns whole positions q, streams W_q once and applies it to all batch * window^2 embeddings
-// that have q in their window, held in cache as z = x - mean_q. Small batches are bound by that
-// stream (C (C + 1) / 2 factor elements per position), large ones by C^2 flops per embedding.
-// Products and squares are summed in float32 in a fixed order; the minimum is taken atomically on
-// integers that order like the distances, so neither threads nor their timing change the result.
+// A thread owns whole positions q, streams W_q once and applies it to all batch * window^2
+// embeddings that have q in their window, held in cache as z = x - mean_q. Small batches are bound
+// by that stream (C (C + 1) / 2 factor elements per position), large ones by C^2 flops per
+// embedding. Products and squares are summed in float32 in a fixed order; the minimum is taken
+// atomically on integers that order like the distances, so neither threads nor their timing change
+// the result.
 #include <bit>
 #include <cmath>
 
@@ -18,15 +19,17 @@ namespace npad::cpu::NPAD_ISA {
 
 namespace {
 
-constexpr int kGroupVectors = 2;                                  // vectors of rows per tile
-constexpr int kGroupPanels = kGroupVectors * kLanes / kPanel;     // 4 with AVX-512, 2 with AVX2
-constexpr int kMaxTile = kLanes == 16 ? 12 : 6;                   // embeddings per tile: 24 or 12 sums
-constexpr int64_t kMaxEmbeddings = 576;                           // z of one position stays in L2
+constexpr int kGroupVectors = 2;                               // vectors of rows per tile
+constexpr int kGroupPanels = kGroupVectors * kLanes / kPanel;  // 4 with AVX-512, 2 with AVX2
+constexpr int kMaxTile = kLanes == 16 ? 12 : 6;                // embeddings per tile: 24 or 12 sums
+constexpr int64_t kMaxEmbeddings = 576;                        // z of one position stays in L2
 
 // Squared distances as integers whose order is NaN < 0 < ... < infinity < not yet written: one
 // minimum then finds the nearest Gaussian and lets NaN through.
 constexpr uint32_t kNotWritten = 0xffffffffu;
-uint32_t encode(float squared) { return std::isnan(squared) ? 0 : std::bit_cast<uint32_t>(squared) + 1; }
+uint32_t encode(float squared) {
+    return std::isnan(squared) ? 0 : std::bit_cast<uint32_t>(squared) + 1;
+}
 float decode(uint32_t key) {
     return key == 0 ? std::bit_cast<float>(0x7fc00000u) : std::bit_cast<float>(key - 1);
 }
@@ -166,8 +169,8 @@ void mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, i
             return run(x, batch, height, width, channels, mean, static_cast<const Float16*>(factor),
                        window, distance, threads);
         case FactorType::kBFloat16:
-            return run(x, batch, height, width, channels, mean, static_cast<const BFloat16*>(factor),
-                       window, distance, threads);
+            return run(x, batch, height, width, channels, mean,
+                       static_cast<const BFloat16*>(factor), window, distance, threads);
     }
 }
 

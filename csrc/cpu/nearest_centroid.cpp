@@ -1,13 +1,14 @@
 // Distance of every x (n, channels) to the nearest of the centroids (k, channels), and its index.
 //
-//   || x - c ||^2 / 2 = || x ||^2 / 2 + s,   s = || c ||^2 / 2 - x . c   (x, c less the centroids' mean)
+//   || x - c ||^2 / 2 = || x ||^2 / 2 + s,   s = || c ||^2 / 2 - x . c   (x, c less the centroids'
+//   mean)
 //
-// A matrix product in registers gives s for kWide centroids and kTile embeddings at a time, and only
-// the least s of the kWide is kept. Rounding can swap two centroids in s, so the groups whose least s
-// lies within the error bound of the best, nearly always one or two, are measured by differences. The
-// result is that of the plain loop over differences, of equals the lowest index, at the speed of the
-// product. A thread owns whole embeddings: the result does not depend on the number of threads.
-// Flops: 2 n k channels. NaN in x: distance NaN, index 0.
+// A matrix product in registers gives s for kWide centroids and kTile embeddings at a time, and
+// only the least s of the kWide is kept. Rounding can swap two centroids in s, so the groups whose
+// least s lies within the error bound of the best, nearly always one or two, are measured by
+// differences. The result is that of the plain loop over differences, of equals the lowest index,
+// at the speed of the product. A thread owns whole embeddings: the result does not depend on the
+// number of threads. Flops: 2 n k channels. NaN in x: distance NaN, index 0.
 #include <cmath>
 
 #include "squared_distance.h"
@@ -18,17 +19,19 @@ namespace npad::cpu::NPAD_ISA {
 
 namespace {
 
-// Registers: kWide x 2 sums, two vectors of embeddings, one broadcast.
+// Registers: kWide x 2 sums, two of embeddings, one broadcast. A compiler that has to split a vector
+// into two registers spills them all, so this product uses a vector of exactly one.
 #if defined(__AVX512F__)
-constexpr int64_t kWide = 14;
+constexpr int64_t kWide = 14, kRegister = 16;
 #elif defined(__AVX2__)
-constexpr int64_t kWide = 6;
+constexpr int64_t kWide = 6, kRegister = 8;
 #else
-constexpr int64_t kWide = 3;
+constexpr int64_t kWide = 6, kRegister = 4;
 #endif
-constexpr int64_t kTile = 2 * kLanes;         // embeddings side by side
-constexpr int64_t kRows = 4 * kTile;          // embeddings that meet a panel of centroids in turn
-constexpr int64_t kPackedBytes = 12 << 20;    // centroids packed at a time; shared by all threads
+typedef float Register __attribute__((vector_size(kRegister * sizeof(float))));
+constexpr int64_t kTile = 2 * kRegister;    // embeddings side by side
+constexpr int64_t kRows = 4 * kTile;        // embeddings that meet a panel of centroids in turn
+constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time; shared by all threads
 
 // rows x (count, channels) less mean -> panel (channels, width), padded with zeros.
 void pack(const float* x, int64_t count, int64_t channels, const float* mean, int64_t width,
@@ -41,9 +44,14 @@ void pack(const float* x, int64_t count, int64_t channels, const float* mean, in
 // least[j] = min over the panel's centroids of half_norm - x_j . c
 void least_of_panel(const float* centroids, const float* half_norm, const float* x, int64_t channels,
                     float* least) {
-    Vec product[kWide][2] = {};
+    const auto load_register = [](const float* p) {
+        Register r;
+        std::memcpy(&r, p, sizeof r);
+        return r;
+    };
+    Register product[kWide][2] = {};
     for (int64_t c = 0; c < channels; ++c) {
-        const Vec x0 = load(x + c * kTile), x1 = load(x + c * kTile + kLanes);
+        const Register x0 = load_register(x + c * kTile), x1 = load_register(x + c * kTile + kRegister);
 #pragma GCC unroll 14
         for (int64_t i = 0; i < kWide; ++i) {
             const float centroid = centroids[c * kWide + i];
@@ -51,24 +59,28 @@ void least_of_panel(const float* centroids, const float* half_norm, const float*
             product[i][1] += centroid * x1;
         }
     }
-    Vec least0 = broadcast(INFINITY), least1 = least0;
+    Register least0 = INFINITY - Register{}, least1 = least0;
 #pragma GCC unroll 14
     for (int64_t i = 0; i < kWide; ++i) {
-        const Vec s0 = half_norm[i] - product[i][0], s1 = half_norm[i] - product[i][1];
+        const Register s0 = half_norm[i] - product[i][0], s1 = half_norm[i] - product[i][1];
         least0 = s0 < least0 ? s0 : least0;
         least1 = s1 < least1 ? s1 : least1;
     }
-    store(least, least0);
-    store(least + kLanes, least1);
+    std::memcpy(least, &least0, sizeof least0);
+    std::memcpy(least + kRegister, &least1, sizeof least1);
 }
 
 // Centroids packed for the product, a block of panels at a time.
 class Packed {
-   public:
+  public:
     Packed(const float* centroids, int64_t k, int64_t channels)
-        : centroids_(centroids), k_(k), channels_(channels),
-          panels_(limit_panels(k, channels)), mean_(channels),
-          data_(panels_ * kWide * channels), half_norm_(panels_ * kWide) {
+        : centroids_(centroids),
+          k_(k),
+          channels_(channels),
+          panels_(limit_panels(k, channels)),
+          mean_(channels),
+          data_(panels_ * kWide * channels),
+          half_norm_(panels_ * kWide) {
         for (int64_t c = 0; c < channels; ++c) mean_[c] = 0;
         for (int64_t i = 0; i < k; ++i)
             for (int64_t c = 0; c < channels; ++c)
@@ -94,10 +106,11 @@ class Packed {
         return left < panels_ ? left : panels_;
     }
 
-   private:
+  private:
     static int64_t limit_panels(int64_t k, int64_t channels) {
         const int64_t all = (k + kWide - 1) / kWide;
-        const int64_t fit = kPackedBytes / (kWide * channels * static_cast<int64_t>(sizeof(float))) + 1;
+        const int64_t fit =
+            kPackedBytes / (kWide * channels * static_cast<int64_t>(sizeof(float))) + 1;
         return all < fit ? all : fit;
     }
 
@@ -117,7 +130,8 @@ void Packed::load_block(int64_t first, int threads) {
         pack(centroids_ + start * channels_, count, channels_, mean_.data(), kWide, panel);
         float squares[kWide] = {};
         for (int64_t c = 0; c < channels_; ++c)
-            for (int64_t i = 0; i < kWide; ++i) squares[i] += panel[c * kWide + i] * panel[c * kWide + i];
+            for (int64_t i = 0; i < kWide; ++i)
+                squares[i] += panel[c * kWide + i] * panel[c * kWide + i];
         for (int64_t i = 0; i < kWide; ++i) {
             half_norm_[p * kWide + i] = i < count ? squares[i] / 2 : INFINITY;
             if (squares[i] > largest) largest = squares[i];
@@ -142,8 +156,8 @@ void measure(const float* x, const float* centroids, int64_t first, int64_t stop
 
 }  // namespace
 
-void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
-                      float* distance, int64_t* index, int threads) {
+void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k,
+                      int64_t channels, float* distance, int64_t* index, int threads) {
     Packed packed(centroids, k, channels);
     const int64_t scratch_size = kRows * channels + packed.panels() * kRows;
     Buffer<float> scratch(threads * scratch_size);
@@ -161,8 +175,8 @@ void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t
                      packed.mean(), kTile, tiles + t * channels);
             for (int64_t p = 0; p < panels; ++p)
                 for (int64_t t = 0; t < count; t += kTile)
-                    least_of_panel(packed.panel(p), packed.half_norm(p), tiles + t * channels, channels,
-                                   least + p * kRows + t);
+                    least_of_panel(packed.panel(p), packed.half_norm(p), tiles + t * channels,
+                                   channels, least + p * kRows + t);
 
             for (int64_t i = 0; i < count; ++i) {
                 const float* row = x + (start + i) * channels;

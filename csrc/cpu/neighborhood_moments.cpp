@@ -1,12 +1,14 @@
-// Update of count n, mean m and scatter S of every position with a batch (Chan, Golub, LeVeque 1983):
+// Update of count n, mean m and scatter S of every position with a batch (Chan, Golub, LeVeque
+// 1983):
 //
 //   delta = mean_b(x) - m
 //   S += sum_b (x_b - mean_b(x)) (x_b - mean_b(x))^T + n B / (n + B) delta delta^T
 //   m += B / (n + B) delta;  n += B
 //
-// The correction is one more row, sqrt(n B / (n + B)) delta, of the rank update. A thread owns whole
-// positions, so the result does not depend on the number of threads. Fewest bytes: S read and written
-// once per batch; flops: C^2 (B + 1) per position. All sums in float32, over the batch in order.
+// The correction is one more row, sqrt(n B / (n + B)) delta, of the rank update. A thread owns
+// whole positions, so the result does not depend on the number of threads. Fewest bytes: S read and
+// written once per batch; flops: C^2 (B + 1) per position. All sums in float32, over the batch in
+// order.
 #include <cmath>
 
 #include "rank_update.h"
@@ -53,7 +55,8 @@ void neighborhood_moments(const float* x, int64_t batch, int64_t positions, int6
                 for (int64_t b = b0; b < b0 + rows; ++b) {
                     float* row = d.data() + (b - b0) * stride + layout.pad;
                     if (b < batch)
-                        copy_scaled_difference(x_p + b * image, batch_mean.data(), 1.0f, channels, row);
+                        copy_scaled_difference(x_p + b * image, batch_mean.data(), 1.0f, channels,
+                                               row);
                     else
                         copy_scaled_difference(batch_mean.data(), mean_p,
                                                static_cast<float>(correction), channels, row);
@@ -61,7 +64,8 @@ void neighborhood_moments(const float* x, int64_t batch, int64_t positions, int6
                 rank_update(d.data(), rows, stride, layout, scatter_p);
             }
             const float weight = static_cast<float>(static_cast<double>(batch) / total);
-            for (int64_t c = 0; c < channels; ++c) mean_p[c] += weight * (batch_mean[c] - mean_p[c]);
+            for (int64_t c = 0; c < channels; ++c)
+                mean_p[c] += weight * (batch_mean[c] - mean_p[c]);
             count[p] += batch;
         }
     }

@@ -1,5 +1,6 @@
 // scatter += sum_b d_b d_b^T for one packed matrix: the inner loop of the moments and of the window
-// covariance. 2 C^2 B / 2 flops on B C inputs, accumulated in registers over the rows of d in order.
+// covariance. 2 C^2 B / 2 flops on B C inputs, accumulated in registers over the rows of d in
+// order.
 #pragma once
 
 #include "../packed.h"
@@ -7,10 +8,10 @@
 
 namespace npad::cpu::NPAD_ISA {
 
-inline constexpr int64_t kGroupVectors = 2;                              // per register tile
-inline constexpr int64_t kGroupRows = kGroupVectors * kLanes;            // rows of a tile
+inline constexpr int64_t kGroupVectors = 2;                    // per register tile
+inline constexpr int64_t kGroupRows = kGroupVectors * kLanes;  // rows of a tile
 inline constexpr int64_t kGroupPanels = kGroupRows / kPanel;
-inline constexpr int kTileColumns = kLanes == 16 ? 10 : 6;               // 20 or 12 accumulators
+inline constexpr int kTileColumns = kLanes == 16 ? 10 : 6;  // 20 or 12 accumulators
 
 // Floats in a row of d: `pad` zeros, the C deviations, zeros up to whole tiles.
 inline int64_t deviation_stride(const PackedLayout& layout) {
@@ -22,7 +23,8 @@ inline int64_t deviation_stride(const PackedLayout& layout) {
 inline void rank_update(const float* d, int64_t rows, int64_t stride, const PackedLayout& layout,
                         float* scatter) {
     for (int64_t p0 = 0; p0 < layout.panels; p0 += kGroupPanels) {
-        const int64_t panels = layout.panels - p0 < kGroupPanels ? layout.panels - p0 : kGroupPanels;
+        const int64_t panels =
+            layout.panels - p0 < kGroupPanels ? layout.panels - p0 : kGroupPanels;
         const int64_t columns = layout.columns(p0 + panels - 1);
         for (int64_t j0 = 0; j0 < columns; j0 += kTileColumns) {
             Vec acc[kTileColumns][kGroupVectors] = {};
@@ -42,7 +44,8 @@ inline void rank_update(const float* d, int64_t rows, int64_t stride, const Pack
                 for (int64_t p = p0; p < p0 + panels; ++p) {
                     if (j0 + j >= layout.columns(p)) continue;
                     float* out = scatter + layout.offset(p) + (j0 + j) * kPanel;
-                    // Above the diagonal stays zero: only the last 8 columns of a panel have such rows.
+                    // Above the diagonal stays zero: only the last 8 columns of a panel have such
+                    // rows.
                     const int64_t above = j0 + j - layout.first_row(p);
                     const float* in = tile + (p - p0) * kPanel;
                     if (above <= 0) {

@@ -1,7 +1,7 @@
-// Vectors, loads and scratch memory for the CPU kernels. Every csrc/cpu/<op>.cpp is compiled once per
-// instruction set, with NPAD_ISA naming the namespace that its functions live in. Templates of the
-// standard library stay out of these files: the linker merges equal symbols, and a copy compiled for
-// AVX-512 must never run on a processor without it.
+// Vectors, loads and scratch memory for the CPU kernels. Every csrc/cpu/<op>.cpp is compiled once
+// per instruction set, with NPAD_ISA naming the namespace that its functions live in. Templates of
+// the standard library stay out of these files: the linker merges equal symbols, and a copy
+// compiled for AVX-512 must never run on a processor without it.
 #pragma once
 
 #include <cstdint>
@@ -84,9 +84,8 @@ template <class T>
 inline Vec load_panels(const T* const* panel) {
 #if defined(__AVX512F__)
     const Vec8 low = load8(panel[0]), high = load8(panel[1]);
-    return reinterpret_cast<Vec>(
-        _mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<__m256>(low)),
-                           reinterpret_cast<__m256>(high), 1));
+    return reinterpret_cast<Vec>(_mm512_insertf32x8(
+        _mm512_castps256_ps512(reinterpret_cast<__m256>(low)), reinterpret_cast<__m256>(high), 1));
 #else
     return load8(panel[0]);
 #endif
@@ -95,7 +94,7 @@ inline Vec load_panels(const T* const* panel) {
 // 64-byte aligned scratch memory, not initialised.
 template <class T>
 class Buffer {
-   public:
+  public:
     explicit Buffer(int64_t count)
         : data_(static_cast<T*>(
               std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64))) {
@@ -108,7 +107,7 @@ class Buffer {
     T* data() { return data_; }
     T& operator[](int64_t i) { return data_[i]; }
 
-   private:
+  private:
     T* data_;
 };
 

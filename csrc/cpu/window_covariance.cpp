@@ -33,9 +33,10 @@ void unpack_symmetric(const float* packed, const PackedLayout& layout, float sca
 
 }  // namespace
 
-void window_covariance(const int64_t* count, const float* mean, const float* scatter, int64_t height,
-                       int64_t width, int64_t channels, int64_t window, int64_t start, int64_t stop,
-                       float* window_mean, float* covariance, int threads) {
+void window_covariance(const int64_t* count, const float* mean, const float* scatter,
+                       int64_t height, int64_t width, int64_t channels, int64_t window,
+                       int64_t start, int64_t stop, float* window_mean, float* covariance,
+                       int threads) {
     const PackedLayout layout(channels);
     const int64_t stride = deviation_stride(layout), size = layout.size();
 
@@ -56,7 +57,8 @@ void window_covariance(const int64_t* count, const float* mean, const float* sca
                 for (int64_t q = row * width + w.left; q < row * width + w.right; ++q) {
                     n += count[q];
                     const double n_q = static_cast<double>(count[q]);
-                    for (int64_t c = 0; c < channels; ++c) weighted[c] += n_q * mean[q * channels + c];
+                    for (int64_t c = 0; c < channels; ++c)
+                        weighted[c] += n_q * mean[q * channels + c];
                     const float* scatter_q = scatter + q * size;
                     for (int64_t i = 0; i < size; ++i) total[i] += scatter_q[i];
                 }

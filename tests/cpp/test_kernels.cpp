@@ -54,14 +54,15 @@ void test_moments_and_covariance(const Isa& isa, int64_t batch, int64_t height, 
     const int64_t half = batch / 2;
     for (const auto& [first, rows] : {std::pair{int64_t{0}, half}, std::pair{half, batch - half}})
         if (rows > 0)
-            isa.kernels.neighborhood_moments(x.data() + first * positions * channels, rows, positions,
-                                             channels, count.data(), mean.data(), scatter.data(),
-                                             threads);
+            isa.kernels.neighborhood_moments(x.data() + first * positions * channels, rows,
+                                             positions, channels, count.data(), mean.data(),
+                                             scatter.data(), threads);
 
     Floats window_mean(static_cast<size_t>(positions * channels));
     Floats covariance(static_cast<size_t>(positions * channels * channels));
-    isa.kernels.window_covariance(count.data(), mean.data(), scatter.data(), height, width, channels,
-                                  window, 0, positions, window_mean.data(), covariance.data(), threads);
+    isa.kernels.window_covariance(count.data(), mean.data(), scatter.data(), height, width,
+                                  channels, window, 0, positions, window_mean.data(),
+                                  covariance.data(), threads);
 
     for (int64_t p = 0; p < positions; ++p) {
         const npad::Window w(p, height, width, window);
@@ -91,8 +92,8 @@ void test_moments_and_covariance(const Isa& isa, int64_t batch, int64_t height, 
     }
 }
 
-void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                      int64_t window, int threads) {
+void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t width,
+                      int64_t channels, int64_t window, int threads) {
     const PackedLayout layout(channels);
     const int64_t positions = height * width;
     const Floats x = normal(batch * positions * channels), mean = normal(positions * channels);
@@ -130,7 +131,8 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
                             double y = 0;
                             for (int64_t j = 0; j <= i; ++j)
                                 y += double{w_all[q * layout.size() + slot(layout, i, j)]} *
-                                     (x[(n * positions + p) * channels + j] - mean[q * channels + j]);
+                                     (x[(n * positions + p) * channels + j] -
+                                      mean[q * channels + j]);
                             total += y * y;
                         }
                         nearest = std::min(nearest, std::sqrt(total));
