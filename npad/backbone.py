@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from npad.backbone_weights import BackboneError, load_weights, weights_hash
+from npad.backbone_weights import BackboneError, first_line, load_weights, weights_hash
 from npad.filter_bank import N_LEVELS, FilterBank
 
 __all__ = ["Backbone", "BackboneError"]
@@ -70,7 +70,8 @@ class Backbone(nn.Module):
             if weights is not None:
                 raise ValueError("weights: the filter bank is fixed and takes none")
             levels = [2 ** (level + 1) for level in range(N_LEVELS + 1)]
-            self.layers = _checked_layers(name, layers or _FILTER_BANK_LAYERS, levels, first=1)
+            chosen = _FILTER_BANK_LAYERS if layers is None else layers
+            self.layers = _checked_layers(name, chosen, levels, first=1)
             bank = FilterBank(self.layers)
             self.net, self._reductions = bank, bank.reductions
             self.channels = bank.n_channels * len(self.layers)
@@ -214,7 +215,7 @@ def _default_layers(reductions: Sequence[int]) -> tuple[int, ...]:
 
 def _timm() -> Any:
     """Import timm when it is first needed: it takes seconds, and the filter bank does without."""
-    import timm  # noqa: PLC0415, TID251
+    import timm  # noqa: PLC0415
 
     return timm
 
@@ -287,8 +288,7 @@ def _check_download(name: str, config: dict[str, Any]) -> None:
 
 
 def _no_download(name: str, error: Exception) -> BackboneError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return BackboneError(
-        f"backbone {name!r}: its pre-trained weights cannot be downloaded ({reason}); "
+        f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
         "pass weights= with a file of them, or use backbone 'filterbank', which needs none"
     )

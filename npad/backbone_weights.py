@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -73,10 +71,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # on bytes that are no pickle, torch's reader raises anything
         raise BackboneError(
             f"{path}: weights: neither a whole safetensors file (*.safetensors) nor a torch file "
-            f"of tensors alone ({str(error).splitlines()[0]})"
+            f"of tensors alone ({first_line(error)})"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -99,6 +97,11 @@ def _is_counter(key: str) -> bool:
 
 def _some(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
