@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="filterbank")
     parser.add_argument("--weights")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", help="comma-separated names of variants")
+    parser.add_argument("--only", help="names of variants, separated by ;")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -85,7 +85,7 @@ def main() -> None:
         if args.data == "synthetic":
             root = make_dataset(Path(folder) / "woven", seed=0)
         (category,) = find_categories(root)
-        names = args.only.split(",") if args.only else list(VARIANTS)
+        names = args.only.split(";") if args.only else list(VARIANTS)
         rows = {}
         print("| configuration | image AUROC | pixel AUROC | AUPRO | eps | fit s | model MB |")
         print("|---|---|---|---|---|---|---|", flush=True)

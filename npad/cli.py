@@ -8,7 +8,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ app = typer.Typer(
     name="npad",
     help="Find defects in images, having seen only images without defects.",
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -137,7 +138,7 @@ def predict(
     model_file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")],
     paths: Annotated[
         list[Path],
-        typer.Argument(exists=True, metavar="PATH...", help="Images, and folders of images."),
+        typer.Argument(exists=True, metavar="PATH", help="Images, and folders of images."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write into.")
@@ -175,7 +176,11 @@ def predict(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score images: OUT/scores.csv, OUT/scores.jsonl, OUT/overlays and OUT/maps."""
+    """Score images with a fitted model.
+
+    Writes OUT/scores.csv, OUT/scores.jsonl, OUT/overlays and, with --maps, OUT/maps. A higher score
+    is more anomalous.
+    """
     from npad.detector import NPad  # noqa: PLC0415
     from npad.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
 
@@ -238,7 +243,11 @@ def evaluate(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fit, score and measure a data set in the MVTec AD layout: one category or a folder of many."""
+    """Fit, score and measure a data set.
+
+    DIR is one category in the MVTec AD layout, or a folder of many. Writes OUT/report.html and
+    OUT/results.json.
+    """
     from npad.datasets import find_categories  # noqa: PLC0415
 
     _set_threads(threads)
@@ -253,7 +262,11 @@ def demo(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Weave a small data set with planted defects and evaluate on it."""
+    """Evaluate on a small woven data set.
+
+    Makes it from --seed, with planted defects, in OUT; then does what evaluate does. Needs no
+    download and less than a minute.
+    """
     from npad.datasets import find_categories  # noqa: PLC0415
     from npad.synthetic import make_dataset  # noqa: PLC0415
 
@@ -285,22 +298,23 @@ def _evaluate(
     progress = _progress(quiet)
     output.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = [{"seed": seed} for seed in seeds] if seeds else [{}]
-    models = [lambda run=run: new_model(arguments, progress=progress, **run) for run in runs]
-    for make in models:
-        make()  # what NPad refuses, it refuses now
+    for one in runs:
+        new_model(arguments, **one)  # what NPad refuses, it refuses now
     results: list[list[CategoryResult]] = [[] for _ in runs]  # of each seed
     for category in categories:
-        for make, of_seed in zip(models, results, strict=True):
-            result = evaluate_category(make(), category, skip_bad=skip_bad, progress=progress)
+        for one, of_seed in zip(runs, results, strict=True):
+            model = new_model(arguments, progress=progress, **one)
+            result = evaluate_category(model, category, skip_bad=skip_bad, progress=progress)
+            del model  # before the next one is fitted
             _list_skipped(result.skipped)
             of_seed.append(result)
         _write_json(output / PARTIAL, to_json(_named(results, seeds)))
 
     named = _named(results, seeds)
     rows, spread = _over_seeds([summarize(of_seed) for of_seed in results])
-    seeds_json = {"seeds": list(seeds), "mean": rows, "deviation": spread} if seeds else {}
+    over_seeds = {"seeds": seeds, "mean": rows, "standard_deviation": spread} if seeds else {}
     write_report(named, output / REPORT)
-    _write_json(output / RESULTS, to_json(named) | seeds_json)
+    _write_json(output / RESULTS, to_json(named) | over_seeds)
     (output / PARTIAL).unlink()
     if not quiet:
         if len(categories) == 1:
@@ -332,11 +346,17 @@ def _over_seeds(
     for of_seeds in zip(*summaries, strict=True):
         values = {key: [row[key] for row in of_seeds] for key in of_seeds[0] if key != "category"}
         name = of_seeds[0]["category"]
-        means.append({"category": name} | {k: statistics.fmean(v) for k, v in values.items()})
+        means.append(
+            {"category": name} | {k: _defined(statistics.fmean, v) for k, v in values.items()}
+        )
         if len(of_seeds) > 1:
-            spread = {key: statistics.stdev(v) for key, v in values.items()}
+            spread = {key: _defined(statistics.stdev, v) for key, v in values.items()}
             deviations.append({"category": f"  ± of {len(of_seeds)} seeds"} | spread)
     return means, deviations
+
+
+def _defined(statistic: Callable[[list[float]], float], values: list[float]) -> float | None:
+    return None if any(map(math.isnan, values)) else statistic(values)
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -361,10 +381,13 @@ COLUMNS = {
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print a table on a terminal, else tab-separated columns under the names used in the JSON."""
-    cells = [[str(row["category"]), *(_cell(key, row.get(key)) for key in COLUMNS)] for row in rows]
+    cells = [
+        [str(row["category"]), *(_cell(key, row[key]) if key in row else "" for key in COLUMNS)]
+        for row in rows
+    ]
     if not sys.stdout.isatty():
-        table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-        table.writerows([["category", *COLUMNS], *cells])
+        lines = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+        lines.writerows([["category", *COLUMNS], *cells])
         return
     from rich import box  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
@@ -381,9 +404,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if math.isnan(value):
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.1f}" if key in ("fit_seconds", "images_per_second") else f"{value:.3f}"
 
@@ -402,7 +423,7 @@ def info(
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in facts.items():
         flat |= value if isinstance(value, dict) else {name: value}
     width = max(map(len, flat))

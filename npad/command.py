@@ -106,14 +106,13 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
     defaults = _defaults() | overrides
     parameters = []
     for name, (parse, metavar, text) in OPTIONS.items():
-        shown = defaults[name]
+        default = "" if defaults[name] is None else f" [default: {defaults[name]}]"
         option = typer.Option(
             "--" + name.replace("_", "-"),
             parser=_parsed(parse),
             metavar=metavar,
-            help=text,
-            show_default=False if shown is None else str(shown),
-            rich_help_panel="Model",
+            help=text + default,
+            show_default=False,  # typer's own would be None: not given
         )
         parameters.append(
             inspect.Parameter(

@@ -82,7 +82,7 @@ class NPad:
     ----------
     grid_ : (H, W) of the embeddings
     n_images_ : images fitted
-    eps_ : the eps in use
+    eps_ : the eps in use; None where "auto" had nothing to choose for
     mean_, factor_ : (P, C) float32 and (P, packed): the Gaussians, or None where the fusion does not
         use them
     centroids_ : (K, C) float32, the nominal set, or None
@@ -214,11 +214,11 @@ class NPad:
                 "needed, and some tens are recommended"
             )
 
-        self.eps_ = self.eps
+        self.eps_: float | None = None if self.eps == "auto" else float(self.eps)
         self.standardization_ = None
         if held_out.kept:
             x = torch.stack(held_out.kept)
-            if gaussian is not None and self.eps_ == "auto":
+            if gaussian is not None and self.eps_ is None:
                 self.eps_ = gaussian.choose_eps(x)
             if self.fusion == "sum":
                 self._finalize(gaussian, nominal)
@@ -236,7 +236,7 @@ class NPad:
         if gaussian is not None:
             dtype, positions = DTYPES[self.factor_dtype], len(gaussian.count)
             with progress.task("fit: Gaussians", positions, self.progress, "positions") as advance:
-                self.mean_, self.factor_ = gaussian.finalize(float(self.eps_), dtype, advance)
+                self.mean_, self.factor_ = gaussian.finalize(self.eps_ or 0.0, dtype, advance)
         if nominal is not None:
             with progress.task("fit: nominal set", None, self.progress, "centroids") as advance:
                 self.centroids_ = nominal.finalize(advance).centroids_
@@ -411,7 +411,7 @@ class NPad:
             model = cls(**settings, device=device, progress=progress)
             model.grid_ = _pair(tuple(header["grid"]))
             model.n_images_ = int(header["n_images"])
-            model.eps_ = header["eps"]
+            model.eps_ = model._saved_eps(header["eps"])
             saved = header["standardization"]
             model.standardization_ = Standardization(**saved) if saved else None
             model.skipped_ = []
@@ -436,6 +436,13 @@ class NPad:
             tensor = tensors.get(name)
             setattr(model, f"{name}_", tensor.to(device) if tensor is not None else None)
         return model
+
+    def _saved_eps(self, value: object) -> float | None:
+        if isinstance(value, (int, float)) and value >= 0:
+            return float(value)
+        if value is None and not self._uses_gaussian:
+            return None
+        raise ValueError(f"eps is {value!r}")
 
     def _expected_tensors(
         self, channels: int, n_centroids: int | None
@@ -477,6 +484,13 @@ class NPad:
     def _embed(self, images: Tensor) -> Tensor:
         x = self._network()(images.to(self.device))
         return x if self.projection_ is None else x @ self.projection_
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fitted model, without its backbone."""
+        self._check_fitted()
+        tensors = (getattr(self, f"{name}_") for name in TENSORS)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "n_images_"):

@@ -31,7 +31,8 @@ def draw_overlay(image: NDArray[Any], heat: NDArray[np.float32]) -> NDArray[np.u
     level = heat.clip(0, 1)
     strength = _STRENGTH * level[..., None]
     color = _color_table()[np.rint(255 * level).astype(np.uint8)]
-    return np.rint(image + strength * (color - image)).astype(np.uint8)
+    picture: NDArray[np.uint8] = np.rint(image + strength * (color - image)).astype(np.uint8)
+    return picture
 
 
 @cache

@@ -54,12 +54,12 @@ def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
     ------
     ImageError  a folder holds no images.
     """
-    base = os.path.commonpath([os.path.abspath(p if p.is_dir() else p.parent) for p in paths])
-    pictures = tuple(Path(os.path.abspath(folder), part) for part in (OVERLAYS, MAPS))
+    base = os.path.commonpath([_absolute(p if p.is_dir() else p.parent) for p in paths])
+    pictures = [_absolute(folder) / part for part in (OVERLAYS, MAPS)]
     found: dict[Path, str] = {}
     for path in paths:
         images = list_images(path) if path.is_dir() else [path]
-        absolute = {Path(os.path.abspath(image)): str(image) for image in images}
+        absolute = {_absolute(image): str(image) for image in images}
         for picture in [p for p in absolute if any(p.is_relative_to(part) for part in pictures)]:
             del absolute[picture]
         if not absolute:
@@ -67,6 +67,11 @@ def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
         found = absolute | found  # the first spelling of a path stays
     ordered = sorted(found.items()) if len(paths) > 1 else list(found.items())
     return {spelled: absolute.relative_to(base) for absolute, spelled in ordered}
+
+
+def _absolute(path: Path) -> Path:
+    """Without following links: an image that is linked twice has two names."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 class PredictionFiles:
@@ -139,10 +144,10 @@ class PredictionFiles:
         ):
             row = {"path": path, "score": float(score), "size": list(map_.shape)}
             if self._maps:
-                row["map"] = f"{MAPS}/{self._inputs[path]}.tiff"
-                self._save(Image.fromarray(map_), row["map"], "TIFF")
+                row["map"] = self._name(MAPS, path)
+                self._save(Image.fromarray(map_), self._name(MAPS, path), "TIFF")
             if self._overlays:
-                row["overlay"] = f"{OVERLAYS}/{self._inputs[path]}.png"
+                row["overlay"] = self._name(OVERLAYS, path)
                 sketch = resize_map(torch.from_numpy(map_), _SKETCH).numpy()
                 with _naming(self._folder):
                     self._sketches.write(np.ascontiguousarray(sketch, dtype=np.float32).tobytes())
@@ -189,7 +194,11 @@ class PredictionFiles:
             image = read_image(path)
             heat = resize_map(torch.from_numpy((sketch - low) / (high - low)), image.shape[:2])
             picture: NDArray[np.uint8] = draw_overlay(image, heat.numpy())
-            self._save(Image.fromarray(picture), f"{OVERLAYS}/{self._inputs[path]}.png", "PNG")
+            self._save(Image.fromarray(picture), self._name(OVERLAYS, path), "PNG")
+
+    def _name(self, part: str, path: str) -> str:
+        """Path below the folder. The image's own suffix stays, so that a.jpg and a.png differ."""
+        return f"{part}/{self._inputs[path].as_posix()}{'.tiff' if part == MAPS else '.png'}"
 
     def _save(self, picture: Image.Image, name: str, kind: str) -> None:
         """Whole or not at all. The disk is not waited for: pictures can be made again."""

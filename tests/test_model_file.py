@@ -258,7 +258,9 @@ write_model(path, *models[0])
 duration = time.perf_counter() - begin
 chance = random.Random(0)
 seen, leftovers = set(), 0
-for _ in range(40):
+rounds = 0
+while rounds < 40 or (rounds < 400 and (len(seen) < 2 or not leftovers)):
+    rounds += 1
     child = os.fork()
     if child == 0:
         turn = 0

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from npad._native import core
 
 from npad import ops, reference
+from npad._native import core
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 31, 100, 129, 256])

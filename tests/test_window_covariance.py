@@ -97,9 +97,7 @@ def test_large_window_in_blocks(isa: str) -> None:
 
 def test_opcheck() -> None:
     state = single(torch.randn(3, 2, 3, 9))
-    torch.library.opcheck(
-        torch.ops.npad.window_covariance.default, (*state, [2, 3], 3, 1, 4)
-    )
+    torch.library.opcheck(torch.ops.npad.window_covariance.default, (*state, [2, 3], 3, 1, 4))
 
 
 def test_rejects() -> None:

@@ -1,0 +1,238 @@
+"""NPad: fit, predict, save, load; on the filter bank, and on real images where they are at hand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from npad import NPad
+from npad.datasets import find_categories
+from npad.evaluation import evaluate
+from npad.model_file import ModelFileError, read_model, write_model
+from npad.synthetic import make_dataset
+
+SMALL = {"image_size": 64, "n_centroids": 200, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def cloth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cloth") / "woven"
+    return make_dataset(root, seed=1, n_train=12, n_test_good=3, n_defective=4)
+
+
+@pytest.fixture(scope="module")
+def model(cloth: Path) -> NPad:
+    return NPad("filterbank", **SMALL).fit(cloth / "train/good")
+
+
+def tensors(model: NPad) -> dict[str, torch.Tensor]:
+    found = {
+        name: getattr(model, name) for name in ("projection_", "mean_", "factor_", "centroids_")
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def assert_equal_models(a: NPad, b: NPad) -> None:
+    assert (a.eps_, a.grid_, a.n_images_) == (b.eps_, b.grid_, b.n_images_)
+    assert tensors(a).keys() == tensors(b).keys()
+    for name, tensor in tensors(a).items():
+        assert torch.equal(tensor, tensors(b)[name]), name
+
+
+def test_maps_have_the_size_of_their_images(model: NPad, cloth: Path, tmp_path: Path) -> None:
+    pixels = np.asarray(Image.open(next((cloth / "test/good").iterdir())).convert("RGB"))
+    Image.fromarray(pixels[:101, :57]).save(tmp_path / "odd.png")
+    result = model.predict(tmp_path)
+    assert result.maps[0].shape == (101, 57)
+    assert result.maps[0].dtype == np.float32
+    assert result.paths == [str(tmp_path / "odd.png")]
+    assert result.scores.dtype == np.float64
+
+
+def test_defects_score_higher_and_are_found_where_they_are(model: NPad, cloth: Path) -> None:
+    good = model.predict(cloth / "test/good").scores
+    spoiled = []
+    for path in sorted((cloth / "test/good").iterdir()):
+        pixels = np.array(Image.open(path).convert("RGB"))
+        height, width = pixels.shape[:2]
+        top, left = height // 4, 5 * width // 8
+        pixels[top : top + height // 8, left : left + width // 8] = 255
+        spoiled.append(pixels)
+    result = model.predict(np.stack(spoiled))
+    assert result.scores.min() > good.max()
+    for map_ in result.maps:
+        y, x = np.unravel_index(map_.argmax(), map_.shape)
+        assert top - 8 <= y <= top + height // 8 + 8
+        assert left - 8 <= x <= left + width // 8 + 8
+
+
+def test_same_input_gives_a_bitwise_equal_model(model: NPad, cloth: Path, tmp_path: Path) -> None:
+    again = NPad("filterbank", **SMALL).fit(cloth / "train/good")
+    assert_equal_models(model, again)
+    model.save(tmp_path / "a.npad")
+    again.save(tmp_path / "b.npad")
+    assert (tmp_path / "a.npad").read_bytes() == (tmp_path / "b.npad").read_bytes()
+
+
+def test_every_kind_of_source_gives_the_same_scores(model: NPad, cloth: Path) -> None:
+    folder = cloth / "test/good"
+    paths = sorted(folder.iterdir())
+    arrays = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in paths])
+    tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    expected = model.predict(folder).scores
+    for source in (paths, [str(p) for p in paths], arrays, tensor):
+        np.testing.assert_allclose(model.predict(source).scores, expected, rtol=1e-5)
+    # Float input is resized in float, so it agrees only as well as rounding to 8 bits allows.
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(tensor.float() / 255, torch.zeros(len(paths))), batch_size=2
+    )
+    np.testing.assert_allclose(model.predict(loader).scores, expected, rtol=2e-2)
+    assert model.predict(arrays).paths == ["image[0]", "image[1]", "image[2]"]
+
+
+def test_a_stream_of_batches_fits_without_its_length(cloth: Path) -> None:
+    paths = sorted((cloth / "train/good").iterdir())
+
+    def stream() -> Iterator[np.ndarray]:
+        for path in paths:
+            yield np.asarray(Image.open(path).convert("RGB"))
+
+    model = NPad("filterbank", **SMALL, n_features=20, holdout=0.3).fit(stream())
+    assert model.n_images_ == 12
+    assert model.centroids_ is not None
+    assert model.centroids_.shape[1] == 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"fusion": "sum"},
+        {"fusion": "euclidean"},
+        {"nominal_set": None, "factor_dtype": "float32", "window": 99},
+        {"nominal_set": "kmeans", "n_centroids": 30, "factor_dtype": "bfloat16"},
+        {"n_features": 16, "score_window": 3, "eps": 0.01, "holdout": 0.0},
+        {"n_features": 16, "reduction": "random", "image_size": (64, 96), "layers": (2, 3)},
+    ],
+)
+def test_save_and_load(cloth: Path, tmp_path: Path, arguments: dict[str, object]) -> None:
+    model = NPad("filterbank", **{**SMALL, **arguments}).fit(cloth / "train/good")
+    path = tmp_path / "model.npad"
+    model.save(path)
+    loaded = NPad.load(path)
+    assert_equal_models(model, loaded)
+    assert loaded.settings() == model.settings()
+    a, b = model.predict(cloth / "test"), loaded.predict(cloth / "test")
+    assert np.array_equal(a.scores, b.scores)
+    assert all(np.array_equal(x, y) for x, y in zip(a.maps, b.maps, strict=True))
+    assert np.isfinite(a.scores).all()
+
+
+def test_batches_do_not_change_scores(model: NPad, cloth: Path, tmp_path: Path) -> None:
+    model.save(tmp_path / "m.npad")
+    other = NPad.load(tmp_path / "m.npad")
+    other.batch_size = 3
+    a, b = model.predict(cloth / "test").scores, other.predict(cloth / "test").scores
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_held_out_images_are_fitted_in_the_end(cloth: Path) -> None:
+    with_holdout = NPad("filterbank", **SMALL, eps=0.01, holdout=0.4).fit(cloth / "train/good")
+    without = NPad("filterbank", **SMALL, eps=0.01, holdout=0.0).fit(cloth / "train/good")
+    assert with_holdout.mean_ is not None
+    torch.testing.assert_close(with_holdout.mean_, without.mean_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 4}, "window must be an odd int"),
+        ({"score_window": 0}, "score_window must be an odd int"),
+        ({"eps": "big"}, "eps must be 'auto' or a number"),
+        ({"eps": -1.0}, "eps must be 'auto' or a number"),
+        ({"fusion": "max"}, "fusion must be one of 'product'"),
+        ({"nominal_set": "random"}, "nominal_set must be one of"),
+        ({"nominal_set": None, "fusion": "product"}, "needs a nominal set"),
+        ({"factor_dtype": "int8"}, "factor_dtype must be one of"),
+        ({"holdout": 0.9}, "holdout must be from 0 to 0.5"),
+        ({"holdout": 0.0}, "need held-out images"),
+        ({"image_size": 0}, "image_size must be a positive int"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"reduction": "ica"}, "reduction must be one of"),
+    ],
+)
+def test_arguments_are_checked_at_once(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NPad("filterbank", **arguments)  # type: ignore[arg-type]
+
+
+def test_one_image_is_too_few(cloth: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 defect-free images are needed"):
+        NPad("filterbank", **SMALL).fit([next((cloth / "train/good").iterdir())])
+
+
+def test_predict_before_fit() -> None:
+    with pytest.raises(RuntimeError, match="not fitted; call fit or NPad.load"):
+        NPad("filterbank").predict("anything")
+
+
+def test_more_features_than_channels(cloth: Path) -> None:
+    with pytest.raises(ValueError, match="n_features=5000 is more than the"):
+        NPad("filterbank", **SMALL, n_features=5000).fit(cloth / "train/good")
+
+
+@pytest.mark.parametrize("field", ["settings", "grid", "backbone", "channels", "eps"])
+@pytest.mark.parametrize("value", [None, [], {"window": 2}, "x", -3])
+def test_forged_headers_are_model_file_errors(
+    model: NPad, tmp_path: Path, field: str, value: object
+) -> None:
+    path = tmp_path / "model.npad"
+    model.save(path)
+    header, content = read_model(path)
+    write_model(path, header | {field: value}, content)
+    with pytest.raises(ModelFileError, match=r"model\.npad"):
+        NPad.load(path)
+
+
+def test_model_of_another_backbone(model: NPad, tmp_path: Path) -> None:
+    path = tmp_path / "model.npad"
+    model.save(path)
+    header, content = read_model(path)
+    header["backbone"]["weights_hash"] = "0" * 64
+    write_model(path, header, content)
+    with pytest.raises(ModelFileError, match="was fitted on filterbank with weights 000000000000"):
+        NPad.load(path)
+
+
+def test_predict_from_two_threads(model: NPad, cloth: Path) -> None:
+    expected = model.predict(cloth / "test").scores
+    found: list[np.ndarray] = []
+    workers = [
+        threading.Thread(target=lambda: found.append(model.predict(cloth / "test").scores))
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(np.array_equal(scores, expected) for scores in found)
+    assert len(found) == 2
+
+
+def test_real_images(data: Path, weights: Path) -> None:
+    """A third of the magnetic tiles: far above chance, and float16 factors cost nothing."""
+    (category,) = find_categories(data / "mtd")
+    category = type(category)(category.name, category.train[::6], category.test[::4])
+    file = weights / "resnet18_layers123.safetensors"
+    scores = {}
+    for dtype in ("float32", "float16"):
+        model = NPad("resnet18", weights=file, factor_dtype=dtype, n_centroids=2048, progress=False)
+        scores[dtype] = evaluate(model, category, progress=False).metrics
+    assert scores["float32"]["auroc"] > 0.93
+    assert scores["float16"]["auroc"] == pytest.approx(scores["float32"]["auroc"], abs=1e-3)
