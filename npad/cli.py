@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from npad._version import __version__
-from npad.command import Arguments, UsageError, command, new_model, run
+from npad.command import Arguments, UsageError, check_device, command, new_model, run
 
 if TYPE_CHECKING:
     from npad.datasets import Category
@@ -185,6 +185,7 @@ def predict(
     from npad.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
 
     _set_threads(threads)
+    check_device(device)
     progress = _progress(quiet)
     inputs = find_inputs(paths, output)
     model = NPad.load(model_file, device=device, weights=weights, progress=progress)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-__all__ = ["Arguments", "UsageError", "command", "new_model", "run"]
+__all__ = ["Arguments", "UsageError", "check_device", "command", "new_model", "run"]
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 HEAVY = ("npad.detector", "npad.evaluation", "npad.report")
@@ -142,10 +142,23 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
     arguments = arguments | more
     if arguments.get("nominal_set") == "none":
         arguments["nominal_set"] = None
+    if "device" in arguments:
+        check_device(arguments["device"])
     try:
         return NPad(**arguments)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
+
+
+def check_device(name: str) -> None:
+    """Say before the work that a device is not there."""
+    import torch  # noqa: PLC0415
+
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"--device {name} cannot be used here: {reason}; use cpu") from error
 
 
 def command(

@@ -80,7 +80,7 @@ class NeighborhoodGaussian:
         return self
 
     def choose_eps(self, held_out: Tensor) -> float:
-        """Find the eps that makes held-out nominal embeddings most likely.
+        """Find an eps that makes held-out nominal embeddings likely.
 
         Parameters
         ----------
@@ -94,7 +94,10 @@ class NeighborhoodGaussian:
         -----
         The likelihood of x under N(mu, Sigma + eps I) for all eps at once: with Sigma = V diag(l) V^T,
         log p = -1/2 sum_j [log(l_j + eps) + (V^T (x - mu))_j^2 / (l_j + eps)] + const. It is summed
-        over an even sample of positions, as many as two billion multiplications decompose.
+        over an even sample of positions, as many as two billion multiplications decompose. Taken is
+        the largest eps within one standard error, over the held-out images, of the best (the rule of
+        Breiman et al., *Classification and Regression Trees*, 1984): of choices that the data cannot
+        tell apart, the most regular.
         """
         positions, channels = self.mean.shape
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
@@ -105,14 +108,20 @@ class NeighborhoodGaussian:
             values, vectors = torch.linalg.eigh(covariance[0].double())
             z = held_out.flatten(1, 2)[:, p].double() - mean[0].double()
             spectra.append(values.clamp(min=0))
-            energies.append((z @ vectors).square().mean(0))
-        spectrum, energy = torch.stack(spectra), torch.stack(energies)
+            energies.append((z @ vectors).square())
+        spectrum, energy = torch.stack(spectra), torch.stack(energies, 1)  # (S, C), (M, S, C)
         scale = float(spectrum.mean()) or 1.0
         candidates = scale * EPS_CANDIDATES.double()
         likelihood = torch.stack(
-            [-((spectrum + eps).log() + energy / (spectrum + eps)).sum() for eps in candidates]
-        )
-        return float(candidates[likelihood.argmax()])
+            [
+                -((spectrum + eps).log() + energy / (spectrum + eps)).sum((1, 2))
+                for eps in candidates
+            ]
+        )  # (candidates, M)
+        best = likelihood[likelihood.mean(1).argmax()]
+        error = best.std(correction=min(1, len(best) - 1)) / len(best) ** 0.5
+        close = likelihood.mean(1) >= best.mean() - error
+        return float(candidates[close.nonzero().max()])
 
     def finalize(
         self,
