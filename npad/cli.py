@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+MEASURE = ("npad.detector", "npad.evaluation", "npad.report")  # modules
 REPORT, RESULTS, PARTIAL = "report.html", "results.json", "results.partial.json"
 
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="DIR")]
@@ -74,7 +75,7 @@ def _show_version() -> None:
 # --- fit ---
 
 
-@command(app)
+@command(app, "npad.detector")
 def fit(
     folder: Folder,
     output: Annotated[
@@ -133,7 +134,7 @@ def _color_range(text: str) -> tuple[float, float]:
     return low, high
 
 
-@command(app)
+@command(app, "npad.detector", "npad.prediction_files")
 def predict(
     model_file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")],
     paths: Annotated[
@@ -234,7 +235,7 @@ Seeds = Annotated[
 ]
 
 
-@command(app)
+@command(app, *MEASURE)
 def evaluate(
     folder: Folder,
     arguments: Arguments,
@@ -255,7 +256,7 @@ def evaluate(
     _evaluate(find_categories(folder), arguments, output, seeds, skip_bad, quiet)
 
 
-@command(app, backbone="filterbank")
+@command(app, *MEASURE, backbone="filterbank")
 def demo(
     arguments: Arguments,
     output: Report = Path("npad-demo"),
@@ -413,7 +414,7 @@ def _cell(key: str, value: float | None) -> str:
 # --- info ---
 
 
-@command(app)
+@command(app, "npad.environment")
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

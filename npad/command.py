@@ -24,7 +24,6 @@ import typer
 __all__ = ["Arguments", "UsageError", "check_device", "command", "new_model", "run"]
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
-HEAVY = ("npad.detector", "npad.evaluation", "npad.report")
 REPORTED = (ValueError, OSError, RuntimeError, MemoryError, ImportError)  # told as they are
 
 Arguments = dict[str, Any]  # of NPad, those given
@@ -162,12 +161,13 @@ def check_device(name: str) -> None:
 
 
 def command(
-    app: typer.Typer, **overrides: Any
+    app: typer.Typer, *modules: str, **overrides: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the application.
 
     A parameter ``arguments: Arguments`` of the function stands for the options of NPad: it gets
     those that were given, and ``overrides`` of NPad's defaults. ``--debug`` is added to all.
+    ``modules`` are imported before the function is called.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -191,7 +191,7 @@ def command(
                 chosen = {name: given.pop(name) for name in OPTIONS}
                 chosen = {name: value for name, value in chosen.items() if value is not None}
                 given["arguments"] = overrides | chosen
-            _run_job(function, given, show_traceback)
+            _run_job(function, given, modules, show_traceback)
 
         parameters = [*own, *(_options(overrides) if takes_model else []), debug]
         job.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -203,9 +203,11 @@ def command(
     return decorate
 
 
-def _run_job(function: Callable[..., None], given: dict[str, Any], debug: bool) -> None:
+def _run_job(
+    function: Callable[..., None], given: dict[str, Any], modules: Sequence[str], debug: bool
+) -> None:
     try:
-        for module in HEAVY:
+        for module in modules:
             import_module(module)
         _interrupt.working = True
         function(**given)
