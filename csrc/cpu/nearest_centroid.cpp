@@ -19,8 +19,8 @@ namespace npad::cpu::NPAD_ISA {
 
 namespace {
 
-// Registers: kWide x 2 sums, two of embeddings, one broadcast. A compiler that has to split a vector
-// into two registers spills them all, so this product uses a vector of exactly one.
+// Registers: kWide x 2 sums, two of embeddings, one broadcast. A compiler that has to split a
+// vector into two registers spills them all, so this product uses a vector of exactly one.
 #if defined(__AVX512F__)
 constexpr int64_t kWide = 14, kRegister = 16;
 #elif defined(__AVX2__)
@@ -30,20 +30,29 @@ constexpr int64_t kWide = 6, kRegister = 4;
 #endif
 typedef float Register __attribute__((vector_size(kRegister * sizeof(float))));
 constexpr int64_t kTile = 2 * kRegister;    // embeddings side by side
-constexpr int64_t kRows = 4 * kTile;        // embeddings that meet a panel of centroids in turn
-constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time; shared by all threads
+constexpr int64_t kRows = 256;              // embeddings that meet a panel of centroids in turn
+constexpr int64_t kMeanRows = 256;          // centroids whose mean is the origin
+constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time, shared by all threads
 
-// rows x (count, channels) less mean -> panel (channels, width), padded with zeros.
-void pack(const float* x, int64_t count, int64_t channels, const float* mean, int64_t width,
-          float* panel) {
-    for (int64_t i = 0; i < width; ++i)
-        for (int64_t c = 0; c < channels; ++c)
-            panel[c * width + i] = i < count ? x[i * channels + c] - mean[c] : 0.0f;
+// Rows of x (count, channels) less mean -> panel (channels, kWidth) and the squared norms. The last
+// row is repeated where count < kWidth.
+template <int64_t kWidth>
+void pack(const float* x, int64_t count, int64_t channels, const float* mean, float* panel,
+          float* squares) {
+    const float* row[kWidth];
+    float sum[kWidth] = {};
+    for (int64_t i = 0; i < kWidth; ++i) row[i] = x + (i < count ? i : count - 1) * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+        float* out = panel + c * kWidth;
+        for (int64_t i = 0; i < kWidth; ++i) out[i] = row[i][c] - mean[c];
+        for (int64_t i = 0; i < kWidth; ++i) sum[i] += out[i] * out[i];
+    }
+    std::memcpy(squares, sum, sizeof sum);
 }
 
 // least[j] = min over the panel's centroids of half_norm - x_j . c
-void least_of_panel(const float* centroids, const float* half_norm, const float* x, int64_t channels,
-                    float* least) {
+void least_of_panel(const float* centroids, const float* half_norm, const float* x,
+                    int64_t channels, float* least) {
     const auto load_register = [](const float* p) {
         Register r;
         std::memcpy(&r, p, sizeof r);
@@ -51,7 +60,8 @@ void least_of_panel(const float* centroids, const float* half_norm, const float*
     };
     Register product[kWide][2] = {};
     for (int64_t c = 0; c < channels; ++c) {
-        const Register x0 = load_register(x + c * kTile), x1 = load_register(x + c * kTile + kRegister);
+        const Register x0 = load_register(x + c * kTile),
+                       x1 = load_register(x + c * kTile + kRegister);
 #pragma GCC unroll 14
         for (int64_t i = 0; i < kWide; ++i) {
             const float centroid = centroids[c * kWide + i];
@@ -82,9 +92,10 @@ class Packed {
           data_(panels_ * kWide * channels),
           half_norm_(panels_ * kWide) {
         for (int64_t c = 0; c < channels; ++c) mean_[c] = 0;
-        for (int64_t i = 0; i < k; ++i)
+        const int64_t sample = k < kMeanRows ? k : kMeanRows;
+        for (int64_t i = 0; i < sample; ++i)
             for (int64_t c = 0; c < channels; ++c)
-                mean_[c] += centroids[i * channels + c] / static_cast<float>(k);
+                mean_[c] += centroids[i * k / sample * channels + c] / static_cast<float>(sample);
     }
 
     void load_block(int64_t first, int threads);
@@ -127,11 +138,8 @@ void Packed::load_block(int64_t first, int threads) {
     for (int64_t p = 0; p < panels; ++p) {
         const int64_t start = first + p * kWide, count = k_ - start < kWide ? k_ - start : kWide;
         float* panel = data_.data() + p * kWide * channels_;
-        pack(centroids_ + start * channels_, count, channels_, mean_.data(), kWide, panel);
-        float squares[kWide] = {};
-        for (int64_t c = 0; c < channels_; ++c)
-            for (int64_t i = 0; i < kWide; ++i)
-                squares[i] += panel[c * kWide + i] * panel[c * kWide + i];
+        float squares[kWide];
+        pack<kWide>(centroids_ + start * channels_, count, channels_, mean_.data(), panel, squares);
         for (int64_t i = 0; i < kWide; ++i) {
             half_norm_[p * kWide + i] = i < count ? squares[i] / 2 : INFINITY;
             if (squares[i] > largest) largest = squares[i];
@@ -161,34 +169,37 @@ void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t
     Packed packed(centroids, k, channels);
     const int64_t scratch_size = kRows * channels + packed.panels() * kRows;
     Buffer<float> scratch(threads * scratch_size);
+    const int64_t share = (n / (4 * threads) / kTile + 1) * kTile;  // four turns for each thread
+    const int64_t rows = share < kRows ? share : kRows;
 
     for (int64_t first = 0; first < k; first += packed.panels() * kWide) {
         packed.load_block(first, threads);
         const int64_t panels = packed.panels_at(first);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (int64_t start = 0; start < n; start += kRows) {
-            const int64_t count = n - start < kRows ? n - start : kRows;
+        for (int64_t start = 0; start < n; start += rows) {
+            const int64_t count = n - start < rows ? n - start : rows;
             float* tiles = scratch.data() + omp_get_thread_num() * scratch_size;
             float* least = tiles + kRows * channels;  // (panels, kRows)
+            float squares[kRows], best[kRows];
             for (int64_t t = 0; t < count; t += kTile)
-                pack(x + (start + t) * channels, count - t < kTile ? count - t : kTile, channels,
-                     packed.mean(), kTile, tiles + t * channels);
+                pack<kTile>(x + (start + t) * channels, count - t < kTile ? count - t : kTile,
+                            channels, packed.mean(), tiles + t * channels, squares + t);
             for (int64_t p = 0; p < panels; ++p)
                 for (int64_t t = 0; t < count; t += kTile)
                     least_of_panel(packed.panel(p), packed.half_norm(p), tiles + t * channels,
                                    channels, least + p * kRows + t);
 
+            for (int64_t i = 0; i < kRows; ++i) best[i] = INFINITY;
+            for (int64_t p = 0; p < panels; ++p)
+                for (int64_t i = 0; i < count; ++i) {
+                    const float s = least[p * kRows + i];
+                    best[i] = s < best[i] ? s : best[i];
+                }
+
             for (int64_t i = 0; i < count; ++i) {
                 const float* row = x + (start + i) * channels;
-                const float* y = tiles + i / kTile * kTile * channels + i % kTile;
-                float norm = 0, best = INFINITY;
-                for (int64_t c = 0; c < channels; ++c) norm += y[c * kTile] * y[c * kTile];
-                for (int64_t p = 0; p < panels; ++p)
-                    if (least[p * kRows + i] < best) best = least[p * kRows + i];
-                norm = std::sqrt(norm);
-                // Not finite (NaN, overflow): every group is measured.
-                const float error = packed.error(norm, best);
-                const float limit = best + 2 * error;
+                // Not a number after NaN or overflow: then every group is measured.
+                const float limit = best[i] + 2 * packed.error(std::sqrt(squares[i]), best[i]);
 
                 Nearest nearest;
                 if (first == 0)
