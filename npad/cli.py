@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from npad._version import __version__
 from npad.command import Arguments, UsageError, check_device, command, new_model, run
-
-if TYPE_CHECKING:
-    from npad.datasets import Category
-    from npad.results import CategoryResult
 
 __all__ = ["app", "main"]
 
@@ -33,8 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MEASURE = ("npad.detector", "npad.evaluation", "npad.report")  # modules
-REPORT, RESULTS, PARTIAL = "report.html", "results.json", "results.partial.json"
+MEASURE = ("npad.detector", "npad.evaluation_files")  # modules of evaluate and demo
 
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="DIR")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
@@ -250,10 +243,8 @@ def evaluate(
     DIR is one category in the MVTec AD layout, or a folder of many. Writes OUT/report.html and
     OUT/results.json.
     """
-    from npad.datasets import find_categories  # noqa: PLC0415
-
     _set_threads(threads)
-    _evaluate(find_categories(folder), arguments, output, seeds, skip_bad, quiet)
+    _evaluate(folder, arguments, output, seeds, skip_bad, quiet)
 
 
 @command(app, *MEASURE, backbone="filterbank")
@@ -269,7 +260,6 @@ def demo(
     Makes it from --seed, with planted defects, in OUT; then does what evaluate does. Needs no
     download and less than a minute.
     """
-    from npad.datasets import find_categories  # noqa: PLC0415
     from npad.synthetic import make_dataset  # noqa: PLC0415
 
     _set_threads(threads)
@@ -280,135 +270,36 @@ def demo(
         with tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished:
             make_dataset(Path(unfinished) / "data" / "woven", seed)
             (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
-    _evaluate(find_categories(data), arguments, output, seeds, False, quiet)
+    _evaluate(data, arguments, output, seeds, False, quiet)
 
 
 def _evaluate(
-    categories: Sequence[Category],
+    folder: Path,
     arguments: Arguments,
     output: Path,
     seeds: Sequence[int] | None,
     skip_bad: bool,
     quiet: bool,
 ) -> None:
-    from npad.evaluation import evaluate as evaluate_category  # noqa: PLC0415
-    from npad.report import write_report  # noqa: PLC0415
-    from npad.results import summarize, to_json  # noqa: PLC0415
+    from npad.datasets import find_categories  # noqa: PLC0415
+    from npad.evaluation_files import REPORT, evaluate_all, print_table  # noqa: PLC0415
 
-    if seeds is not None and "seed" in arguments:
+    if seeds and "seed" in arguments:
         raise UsageError("--seed and --seeds exclude each other")
     progress = _progress(quiet)
-    output.mkdir(parents=True, exist_ok=True)
-    runs: list[dict[str, Any]] = [{"seed": seed} for seed in seeds] if seeds else [{}]
-    for one in runs:
-        new_model(arguments, **one)  # what NPad refuses, it refuses now
-    results: list[list[CategoryResult]] = [[] for _ in runs]  # of each seed
-    for category in categories:
-        for one, of_seed in zip(runs, results, strict=True):
-            model = new_model(arguments, progress=progress, **one)
-            result = evaluate_category(model, category, skip_bad=skip_bad, progress=progress)
-            del model  # before the next one is fitted
-            _list_skipped(result.skipped)
-            of_seed.append(result)
-        _write_json(output / PARTIAL, to_json(_named(results, seeds)))
-
-    named = _named(results, seeds)
-    rows, spread = _over_seeds([summarize(of_seed) for of_seed in results])
-    over_seeds = {"seeds": seeds, "mean": rows, "standard_deviation": spread} if seeds else {}
-    write_report(named, output / REPORT)
-    _write_json(output / RESULTS, to_json(named) | over_seeds)
-    (output / PARTIAL).unlink()
+    makers = [
+        partial(new_model, arguments, progress=progress, **seed)
+        for seed in ([{"seed": seed} for seed in seeds] if seeds else [{}])
+    ]
+    for make in makers:
+        make()  # what NPad refuses, it refuses before the work
+    rows, skipped = evaluate_all(
+        find_categories(folder), makers, output, skip_bad=skip_bad, progress=progress
+    )
+    _list_skipped(skipped)
     if not quiet:
-        if len(categories) == 1:
-            rows, spread = rows[:1], spread[:1]  # their mean would say the same again
-        types = results[0][0].types if len(categories) == 1 and not seeds else {}
-        rows += [{"category": f"  {name}", **values} for name, values in types.items()]
-        for row, deviation in zip(list(rows), spread, strict=False):
-            rows.insert(rows.index(row) + 1, deviation)
-        _print_table(rows)
-        print(f"{output / REPORT}")
-
-
-def _named(
-    results: Sequence[Sequence[CategoryResult]], seeds: Sequence[int] | None
-) -> list[CategoryResult]:
-    """All results, category by category, with the seed in their name where there are several."""
-    return [
-        replace(result, name=f"{result.name}, seed {seeds[i]}") if seeds else result
-        for of_category in zip(*results, strict=True)
-        for i, result in enumerate(of_category)
-    ]
-
-
-def _over_seeds(
-    summaries: Sequence[Sequence[dict[str, Any]]],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Mean and standard deviation over seeds of each row of a summary; one seed has no spread."""
-    means, deviations = [], []
-    for of_seeds in zip(*summaries, strict=True):
-        values = {key: [row[key] for row in of_seeds] for key in of_seeds[0] if key != "category"}
-        name = of_seeds[0]["category"]
-        means.append(
-            {"category": name} | {k: _defined(statistics.fmean, v) for k, v in values.items()}
-        )
-        if len(of_seeds) > 1:
-            spread = {key: _defined(statistics.stdev, v) for key, v in values.items()}
-            deviations.append({"category": f"  ± of {len(of_seeds)} seeds"} | spread)
-    return means, deviations
-
-
-def _defined(statistic: Callable[[list[float]], float], values: list[float]) -> float | None:
-    return None if any(map(math.isnan, values)) else statistic(values)
-
-
-def _write_json(path: Path, values: Any) -> None:
-    from npad.atomic_file import replacing  # noqa: PLC0415
-
-    with replacing(path) as file:
-        file.write(json.dumps(values, indent=1, allow_nan=False).encode())
-
-
-COLUMNS = {
-    "auroc": "image\nAUROC",
-    "ap": "image\nAP",
-    "f1_max": "image\nF1-max",
-    "pixel_auroc": "pixel\nAUROC",
-    "pixel_ap": "pixel\nAP",
-    "pixel_f1_max": "pixel\nF1-max",
-    "aupro": "AUPRO\n0.3",
-    "fit_seconds": "fit\ns",
-    "images_per_second": "images\n/s",
-}
-
-
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a table on a terminal, else tab-separated columns under the names used in the JSON."""
-    cells = [
-        [str(row["category"]), *(_cell(key, row[key]) if key in row else "" for key in COLUMNS)]
-        for row in rows
-    ]
-    if not sys.stdout.isatty():
-        lines = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-        lines.writerows([["category", *COLUMNS], *cells])
-        return
-    from rich import box  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", overflow="ellipsis", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, *values in cells:
-        table.add_row(Text(name), *values)  # a name is no markup
-    Console().print(table)
-
-
-def _cell(key: str, value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.1f}" if key in ("fit_seconds", "images_per_second") else f"{value:.3f}"
+        print_table(rows)
+        print(output / REPORT)
 
 
 # --- info ---

@@ -30,7 +30,7 @@ from npad.progress import track
 if TYPE_CHECKING:
     from npad.detector import Prediction
 
-__all__ = ["OVERLAYS", "PredictionFiles", "find_inputs"]
+__all__ = ["PredictionFiles", "find_inputs", "naming"]
 
 SCORES = ("scores.csv", "scores.jsonl")
 OVERLAYS, MAPS = "overlays", "maps"
@@ -149,13 +149,13 @@ class PredictionFiles:
             if self._overlays:
                 row["overlay"] = self._name(OVERLAYS, path)
                 sketch = resize_map(torch.from_numpy(map_), _SKETCH).numpy()
-                with _naming(self._folder):
+                with naming(self._folder):
                     self._sketches.write(np.ascontiguousarray(sketch, dtype=np.float32).tobytes())
                 self._drawn.append(path)
-            with _naming(self.partial):
+            with naming(self.partial):
                 self._rows.writerow((path, repr(row["score"])))
                 self._jsonl.write(json.dumps(row) + "\n")
-        with _naming(self.partial):
+        with naming(self.partial):
             self._csv.flush()
             self._jsonl.flush()
         self.n_scored += len(prediction.paths)
@@ -164,7 +164,7 @@ class PredictionFiles:
         """Give the scores their final name, then draw the overlays."""
         for file, name in zip((self._csv, self._jsonl), SCORES, strict=True):
             partial = self._folder / _partial(name)
-            with _naming(partial):
+            with naming(partial):
                 file.flush()
                 os.fsync(file.fileno())
                 partial.replace(self._folder / name)
@@ -179,6 +179,9 @@ class PredictionFiles:
     ) -> None:
         with suppress(OSError) if error else nullcontext():  # a full disk was reported already
             self._files.close()
+        if not self.n_scored:
+            for name in SCORES:
+                (self._folder / _partial(name)).unlink(missing_ok=True)
 
     def _draw(self) -> None:
         self._sketches.flush()
@@ -205,7 +208,7 @@ class PredictionFiles:
         buffer = io.BytesIO()
         picture.save(buffer, kind, **({"compress_level": 1} if kind == "PNG" else {}))
         target = self._folder / name
-        with _naming(target):
+        with naming(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.parent / f".npad-{os.getpid()}.tmp"
             try:
@@ -222,7 +225,7 @@ def _partial(name: str) -> str:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Let an OSError name the file that was asked for, not a temporary one or none."""
     try:
         yield

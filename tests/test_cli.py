@@ -1,0 +1,528 @@
+"""The command line: what it writes, what it says, how it ends."""
+
+import csv
+import inspect
+import json
+import os
+import pty
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import SMALL, fail, npad, succeed
+from image_files import make_category, save_image, smooth_pixels
+from PIL import Image
+
+from npad import NPad, __version__, command
+from npad.prediction_files import find_inputs
+
+# A line on standard output tells when the package is imported and the program takes over. Ctrl-C
+# is ignored by a shell's background jobs and by their children: here it is not.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import npad.cli
+print("ready", flush=True)
+npad.cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def category(tmp_path_factory):
+    return make_category(tmp_path_factory.mktemp("data") / "part", n_train=4, size=(64, 64))
+
+
+@pytest.fixture(scope="module")
+def model(category, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "part.npad"
+    succeed("fit", category / "train/good", "-o", path, *SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A category that takes far longer than a test waits: it is to be interrupted."""
+    root = make_category(tmp_path_factory.mktemp("large") / "part", size=(64, 64))
+    for folder, suffix in (("train/good", ""), ("test/hole", ""), ("ground_truth/hole", "_mask")):
+        for i in range(1, 1500):
+            (root / folder / f"x{i}{suffix}.png").hardlink_to(root / folder / f"000{suffix}.png")
+    return root
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# --- options ---
+
+
+def test_every_argument_of_npad_is_an_option_with_its_default():
+    parameters = inspect.signature(NPad).parameters
+    assert command._defaults() == {name: p.default for name, p in parameters.items()}
+    assert set(command.OPTIONS) == set(parameters) - {"progress"}
+    shown = re.sub(r"\s+", " ", npad("fit", "--help").out)
+    for name in command.OPTIONS:
+        assert f"--{name.replace('_', '-')} " in shown
+        default = parameters[name].default
+        assert default is None or f"[default: {default}]" in shown
+
+
+def test_options_reach_the_model(category, tmp_path):
+    options = {
+        "--backbone": "filterbank",
+        "--layers": "2,3",
+        "--image-size": "48x64",
+        "--window": "5",
+        "--score-window": "3",
+        "--eps": "0.01",
+        "--nominal-set": "kmeans",
+        "--n-centroids": "0.25",
+        "--fusion": "sum",
+        "--factor-dtype": "bfloat16",
+        "--n-features": "7",
+        "--reduction": "random",
+        "--holdout": "0.3",
+        "--seed": "5",
+        "--device": "cpu",
+        "--batch-size": "3",
+    }
+    given = [word for option in options.items() for word in option]
+    succeed("fit", category / "train/good", "-o", tmp_path / "m", *given, "--threads", "1")
+    settings = NPad.load(tmp_path / "m").settings()
+    wanted = {
+        "backbone": "filterbank",
+        "layers": [2, 3],
+        "image_size": [48, 64],
+        "window": 5,
+        "score_window": 3,
+        "eps": 0.01,
+        "nominal_set": "kmeans",
+        "n_centroids": 0.25,
+        "fusion": "sum",
+        "factor_dtype": "bfloat16",
+        "n_features": 7,
+        "reduction": "random",
+        "holdout": 0.3,
+        "seed": 5,
+        "batch_size": 3,
+    }
+    assert {key: settings[key] for key in wanted} == wanted
+
+
+def test_no_centroids(category, tmp_path):
+    succeed("fit", category / "train/good", "-o", tmp_path / "m", *SMALL, "--nominal-set", "none")
+    assert NPad.load(tmp_path / "m").centroids_ is None
+
+
+def test_version_and_help():
+    assert succeed("--version").out == f"npad {__version__}\n"
+    assert succeed().out == succeed("--help").out
+    for name in ("fit", "predict", "evaluate", "demo", "info"):
+        assert max(map(len, succeed(name, "--help").out.splitlines())) <= 80
+
+
+def test_info():
+    facts = json.loads(succeed("info", "--json").out)
+    assert facts["npad"] == __version__
+    plain = succeed("info").out
+    assert re.search(rf"^npad +{re.escape(__version__)}$", plain, re.MULTILINE)
+    assert re.search(r"^torch +\d", plain, re.MULTILINE)
+
+
+# --- predict ---
+
+
+def test_predict(category, model, tmp_path):
+    out = tmp_path / "out"
+    said = succeed("predict", model, category / "test", "-o", out, "--maps")
+    assert str(out / "scores.csv") in said.out
+    assert said.err == ""
+    expected = NPad.load(model).predict(category / "test")
+
+    with (out / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == expected.paths
+    assert [float(row["score"]) for row in rows] == expected.scores.tolist()
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == expected.scores.tolist()
+
+    named = {"scores.csv", "scores.jsonl"}
+    for line, map_ in zip(lines, expected.maps, strict=True):
+        with Image.open(out / line["map"]) as image:
+            assert image.mode == "F"
+            np.testing.assert_array_equal(np.asarray(image), map_)
+        with Image.open(out / line["overlay"]) as image:
+            assert image.size == (64, 64)
+            assert image.mode == "RGB"
+        named |= {line["map"], line["overlay"]}
+    assert files(out) == named
+
+
+def test_overlays_are_hottest_where_the_map_is_and_share_a_scale(category, model, tmp_path):
+    succeed(
+        "predict", model, category / "test", "-o", tmp_path, "--maps", "--color-range", "1e8,2e8"
+    )
+    for line in map(json.loads, (tmp_path / "scores.jsonl").read_text().splitlines()):
+        original = np.asarray(Image.open(line["path"]))
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / line["overlay"])), original)
+
+    succeed("predict", model, category / "test", "-o", tmp_path, "--maps")
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    worst = max(rows, key=lambda row: row["score"])
+    map_ = np.asarray(Image.open(tmp_path / worst["map"]))
+    original = np.asarray(Image.open(worst["path"])).astype(int)
+    changed = np.abs(np.asarray(Image.open(tmp_path / worst["overlay"])) - original).sum(2)
+    assert changed[map_ >= np.quantile(map_, 0.98)].mean() > changed[map_ < np.median(map_)].mean()
+
+
+def test_predict_again_replaces_and_does_not_read_its_own_pictures(category, model, tmp_path):
+    folder = shutil.copytree(category / "test", tmp_path / "test")
+    for _ in range(2):
+        succeed("predict", model, folder, "-o", folder / "out")
+        assert len((folder / "out/scores.csv").read_text().splitlines()) == 1 + 4
+
+
+def test_no_two_images_share_a_picture(tmp_path):
+    pixels = smooth_pixels(8, 8)
+    names = ("a/x.png", "a/x.jpg", "a/b/x.png", "c/x.png", "x.png")
+    paths = [save_image(tmp_path / name, pixels) for name in names]
+    given = [tmp_path / "a", paths[0], tmp_path / "c/../c/x.png", tmp_path / "x.png"]
+    found = find_inputs(given, tmp_path / "out")
+    assert sorted(map(str, found.values())) == sorted(names)
+    assert find_inputs([tmp_path / "c"], tmp_path) == {str(tmp_path / "c/x.png"): Path("x.png")}
+
+
+def test_file_names_that_are_no_text(category, model, tmp_path):
+    name = os.fsencode(tmp_path) + b'/\xff,".png'
+    shutil.copy(category / "test/good/000.png", os.fsdecode(name))
+    succeed("predict", model, tmp_path, "-o", tmp_path / "out")
+    with (tmp_path / "out/scores.csv").open(errors="surrogateescape", newline="") as file:
+        assert os.fsencode(next(csv.DictReader(file))["path"]) == name
+    assert json.loads((tmp_path / "out/scores.jsonl").read_text())["path"] == os.fsdecode(name)
+
+
+def test_skip_bad(category, model, tmp_path):
+    folder = shutil.copytree(category / "test/good", tmp_path / "images")
+    whole = (folder / "000.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("no image")
+    fail(1, "predict", model, folder, "-o", tmp_path / "out", says=[folder / "cut.png"])
+    assert "scores.csv" not in files(tmp_path / "out")
+
+    outcome = succeed("predict", model, folder, "-o", tmp_path / "out", "--skip-bad")
+    listed = [line for line in outcome.err.splitlines() if line.startswith("npad: skipped: ")]
+    assert [str(folder / "cut.png") in listed[0], str(folder / "text.png") in listed[1]] == [
+        True
+    ] * 2
+    assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + 2
+
+    fitted = succeed("fit", folder, "-o", tmp_path / "m", *SMALL, "--skip-bad")
+    assert fitted.err.count("npad: skipped: ") == 2
+    assert NPad.load(tmp_path / "m").n_images_ == 2
+    only_bad = [folder / "cut.png", folder / "text.png"]
+    outcome = npad("predict", model, *only_bad, "-o", tmp_path / "none", "--skip-bad")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == "npad: error: none of the 2 images could be read"
+    assert files(tmp_path / "none") == set()
+
+
+# --- evaluate and demo ---
+
+
+def test_evaluate(category, tmp_path):
+    out = tmp_path / "report"
+    said = succeed("evaluate", category, "-o", out, *SMALL, "--seed", "3", "--window", "1")
+    assert files(out) == {"report.html", "results.json"}
+    header, row, kind, last = said.out.splitlines()
+    assert header.split("\t")[:2] == ["category", "auroc"]
+    assert row.startswith("part\t")
+    assert kind.startswith("  hole\t")
+    assert last == str(out / "report.html")
+    results = json.loads((out / "results.json").read_text())
+    (only,) = results["categories"]
+    assert only["category"] == "part"
+    assert f"{only['metrics']['auroc']:.3f}" == row.split("\t")[1]
+    page = (out / "report.html").read_text()
+    for key, value in {"seed": 3, "window": 1, "n_centroids": 50, "backbone": "filterbank"}.items():
+        assert only["settings"][key] == value
+        assert re.search(rf"{key}\W.{{0,40}}\b{value}\b", page, re.DOTALL), key
+
+
+def test_evaluate_many_categories_with_many_seeds(category, tmp_path):
+    root = tmp_path / "data"
+    for name in ("bolt", "nut"):
+        shutil.copytree(category, root / name)
+    model = (*SMALL, "--n-features", "8", "--reduction", "random")  # it depends on the seed
+    said = succeed("evaluate", root, "-o", tmp_path / "out", *model, "--seeds", "1,4")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    names = [result["category"] for result in results["categories"]]
+    assert names == [f"{name}, seed {seed}" for name in ("bolt", "nut") for seed in (1, 4)]
+    aupros = np.array([result["metrics"]["aupro"] for result in results["categories"]])
+    assert aupros[0] != aupros[1]  # else the spread is not tested
+    means = {row["category"]: row["aupro"] for row in results["mean"]}
+    spreads = {row["category"]: row["aupro"] for row in results["standard_deviation"]}
+    of_seeds = aupros.reshape(2, 2)
+    for name, values in zip(("bolt", "nut", "mean"), [*of_seeds, of_seeds.mean(0)], strict=True):
+        assert means[name] == pytest.approx(values.mean())
+        assert spreads[name] == pytest.approx(values.std(ddof=1))
+    assert [line.split("\t")[0] for line in said.out.splitlines()[1:-1]] == [
+        *("bolt", "  ± over seeds", "nut", "  ± over seeds", "mean", "  ± over seeds")
+    ]
+
+
+def test_finished_categories_survive_a_failure(category, tmp_path):
+    root = tmp_path / "data"
+    for name in ("bolt", "nut"):
+        shutil.copytree(category, root / name)
+    (root / "nut/train/good/000.png").write_text("no image")
+    bad = root / "nut/train/good/000.png"
+    fail(1, "evaluate", root, "-o", tmp_path / "out", *SMALL, says=[bad])
+    assert files(tmp_path / "out") == {"results.partial.json"}
+    kept = json.loads((tmp_path / "out/results.partial.json").read_text())
+    assert [result["category"] for result in kept["categories"]] == ["bolt"]
+    outcome = succeed("evaluate", root, "-o", tmp_path / "out", *SMALL, "--skip-bad")
+    assert outcome.err.count(str(bad)) == 1
+    assert files(tmp_path / "out") == {"report.html", "results.json"}
+
+
+def test_demo(tmp_path):
+    options = (*SMALL[2:], "--seed", "2")  # the backbone is the demo's own choice
+    said = succeed("demo", "-o", tmp_path, *options)
+    assert said.out.splitlines()[-1] == str(tmp_path / "report.html")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["categories"][0]["settings"]["backbone"] == "filterbank"
+    assert results["categories"][0]["settings"]["seed"] == 2
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "data-seed2").rglob("*.png")}
+    fail(2, "demo", "-o", tmp_path, "--seed", "2", "--window", "2")  # the data are made before
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_quiet(category, model, tmp_path):
+    train = category / "train/good"
+    for args in (
+        ("fit", train, "-o", tmp_path / "m", *SMALL),
+        ("predict", model, category / "test", "-o", tmp_path / "out"),
+        ("evaluate", category, "-o", tmp_path / "report", *SMALL),
+    ):
+        assert npad(*args, "--quiet") == (0, "", "")
+
+
+# --- usage and failures ---
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("fitt",), "fitt"),
+        (("fit",), "DIR"),
+        (("fit", "{train}"), "--output"),
+        (("fit", "{train}/none", "-o", "m"), "none"),
+        (("fit", "{train}", "-o", "{tmp}"), "is a folder"),
+        (("fit", "{train}", "-o", "{tmp}/none/m"), "make it first"),
+        (("fit", "{root}", "-o", "{tmp}/m"), "train/good"),
+        (("fit", "{root}/..", "-o", "{tmp}/m"), "train/good"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--window", "4"), "window must be an odd"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--window", "x"), "'--window'"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--layers", "2,a"), "'--layers'"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "1x2x3"), "'--image-size'"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "0"), "image_size must be"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--fusion", "max"), "fusion must be one of"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--eps", "-1"), "eps must be"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--weights", "none.pt"), "'none.pt'"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--device", "abacus"), "--device abacus"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--threads", "0"), "'--threads'"),
+        (("predict", "{tmp}/none", "{train}", "-o", "{tmp}/out"), "none"),
+        (("predict", "{model}", "-o", "{tmp}/out"), "PATH"),
+        (("predict", "{model}", "{tmp}/none", "-o", "{tmp}/out"), "none"),
+        (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--color-range", "2,1"), "LOW,HIGH"),
+        (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--device", "abacus"), "--device"),
+        (("evaluate", "{root}", "-o", "{tmp}/out", "--seeds", "1,1"), "'--seeds'"),
+        (("evaluate", "{root}", "-o", "{tmp}/out", "--seeds", "1", "--seed", "1"), "exclude"),
+        (("evaluate", "{root}", "-o", "{tmp}/out", "--score-window", "2"), "score_window must"),
+    ],
+)
+def test_usage(args, says, category, model, tmp_path):
+    names = {"root": category, "train": category / "train/good", "tmp": tmp_path, "model": model}
+    fail(2, *(arg.format(**names) for arg in args), says=[says])
+    assert files(tmp_path) == set()
+
+
+def test_debug_shows_the_traceback(model, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    fail(1, "predict", model, tmp_path, "-o", tmp_path / "out")
+    outcome = npad("predict", model, tmp_path, "-o", tmp_path / "out", "--debug")
+    assert outcome.code == 1
+    assert outcome.err.startswith("Traceback")
+    assert "npad: error: " in outcome.err.splitlines()[-1]
+
+
+def test_a_bug_is_one_line_too(category, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("what\nis this")
+
+    monkeypatch.setattr(NPad, "fit", broken)
+    args = ("fit", category / "train/good", "-o", tmp_path / "m", *SMALL)
+    fail(1, *args, says=["internal error: KeyError", "--debug"])
+
+
+@contextmanager
+def disk_of(n_bytes):
+    """Let no file grow beyond this, as if the disk were full."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk(category, model, tmp_path):
+    saved = shutil.copy(model, tmp_path / "m")
+    before = saved.read_bytes()
+    out = tmp_path / "out"
+    with disk_of(1000):
+        fail(
+            1,
+            "fit",
+            category / "train/good",
+            "-o",
+            saved,
+            *SMALL,
+            says=[saved, "cannot be written"],
+        )
+        predict = ("predict", model, category / "test", "-o", out)
+        fail(1, *predict, "--maps", says=[out / "maps/good/000.png.tiff", "too large"])
+        evaluate = ("evaluate", category, "-o", tmp_path / "report", *SMALL)
+        fail(1, *evaluate, says=[tmp_path / "report/results.partial.json"])
+    assert saved.read_bytes() == before
+    assert files(out) <= {"scores.csv", "scores.jsonl"}
+    assert files(tmp_path / "report") == set()
+    with disk_of(100):
+        fail(1, *predict, "--no-overlays", says=[out / "scores.partial.csv"])
+
+
+def test_no_permission(category, model):
+    root = Path(tempfile.mkdtemp())  # tmp_path is closed to other users
+    root.chmod(0o755)
+    try:
+        images, locked = shutil.copytree(category, root / "data"), root / "locked"
+        shutil.copy(model, root / "m")
+        locked.mkdir()
+        locked.chmod(0o555)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
+        try:
+            train = images / "train/good"
+            fail(1, "fit", train, "-o", locked / "m", *SMALL, says=[locked / "m", "permission"])
+            fail(1, "predict", root / "m", train, "-o", locked, says=[locked, "permission"])
+            fail(1, "evaluate", images, "-o", locked / "new", *SMALL, says=["new", "permission"])
+        finally:
+            os.seteuid(before)
+        assert files(locked) == set()
+    finally:
+        shutil.rmtree(root)
+
+
+# --- the process ---
+
+
+def start(*args, program=("-c", PROGRAM), **options):
+    command_line = [sys.executable, *program, *map(str, args)]
+    return subprocess.Popen(
+        command_line,
+        stdout=options.pop("stdout", subprocess.PIPE),
+        stderr=options.pop("stderr", subprocess.PIPE),
+        text=True,
+        **options,
+    )
+
+
+def test_module_and_closed_pipe(tmp_path):
+    with start("info", program=("-m", "npad")) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == command.PIPE_CLOSED
+
+    with start("fit", tmp_path / "none", "-o", "m", program=("-m", "npad")) as process:
+        said, err = process.communicate()
+    assert (process.returncode, said, err.count("\n")) == (command.USAGE, "", 1)
+    assert err.startswith("npad: error: Invalid value for 'DIR'")
+    assert err.endswith("(see npad fit --help)\n")
+
+
+def test_full_standard_output():
+    with (
+        Path("/dev/full").open("w") as full,
+        start("info", program=("-m", "npad"), stdout=full) as process,
+    ):
+        err = process.stderr.read()
+    assert process.returncode == command.FAILED
+    assert err.count("\n") == 1
+    assert err.lower().startswith("npad: error: no space left on device")
+
+
+@pytest.mark.parametrize("longest", [0.5, 3.0])
+@pytest.mark.parametrize("job", ["fit", "predict", "evaluate"])
+def test_interrupt(job, longest, large, model, tmp_path):
+    out = tmp_path / "out"
+    args = {
+        "fit": ("fit", large / "train/good", "-o", out, *SMALL),
+        "predict": ("predict", model, large / "test", "-o", out, "--maps", "--batch-size", "1"),
+        "evaluate": ("evaluate", large, "-o", out, *SMALL, "--image-size", "256"),
+    }[job]
+    with start(*args) as process:
+        assert process.stdout.readline() == "ready\n"
+        delay = random.uniform(0.1, longest)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        said, err = process.communicate()
+    assert process.returncode == command.INTERRUPTED, (delay, err)
+    assert (said, err) == ("", "npad: interrupted\n"), delay
+    left = files(tmp_path)
+    if job == "predict":
+        for name in left - {"out/scores.partial.csv", "out/scores.partial.jsonl"}:
+            assert name.startswith("out/maps/")
+            assert np.asarray(Image.open(tmp_path / name)).shape == (64, 64)
+    else:
+        assert left == set()
+
+
+def test_terminal(large, tmp_path):
+    """Bars with rate and time left, that Ctrl-C removes; the cursor comes back."""
+    master, slave = pty.openpty()
+    process = start(
+        *("fit", large / "train/good", "-o", tmp_path / "m", *SMALL, "--image-size", "256"),
+        stdout=slave,
+        stderr=slave,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "80"},
+    )
+    os.close(slave)
+    shown, end = b"", time.monotonic() + 60
+    while b"left" not in shown and time.monotonic() < end:
+        if select.select([master], [], [], 1)[0]:
+            shown += os.read(master, 4096)
+    process.send_signal(signal.SIGINT)
+    try:
+        while piece := os.read(master, 4096):
+            shown += piece
+    except OSError:  # the other end was closed
+        pass
+    os.close(master)
+    assert process.wait() == command.INTERRUPTED
+    text = shown.decode()
+    assert re.search(r"fit: embeddings .*\d+/1,502 images, \S+/s, \d:\d\d:\d\d left", text)
+    assert text.count("\x1b[?25h") == text.count("\x1b[?25l")
+    assert text.endswith("npad: interrupted\r\n")
+    assert files(tmp_path) == set()
