@@ -13,44 +13,51 @@ from npad import ops
 METHODS = ("kcenter", "kmeans")
 KMEANS_ITERATIONS = 25
 KMEANS_SAMPLE = 256  # points per centroid that k-means looks at, as faiss does
-ROTATION_SAMPLE = 16384  # projected points whose principal axes come first
 
 
 class NominalSet:
     """Centroids that stand for all nominal embeddings, chosen in bounded memory.
 
-    Embeddings are collected in a bank. When it is full, it is composed: replaced by its own
-    k-center, with as many centres as asked for; ``finalize`` chooses among what is left.
+    Embeddings are collected in a bank. When it is full, it is composed: replaced by the centroids
+    of its own content, as many as asked for; ``finalize`` chooses among the centroids of all parts.
 
     Parameters
     ----------
     method : "kcenter" (greedy k-center, which keeps rare nominal patches) or "kmeans" (the paper's
         clusters; faiss where it is installed, PyTorch otherwise)
-    n_centroids : number of centroids, or a fraction below 1 of all embeddings
-    projection : dimensions of the random projection on which k-center works; None is all
+    n_centroids : number of centroids, or a fraction below 1 of all embeddings; where there are
+        fewer embeddings, all are kept
+    projection : dimensions of the random projection on which k-center works; None is the embeddings
+        themselves, with no copy of them
     bank_bytes : memory of the bank
     seed : of the projection and of k-means
 
     Attributes
     ----------
-    centroids_ : (K, C) float32
-    radius_ : covering radius of the last k-center in the projected space; NaN for k-means
+    centroids_ : (K, C) float32; with k-center, embeddings that were seen
+    radius_ : covering radius of the last k-center in the space it worked on; NaN for k-means
+    n_seen : number of embeddings so far
 
     Notes
     -----
-    Greedy k-center, Gonzalez 1985: the covering radius is at most twice the smallest possible, r. Of
-    a composition: each part's centres cover it within 2 r_part <= 4 r (centres must be points of
-    the part, which costs the second factor 2), and the last k-center covers the centres, a subset of
-    the data, within 4 r, so by the triangle inequality all is covered within 8 r. Each further
-    composition of already composed parts adds at most 4 r. Merging two sets is a composition of
-    their parts, so sets fitted separately and merged agree with one whose bank was full between them.
+    Greedy k-center covers any part of the data within 2 r, where r is the smallest radius of k balls
+    that cover all of it (Gonzalez 1985): were a point farther, it and the centres would be k + 1
+    points more than 2 r apart, two of them in one ball. A composition covers within 4 r: a point is
+    within 2 r of a centre of its part, and that centre, itself a point of the data, within 2 r of a
+    final one (Malkomes et al., *Fast distributed k-center clustering with outliers on massive data*,
+    2015). Where the centres of the parts outgrow the bank they are composed again, for another 2 r
+    at most. With a projection all this holds in the projected space; with a fraction, r of a part is
+    that of its own number of centres.
+
+    A part is composed by itself, so sets fitted separately and then merged have the centroids, bit
+    for bit, of one set whose bank was full exactly between them.
     """
 
     def __init__(
         self,
         method: str = "kcenter",
         n_centroids: float = 8192,
-        projection: int | None = 128,
+        projection: int | None = None,
         bank_bytes: int = 2 << 30,
         seed: int = 0,
     ) -> None:
@@ -75,11 +82,26 @@ class NominalSet:
         self._composed: list[Tensor] = []  # centres of the parts so far
         self._bank: list[Tensor] = []  # embeddings not composed yet
         self._banked = 0
+        self._chosen: Tensor | None = None  # by the last finalize
 
     def update(self, x: Tensor) -> NominalSet:
-        """Add embeddings, (..., C) float32. A full bank is composed first."""
-        for part in x.reshape(-1, x.shape[-1]).split(max(1, self.bank_bytes // (4 * x.shape[-1]))):
-            if self._banked and (self._banked + len(part)) * part.shape[1] * 4 > self.bank_bytes:
+        """Add embeddings, (..., C). A bank that they do not fit into is composed first.
+
+        Raises
+        ------
+        ValueError : no channels, another number of them than before, or NaN or infinite values.
+        """
+        if x.ndim == 0 or x.shape[-1] == 0:
+            raise ValueError(f"NominalSet.update: x must have shape (..., C), got {tuple(x.shape)}")
+        channels = x.shape[-1]
+        self._check_channels("update", channels)
+        if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
+            raise ValueError("NominalSet.update: x holds NaN or infinite values")
+        if x.numel() == 0:
+            return self
+        room = max(1, self.bank_bytes // (4 * channels))  # embeddings
+        for part in x.detach().reshape(-1, channels).split(room):
+            if self._banked and self._banked + len(part) > room:
                 self.compose()
             self._bank.append(part.to(torch.float32, copy=True))
             self._banked += len(part)
@@ -87,12 +109,21 @@ class NominalSet:
         return self
 
     def merge(self, other: NominalSet) -> NominalSet:
-        """Add the embeddings of another set: both banks are composed and the centres joined."""
-        if other.method != self.method or other.n_centroids != self.n_centroids:
-            raise ValueError(
-                f"NominalSet.merge: other chooses {other.n_centroids} by {other.method}, this one "
-                f"{self.n_centroids} by {self.method}"
-            )
+        """Add the embeddings of another set: both banks are composed and the centroids joined.
+
+        Raises
+        ------
+        ValueError : the sets have different settings or channels.
+        """
+        for name in ("method", "n_centroids", "projection", "seed"):
+            own, others = getattr(self, name), getattr(other, name)
+            if own != others:
+                raise ValueError(
+                    f"NominalSet.merge: {name} is {own!r} here and {others!r} in other; "
+                    "only sets of the same settings merge"
+                )
+        if other.n_seen:
+            self._check_channels("merge", other._channels())
         self.compose()
         other.compose()
         self._composed += other._composed
@@ -100,18 +131,22 @@ class NominalSet:
         return self
 
     def compose(self) -> NominalSet:
-        """Replace the bank by its own k-center."""
+        """Replace the bank by its own centroids."""
+        rows = sum(map(len, self._composed))
+        if self.n_centroids >= 1 and rows > 0 and rows * 4 * self._channels() > self.bank_bytes:
+            self._composed = [self._choose(_take(self._composed), int(self.n_centroids))[0]]
         if self._bank:
-            points = self._take_bank()
-            self._composed.append(points[self._k_center(points, self._target(len(points)), None)])
+            points = _take(self._bank)
+            self._banked = 0
+            self._composed.append(self._choose(points, self._target(len(points)))[0])
         return self
 
     def finalize(self, advance: Callable[[int], None] | None = None) -> NominalSet:
-        """Choose ``centroids_``. The bank is given up; what was collected stays composed.
+        """Choose ``centroids_``. The bank is given up; the set can be updated and merged further.
 
         Parameters
         ----------
-        advance : called with the number of centres chosen since the last call
+        advance : called with the number of centroids chosen since the last call
 
         Raises
         ------
@@ -119,16 +154,14 @@ class NominalSet:
         """
         if not self.n_seen:
             raise ValueError("NominalSet.finalize: no embeddings; call update first")
-        points = self._take_bank(self._composed)
-        self._composed = []
-        n = self._target(self.n_seen)
-        self.radius_ = float("nan")
-        if len(points) <= n:
-            self.centroids_, self.radius_ = points, 0.0
-        elif self.method == "kcenter":
-            self.centroids_ = points[self._k_center(points, n, advance)]
-        else:
-            self.centroids_ = k_means(points, n, self.seed)
+        if not self._bank and len(self._composed) == 1 and self._composed[0] is self._chosen:
+            return self  # nothing new
+        if self._composed:
+            self.compose()
+        points = _take(self._composed or self._bank)
+        self._banked = 0
+        self.centroids_, self.radius_ = self._choose(points, self._target(self.n_seen), advance)
+        self._chosen = self.centroids_
         self._composed.append(self.centroids_)
         return self
 
@@ -138,28 +171,29 @@ class NominalSet:
         return distance.reshape(x.shape[:-1])
 
     def _target(self, n: int) -> int:
+        """Number of centroids for n embeddings."""
         return (
             int(self.n_centroids) if self.n_centroids >= 1 else max(1, round(self.n_centroids * n))
         )
 
-    def _take_bank(self, before: list[Tensor] | None = None) -> Tensor:
-        """Join the parts into one tensor, letting go of each as it is copied."""
-        parts = [*(before or []), *self._bank]
-        self._bank = []
-        self._banked = 0
-        if len(parts) == 1:
-            return parts[0]
-        points = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1])
-        end = len(points)
-        while parts:
-            part = parts.pop()
-            points[end - len(part) : end] = part
-            end -= len(part)
-        return points
+    def _channels(self) -> int:
+        return int((self._bank or self._composed)[0].shape[1])
 
-    def _k_center(self, points: Tensor, n: int, advance: Callable[[int], None] | None) -> Tensor:
+    def _check_channels(self, call: str, channels: int) -> None:
+        if self.n_seen and channels != self._channels():
+            raise ValueError(
+                f"NominalSet.{call}: {channels} channels, but the embeddings so far have "
+                f"{self._channels()}"
+            )
+
+    def _choose(
+        self, points: Tensor, n: int, advance: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, float]:
+        """The centroids of the points, and their covering radius."""
         if len(points) <= n:
-            return torch.arange(len(points), device=points.device)
+            return points, 0.0
+        if self.method == "kmeans":
+            return k_means(points, n, self.seed), float("nan")
         done = 0
 
         def report(now: int, total: int) -> None:
@@ -170,26 +204,33 @@ class NominalSet:
 
         with ops.report_progress(report):
             index, radius = ops.farthest_first(self._project(points), n)
-        self.radius_ = float(radius[-1])
-        return index
+        return points[index], float(radius[-1])
 
     def _project(self, points: Tensor) -> Tensor:
-        """Random projection that keeps distances on average, largest variances first.
+        """Random orthogonal projection, scaled to keep distances on average.
 
-        The rotation to principal axes changes no distance; with the variance in front, partial
-        distances rule points out early.
+        Drawn on the CPU, so that it is the same for every device.
         """
         channels = points.shape[1]
         if self.projection is None or self.projection >= channels:
-            matrix = torch.eye(channels)
-        else:
-            generator = torch.Generator().manual_seed(self.seed)
-            gaussian = torch.randn(channels, self.projection, generator=generator)
-            matrix = torch.linalg.qr(gaussian).Q * (channels / self.projection) ** 0.5
-        matrix = matrix.to(points.device)
-        sample = points[:: max(1, len(points) // ROTATION_SAMPLE)] @ matrix
-        _, axes = torch.linalg.eigh((sample - sample.mean(0)).T.double().cov())
-        return points @ (matrix @ axes.flip(1).float())
+            return points
+        generator = torch.Generator().manual_seed(self.seed)
+        gaussian = torch.randn(channels, self.projection, generator=generator, dtype=torch.float64)
+        matrix = torch.linalg.qr(gaussian).Q * (channels / self.projection) ** 0.5
+        return points @ matrix.to(points)
+
+
+def _take(parts: list[Tensor]) -> Tensor:
+    """Join the parts into one tensor and empty the list, letting go of each part as it is copied."""
+    if len(parts) == 1:
+        return parts.pop()
+    points = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1])
+    end = len(points)
+    while parts:
+        part = parts.pop()
+        points[end - len(part) : end] = part
+        end -= len(part)
+    return points
 
 
 def k_means(points: Tensor, n: int, seed: int) -> Tensor:

@@ -1,150 +1,279 @@
-"""NominalSet: bounded bank, composition, k-center and k-means."""
+"""The nominal set: bank, composition, merging, k-center and k-means."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from npad import reference
-from npad.nominal_set import NominalSet
+from npad import ops
+from npad.nominal_set import METHODS, NominalSet
 
 
-def rows(x: Tensor) -> set[tuple[float, ...]]:
-    return {tuple(row.tolist()) for row in x}
+def embeddings(n: int, channels: int = 12, seed: int = 0) -> Tensor:
+    """Twenty clusters of very different size, as nominal patches have."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(20, channels, generator=generator)
+    weights = 0.7 ** torch.arange(20.0)
+    cluster = torch.multinomial(weights, n, replacement=True, generator=generator)
+    return centres[cluster] + torch.randn(n, channels, generator=generator)
 
 
-def fit(x: Tensor, batch: int = 37, **arguments: object) -> NominalSet:
-    nominal = NominalSet(**arguments)  # type: ignore[arg-type]
-    for part in x.split(batch):
-        nominal.update(part)
-    return nominal.finalize()
+def covering_radius(x: Tensor, centroids: Tensor) -> float:
+    return float(torch.cdist(x.double(), centroids.double()).min(1).values.max())
 
 
-def test_k_center_without_projection_is_farthest_first() -> None:
-    x = torch.randint(-20, 20, (300, 6)).float()
-    nominal = fit(x, n_centroids=40, projection=None)
-    _, radius = reference.farthest_first(x.double(), 40)
-    assert nominal.centroids_.shape == (40, 6)
-    assert rows(nominal.centroids_) <= rows(x)
-    assert nominal.radius_ == pytest.approx(float(radius[-1]), rel=1e-4)
-
-
-def test_projection_keeps_the_covering() -> None:
-    """The covering radius in full space is near that of exact k-center, and far below random."""
-    torch.manual_seed(3)
-    x = torch.randn(4000, 20) @ torch.randn(20, 200)
-    exact = fit(x, n_centroids=200, projection=None)
-    projected = fit(x, n_centroids=200, projection=64)
-
-    def covering(centroids: Tensor) -> float:
-        return float(torch.cdist(x, centroids).min(1).values.max())
-
-    assert covering(projected.centroids_) < 1.25 * covering(exact.centroids_)
-
-
-def test_fraction_and_few_embeddings() -> None:
-    x = torch.randn(200, 5)
-    assert len(fit(x, n_centroids=0.1).centroids_) == 20
-    few = fit(x[:7], n_centroids=100)
-    assert torch.equal(few.centroids_, x[:7])
-    assert few.radius_ == 0
-
-
-def test_bank_is_bounded_and_composition_covers() -> None:
-    x = torch.randn(2000, 4)
-    bank_bytes = 500 * 4 * 4
-    nominal = NominalSet(n_centroids=50, projection=None, bank_bytes=bank_bytes)
-    for part in x.split(64):
-        nominal.update(part)
-        assert sum(p.nbytes for p in nominal._bank) <= bank_bytes
-    nominal.finalize()
-    covering = torch.cdist(x, nominal.centroids_).min(1).values.max()
-    exact = fit(x, n_centroids=50, projection=None).radius_
-    assert covering <= 3 * exact  # the proof gives a constant; in practice it is near 1
-    assert len(nominal.centroids_) == 50
-
-
-def test_one_update_larger_than_the_bank() -> None:
-    nominal = NominalSet(n_centroids=10, bank_bytes=100 * 4 * 4).update(torch.randn(1000, 4))
-    assert len(nominal.finalize().centroids_) == 10
-
-
-@pytest.mark.parametrize("projection", [None, 8])
-def test_merging_is_composing(projection: int | None) -> None:
-    """Sets fitted apart and merged equal one whose bank was full between the parts."""
-    a, b = torch.randn(300, 16), torch.randn(280, 16)
-    arguments = {"n_centroids": 40, "projection": projection}
-    merged = NominalSet(**arguments).update(a).merge(NominalSet(**arguments).update(b)).finalize()
-    whole = NominalSet(**arguments, bank_bytes=300 * 16 * 4).update(a).update(b).compose()
-    assert torch.equal(merged.centroids_, whole.finalize().centroids_)
-    assert merged.n_seen == 580
-
-
-def test_reproducible_for_any_batches() -> None:
-    x = torch.randn(900, 30)
-    first = fit(x, batch=37, n_centroids=50, projection=16, seed=4)
-    again = fit(x, batch=900, n_centroids=50, projection=16, seed=4)
-    other = fit(x, n_centroids=50, projection=16, seed=5)
-    assert torch.equal(first.centroids_, again.centroids_)
-    assert not torch.equal(first.centroids_, other.centroids_)
-
-
-def inertia(x: Tensor, centroids: Tensor) -> float:
-    return float(torch.cdist(x, centroids).min(1).values.square().sum())
-
-
-@pytest.mark.parametrize("with_faiss", [True, False])
-def test_k_means(with_faiss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if with_faiss:
+@pytest.fixture(params=[True, False], ids=["faiss", "pytorch"])
+def faiss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test with faiss and without it."""
+    if request.param:
         pytest.importorskip("faiss")
     else:
-        monkeypatch.setitem(sys.modules, "faiss", None)
-    centres = torch.randn(8, 6) * 20
-    x = (centres[:, None] + torch.randn(8, 100, 6)).flatten(0, 1)
-    arguments = {"method": "kmeans", "n_centroids": 16, "seed": 1}
-    nominal, again = fit(x, **arguments), fit(x, **arguments)
-    assert torch.equal(nominal.centroids_, again.centroids_)
-    random = inertia(x, x[torch.randperm(800)[:16]])
-    assert inertia(x, nominal.centroids_) < 0.8 * random
+        monkeypatch.setitem(sys.modules, "faiss", None)  # import raises ImportError
 
 
-def test_empty_clusters_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_k_center_of_the_embeddings_themselves() -> None:
+    x = embeddings(2000).reshape(4, 25, 20, 12)
+    nominal = NominalSet(n_centroids=100).update(x[:1]).update(x[1:]).finalize()
+    index, radius = ops.farthest_first(x.reshape(-1, 12), 100)
+    assert torch.equal(nominal.centroids_, x.reshape(-1, 12)[index])
+    assert nominal.radius_ == float(radius[-1])
+    assert nominal.n_seen == 2000
+
+
+@pytest.mark.parametrize("projection", [1, 8, 40, 99])
+def test_projection(projection: int) -> None:
+    """Centroids are embeddings, whatever the space they were chosen in."""
+    x = embeddings(1500, 40)
+    nominal = NominalSet(n_centroids=80, projection=projection).update(x).finalize()
+    assert len(nominal.centroids_.unique(dim=0)) == 80
+    assert (nominal.distance(nominal.centroids_) == 0).all()
+    assert covering_radius(nominal.centroids_, x) < 1e-6  # every centroid is an embedding
+    if projection >= 40:
+        exact = NominalSet(n_centroids=80).update(x).finalize()
+        assert torch.equal(nominal.centroids_, exact.centroids_)
+
+
+def test_projection_keeps_distances_on_average() -> None:
+    x = torch.randn(500, 200)
+    projected = NominalSet(projection=50)._project(x)
+    ratio = projected.square().sum(1) / x.square().sum(1)
+    assert projected.shape == (500, 50)
+    assert abs(float(ratio.mean()) - 1) < 0.05
+
+
+def test_distance() -> None:
+    x = embeddings(300)
+    nominal = NominalSet(n_centroids=20).update(x).finalize()
+    queries = torch.randn(2, 3, 4, 12)
+    distance = nominal.distance(queries)
+    expected = torch.cdist(queries.double(), nominal.centroids_.double()).amin(-1)
+    assert distance.shape == (2, 3, 4)
+    torch.testing.assert_close(distance.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fraction_counts_all_embeddings_seen(method: str) -> None:
+    x = embeddings(1000)
+    bank = 300 * 4 * 12
+    nominal = NominalSet(method, 0.05, bank_bytes=bank)
+    for part in x.split(60):
+        nominal.update(part)
+    assert len(nominal.finalize().centroids_) == 50
+    assert len(NominalSet(method, 1e-9).update(x).finalize().centroids_) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_embeddings_than_centroids_are_all_kept(method: str) -> None:
+    x = embeddings(50)
+    nominal = NominalSet(method, 51).update(x).finalize()
+    assert torch.equal(nominal.centroids_, x)
+    assert nominal.radius_ == 0
+
+
+@given(sizes=st.lists(st.integers(0, 90), min_size=1, max_size=12), rows=st.integers(1, 200))
+@settings(max_examples=40, deadline=None)
+def test_the_bank_stays_in_its_bounds(sizes: list[int], rows: int) -> None:
+    nominal = NominalSet(n_centroids=5, bank_bytes=rows * 4 * 3)
+    for i, size in enumerate(sizes):
+        nominal.update(torch.randn(size, 3))
+        assert sum(map(len, nominal._bank)) == nominal._banked <= rows
+        assert sum(map(len, nominal._composed)) <= max(rows, 5) + 5 * 90, i
+    assert nominal.n_seen == sum(sizes)
+    if sum(sizes):
+        assert len(nominal.finalize().centroids_) == min(5, sum(sizes))
+
+
+def test_centres_of_many_parts_are_composed_again() -> None:
+    nominal = NominalSet(n_centroids=10, bank_bytes=35 * 4 * 3)
+    for _ in range(100):
+        nominal.update(torch.randn(20, 3))
+        assert sum(map(len, nominal._composed)) <= 35 + 10
+
+
+def test_composition_covers_within_four_radii() -> None:
+    """Against a lower bound of the best radius: half of what greedy k-center reaches on all."""
+    x = embeddings(4000)
+    whole = NominalSet(n_centroids=60).update(x).finalize()
+    composed = NominalSet(n_centroids=60, bank_bytes=500 * 4 * 12)
+    for part in x.split(100):
+        composed.update(part)
+    composed.finalize()
+    assert covering_radius(x, composed.centroids_) <= 4 * whole.radius_
+    assert covering_radius(x, composed.centroids_) <= 1.5 * whole.radius_  # in practice
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n_centroids", [40, 0.1])
+def test_merging_is_a_bank_that_is_full_between(method: str, n_centroids: float) -> None:
+    a, b = embeddings(400, seed=1), embeddings(400, seed=2)
+    arguments = {"n_centroids": n_centroids, "bank_bytes": 400 * 4 * 12, "seed": 3}
+
+    def fit(*parts: Tensor) -> NominalSet:
+        nominal = NominalSet(method, **arguments)
+        for part in parts:
+            for batch in part.split(64):
+                nominal.update(batch)
+        return nominal
+
+    merged = fit(a).merge(fit(b)).finalize()
+    whole = fit(a, b).finalize()
+    assert torch.equal(merged.centroids_, whole.centroids_)
+    assert merged.radius_ == whole.radius_ or method == "kmeans"
+    assert merged.n_seen == whole.n_seen == 800
+
+
+def test_merging_takes_the_k_center_of_both_parts_centres() -> None:
+    a, b = embeddings(300, seed=1), embeddings(500, seed=2)
+    parts = [x[ops.farthest_first(x, 30)[0]] for x in (a, b)]
+    union = torch.cat(parts)
+    index, _ = ops.farthest_first(union, 30)
+    merged = NominalSet(n_centroids=30).update(a).merge(NominalSet(n_centroids=30).update(b))
+    assert torch.equal(merged.finalize().centroids_, union[index])
+
+
+def test_merging_with_an_empty_set_changes_nothing() -> None:
+    x = embeddings(200)
+    alone = NominalSet(n_centroids=30).update(x).finalize()
+    left = NominalSet(n_centroids=30).merge(NominalSet(n_centroids=30).update(x)).finalize()
+    right = NominalSet(n_centroids=30).update(x).merge(NominalSet(n_centroids=30)).finalize()
+    # k-center of the k-center: the same centroids, in the same order
+    assert torch.equal(left.centroids_, alone.centroids_)
+    assert torch.equal(right.centroids_, alone.centroids_)
+
+
+def test_update_after_finalize() -> None:
+    a, b = embeddings(300, seed=1), embeddings(300, seed=2)
+    nominal = NominalSet(n_centroids=30).update(a).finalize()
+    first, radius = nominal.centroids_, nominal.radius_
+    assert nominal.finalize().centroids_ is first  # nothing new
+    assert nominal.radius_ == radius
+    nominal.update(b).finalize()
+    merged = NominalSet(n_centroids=30).update(a).merge(NominalSet(n_centroids=30).update(b))
+    assert torch.equal(nominal.centroids_, merged.finalize().centroids_)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("faiss")
+def test_a_rerun_is_bitwise_equal(method: str) -> None:
+    x = embeddings(3000)
+    first, again = (
+        NominalSet(method, 50, projection=6, seed=5).update(x).finalize().centroids_
+        for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+@pytest.mark.usefixtures("faiss")
+def test_k_means_finds_separate_clusters() -> None:
+    centres = 50 * torch.eye(8)
+    x = (centres[:, None] + torch.randn(8, 200, 8)).reshape(-1, 8)
+    best = min(
+        (NominalSet("kmeans", 8, seed=seed).update(x).finalize() for seed in range(10)),
+        key=lambda nominal: float(nominal.distance(x).square().sum()),
+    )
+    means = x.reshape(8, 200, 8).mean(1)
+    distance, index = ops.nearest_centroid(means, best.centroids_)
+    assert index.sort().values.tolist() == list(range(8))
+    assert distance.max() < 1e-3
+    assert torch.isnan(torch.tensor(best.radius_))
+
+
+@pytest.mark.usefixtures("faiss")
+def test_k_means_with_duplicates_and_empty_clusters() -> None:
+    """More centroids than distinct points: every one is finite and every point has one near."""
+    x = torch.arange(6.0).repeat(100)[:, None].repeat(1, 4)
+    nominal = NominalSet("kmeans", 20).update(x).finalize()
+    assert nominal.centroids_.shape == (20, 4)
+    assert nominal.centroids_.isfinite().all()
+    assert float(nominal.distance(x).max()) < 0.1
+
+
+def test_pytorch_k_means_lowers_the_inertia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    x = torch.cat([torch.zeros(500, 2), torch.tensor([[9.0, 9.0], [-9.0, 4.0], [5.0, -9.0]])])
-    nominal = fit(x, method="kmeans", n_centroids=4, seed=0)
-    assert inertia(x, nominal.centroids_) == pytest.approx(0, abs=1e-8)
+    x = embeddings(3000)
+    start = x[torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:40]]
+    nominal = NominalSet("kmeans", 40, seed=0).update(x).finalize()
+    before = ops.nearest_centroid(x, start)[0].square().sum()
+    assert nominal.distance(x).square().sum() < 0.85 * before
 
 
-def test_distance_has_the_shape_of_its_input() -> None:
-    nominal = fit(torch.randn(50, 7), n_centroids=10)
-    x = torch.randn(2, 3, 4, 7)
-    distance = nominal.distance(x)
-    expected = torch.cdist(x.reshape(-1, 7), nominal.centroids_).min(1).values.reshape(2, 3, 4)
-    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=1e-4)
+def test_progress_adds_up() -> None:
+    counts: list[int] = []
+    NominalSet(n_centroids=200).update(embeddings(3000)).finalize(counts.append)
+    assert sum(counts) == 200
+    assert min(counts) >= 0
 
 
-def test_progress_counts_centres() -> None:
-    done: list[int] = []
-    NominalSet(n_centroids=30).update(torch.randn(400, 5)).finalize(done.append)
-    assert sum(done) == 30
+def test_update_copies() -> None:
+    x = embeddings(100)
+    nominal = NominalSet(n_centroids=10).update(x)
+    expected = NominalSet(n_centroids=10).update(x.clone()).finalize().centroids_
+    x.zero_()
+    assert torch.equal(nominal.finalize().centroids_, expected)
+
+
+def test_half_precision_embeddings_are_held_in_float32() -> None:
+    x = embeddings(100).half()
+    assert torch.equal(
+        NominalSet(n_centroids=10).update(x).finalize().centroids_,
+        NominalSet(n_centroids=10).update(x.float()).finalize().centroids_,
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "random"}, "method must be one of"),
-        ({"n_centroids": 0}, "n_centroids must be a whole number"),
-        ({"n_centroids": 2.5}, "n_centroids must be a whole number"),
-        ({"projection": 0}, "projection must be at least 1"),
-        ({"bank_bytes": 0}, "bank_bytes must be positive"),
+        ({"method": "dbscan"}, r"method must be one of \('kcenter', 'kmeans'\), got 'dbscan'"),
+        ({"n_centroids": 0}, "n_centroids must be a whole number of at least 1 or a fraction"),
+        ({"n_centroids": 2.5}, "got 2.5"),
+        ({"n_centroids": -0.1}, "got -0.1"),
+        ({"projection": 0}, "projection must be at least 1 or None, got 0"),
+        ({"bank_bytes": 0}, "bank_bytes must be positive, got 0"),
     ],
 )
-def test_rejects(arguments: dict[str, object], message: str) -> None:
+def test_rejects_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NominalSet(**arguments)  # type: ignore[arg-type]
 
 
-def test_nothing_to_choose_from() -> None:
-    with pytest.raises(ValueError, match="no embeddings"):
-        NominalSet().finalize()
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.update(torch.randn(3, 5)), "update: 5 channels, but .* so far have 12"),
+        (lambda s: s.update(torch.tensor(1.0)), r"update: x must have shape \(..., C\), got \(\)"),
+        (lambda s: s.update(torch.full((2, 12), torch.nan)), "x holds NaN or infinite values"),
+        (lambda s: NominalSet().finalize(), "no embeddings; call update first"),
+        (lambda s: s.merge(NominalSet("kmeans")), "method is 'kcenter' here and 'kmeans' in other"),
+        (lambda s: s.merge(NominalSet(seed=1)), "seed is 0 here and 1 in other"),
+        (lambda s: s.merge(NominalSet().update(torch.randn(2, 4))), "merge: 4 channels"),
+    ],
+)
+def test_rejects_input(call: Callable[[NominalSet], object], message: str) -> None:
+    nominal = NominalSet().update(embeddings(20))
+    with pytest.raises(ValueError, match=message):
+        call(nominal)
+    assert nominal.n_seen == 20  # as it was

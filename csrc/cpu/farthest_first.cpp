@@ -29,6 +29,8 @@ constexpr int64_t kChunk = 64;      // centres met at a time: their bounds fill 
 constexpr int64_t kSplitAxes = 16;  // the k-d tree looks at one cache line of each head
 constexpr float kSlack = 1e-3f;     // (d + e)^2 <= (1 + kSlack) d^2 + (1 + 1 / kSlack) e^2
 constexpr double kReportSeconds = 0.05;
+constexpr int64_t kSmall =
+    1 << 16;  // coordinates below which waking threads costs more than it gives
 
 struct Item {
     float value;
@@ -246,7 +248,7 @@ uint64_t KCenter::add_centre(uint64_t rank) {
     int64_t count = 0;
     for (int64_t g = 0; g < groups_; ++g)
         if (group_rank_[g] > farthest_) todo_[count++] = g;
-#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1) if (count > 1)
+#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1) if (count > threads_)
     for (int64_t i = 0; i < count; ++i) visit_group(todo_[i]);
     return farthest_;
 }
@@ -362,6 +364,7 @@ void KCenter::refresh_rank(int64_t block) {
 
 bool farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
                     int64_t* index, float* radius, int threads, Progress progress) {
+    if (n * dim < kSmall) threads = 1;
     KCenter k_center(points, n, dim, n_centroids, index, threads);
     if (!k_center.prepare(progress, n_centroids)) return false;
     uint64_t rank = k_center.rank_of_point(first);

@@ -29,9 +29,10 @@ constexpr int64_t kWide = 6, kRegister = 8;
 constexpr int64_t kWide = 6, kRegister = 4;
 #endif
 typedef float Register __attribute__((vector_size(kRegister * sizeof(float))));
-constexpr int64_t kTile = 2 * kRegister;    // embeddings side by side
-constexpr int64_t kRows = 256;              // embeddings that meet a panel of centroids in turn
-constexpr int64_t kMeanRows = 256;          // centroids whose mean is the origin
+constexpr int64_t kTile = 2 * kRegister;  // embeddings side by side
+constexpr int64_t kRows = 256;            // embeddings that meet a panel of centroids in turn
+constexpr double kSmall = 1 << 20;  // products below which waking threads costs more than it gives
+constexpr int64_t kMeanRows = 256;  // centroids whose mean is the origin
 constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time, shared by all threads
 
 // Rows of x (count, channels) less mean -> panel (channels, kWidth) and the squared norms. The last
@@ -166,6 +167,7 @@ void measure(const float* x, const float* centroids, int64_t first, int64_t stop
 
 void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k,
                       int64_t channels, float* distance, int64_t* index, int threads) {
+    if (static_cast<double>(n) * k * channels < kSmall) threads = 1;
     Packed packed(centroids, k, channels);
     const int64_t scratch_size = kRows * channels + packed.panels() * kRows;
     Buffer<float> scratch(threads * scratch_size);
