@@ -28,6 +28,12 @@ def small(**arguments):
     return NPad(**defaults | arguments)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """These images are too small for two."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def pixels():
     """(4, 64, 64, 3) uint8."""
