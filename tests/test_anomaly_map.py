@@ -20,7 +20,7 @@ from npad.anomaly_map import (
 
 def test_product_is_the_weighted_geometric_mean() -> None:
     m, e = torch.tensor([[[4.0, 1.0]]]), torch.tensor([[[9.0, 16.0]]])
-    torch.testing.assert_close(fuse(m, e, "product"), torch.tensor([[[6.0, 4.0]]]))
+    torch.testing.assert_close(fuse(m, e, "product", weight=0.5), torch.tensor([[[6.0, 4.0]]]))
     torch.testing.assert_close(fuse(m, e, "product", weight=1.0), m)
     torch.testing.assert_close(fuse(m, e, "product", weight=0.0), e)
     torch.testing.assert_close(fuse(m, e, "product", weight=0.25), m**0.25 * e**0.75)
@@ -31,7 +31,7 @@ def test_sum_standardises_both_maps_with_the_nominal_moments() -> None:
     s = Standardization.of(m, e)
     assert s.mahalanobis_mean == pytest.approx(float(m.mean()), rel=1e-6)
     assert s.euclidean_std == pytest.approx(float(e.std()), rel=1e-5)
-    fused = fuse(m, e, "sum", standardization=s)
+    fused = fuse(m, e, "sum", weight=0.5, standardization=s)
     expected = ((m - m.mean()) / m.std() + (e - e.mean()) / e.std()) / 2
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
     only_m = fuse(m, e, "sum", weight=1.0, standardization=s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from npad import NPad
 from npad.datasets import find_categories
-from npad.evaluation import evaluate
+from npad.evaluation import evaluate, score
 from npad.model_file import ModelFileError, read_model, write_model
 from npad.synthetic import make_dataset
 
@@ -178,7 +179,7 @@ def test_one_image_is_too_few(cloth: Path) -> None:
 
 
 def test_predict_before_fit() -> None:
-    with pytest.raises(RuntimeError, match="not fitted; call fit or NPad.load"):
+    with pytest.raises(RuntimeError, match=r"not fitted; call fit or NPad\.load"):
         NPad("filterbank").predict("anything")
 
 
@@ -226,13 +227,15 @@ def test_predict_from_two_threads(model: NPad, cloth: Path) -> None:
 
 
 def test_real_images(data: Path, weights: Path) -> None:
-    """A third of the magnetic tiles: far above chance, and float16 factors cost nothing."""
+    """A twelfth of the magnetic tiles: far above chance, and float16 factors cost nothing."""
     (category,) = find_categories(data / "mtd")
-    category = type(category)(category.name, category.train[::6], category.test[::4])
+    category = replace(category, train=category.train[::12], test=category.test[::6])
     file = weights / "resnet18_layers123.safetensors"
-    scores = {}
-    for dtype in ("float32", "float16"):
-        model = NPad("resnet18", weights=file, factor_dtype=dtype, n_centroids=2048, progress=False)
-        scores[dtype] = evaluate(model, category, progress=False).metrics
-    assert scores["float32"]["auroc"] > 0.93
-    assert scores["float16"]["auroc"] == pytest.approx(scores["float32"]["auroc"], abs=1e-3)
+    model = NPad("resnet18", weights=file, factor_dtype="float32", n_centroids=1024, progress=False)
+    wide = evaluate(model, category, progress=False).metrics
+    assert model.factor_ is not None
+    model.factor_ = model.factor_.half()
+    half = score(model, category, progress=False).metrics
+    assert wide["auroc"] > 0.85
+    assert wide["pixel_auroc"] > 0.75
+    assert half["auroc"] == pytest.approx(wide["auroc"], abs=1e-3)
