@@ -176,7 +176,20 @@ class NPad:
         ValueError : too few images, images that cannot be read (ImageError), an argument that does
             not fit the data.
         """
-        images = self._open(source, skip_bad)
+        before = self._learned()
+        try:
+            self._fit(self._open(source, skip_bad))
+        except BaseException:  # also Ctrl-C: what was fitted before stays as it was
+            for name in self._learned():
+                delattr(self, name)
+            vars(self).update(before)
+            raise
+        return self
+
+    def _learned(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name.endswith("_")}
+
+    def _fit(self, images: ImageSource) -> None:
         network = self._network()
         self.grid_ = network.grid(self.image_size)
         self.projection_, batches = self._projection(images)
@@ -229,7 +242,6 @@ class NPad:
         self._finalize(gaussian, nominal)
         self.n_images_ = n_images
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if the sample met it too
-        return self
 
     def _finalize(self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None) -> None:
         self.mean_ = self.factor_ = self.centroids_ = None
@@ -238,7 +250,8 @@ class NPad:
             with progress.task("fit: Gaussians", positions, self.progress, "positions") as advance:
                 self.mean_, self.factor_ = gaussian.finalize(self.eps_ or 0.0, dtype, advance)
         if nominal is not None:
-            with progress.task("fit: nominal set", None, self.progress, "centroids") as advance:
+            total = self.n_centroids if self.n_centroids >= 1 else None
+            with progress.task("fit: nominal set", total, self.progress, "centroids") as advance:
                 self.centroids_ = nominal.finalize(advance).centroids_
 
     def _projection(self, images: ImageSource) -> tuple[Tensor | None, Iterable[Batch]]:

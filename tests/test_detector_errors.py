@@ -371,7 +371,7 @@ def test_save_into_a_folder_that_is_not_there(fitted, tmp_path):
     "n_features",
     [
         None,
-        pytest.param(8, marks=pytest.mark.xfail(reason="fit replaces projection_ before it ends")),
+        8,
     ],
 )
 def test_failed_refit_leaves_the_fitted_model(n_features, pixels):
