@@ -30,7 +30,8 @@ constexpr int64_t kWide = 6, kRegister = 4;
 #endif
 typedef float Register __attribute__((vector_size(kRegister * sizeof(float))));
 constexpr int64_t kTile = 2 * kRegister;  // embeddings side by side
-constexpr int64_t kRows = 256;            // embeddings that meet a panel of centroids in turn
+constexpr int64_t kRows = 256;  // at most: embeddings that meet a panel of centroids in turn
+constexpr int64_t kTileBytes = 400 << 10;  // of them, so that they stay in the second-level cache
 constexpr double kSmall = 1 << 20;  // products below which waking threads costs more than it gives
 constexpr int64_t kMeanRows = 256;  // centroids whose mean is the origin
 constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time, shared by all threads
@@ -171,8 +172,10 @@ void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t
     Packed packed(centroids, k, channels);
     const int64_t scratch_size = kRows * channels + packed.panels() * kRows;
     Buffer<float> scratch(threads * scratch_size);
-    const int64_t share = (n / (4 * threads) / kTile + 1) * kTile;  // four turns for each thread
-    const int64_t rows = share < kRows ? share : kRows;
+    const int64_t share = n / (4 * threads);  // four turns for each thread
+    const int64_t fit = kTileBytes / (channels * static_cast<int64_t>(sizeof(float)));
+    int64_t rows = share < fit ? share : fit;
+    rows = rows < kTile ? kTile : rows > kRows ? kRows : rows / kTile * kTile;
 
     for (int64_t first = 0; first < k; first += packed.panels() * kWide) {
         packed.load_block(first, threads);
