@@ -37,17 +37,22 @@ constexpr int64_t kMeanRows = 256;  // centroids whose mean is the origin
 constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time, shared by all threads
 
 // Rows of x (count, channels) less mean -> panel (channels, kWidth) and the squared norms. The last
-// row is repeated where count < kWidth.
+// row is repeated where count < kWidth. A cache line of each row at a time: rows may lie so that
+// their lines push each other out of the cache.
 template <int64_t kWidth>
 void pack(const float* x, int64_t count, int64_t channels, const float* mean, float* panel,
           float* squares) {
-    const float* row[kWidth];
+    constexpr int64_t kLine = 16;
     float sum[kWidth] = {};
-    for (int64_t i = 0; i < kWidth; ++i) row[i] = x + (i < count ? i : count - 1) * channels;
-    for (int64_t c = 0; c < channels; ++c) {
-        float* out = panel + c * kWidth;
-        for (int64_t i = 0; i < kWidth; ++i) out[i] = row[i][c] - mean[c];
-        for (int64_t i = 0; i < kWidth; ++i) sum[i] += out[i] * out[i];
+    for (int64_t c0 = 0; c0 < channels; c0 += kLine) {
+        const int64_t stop = channels - c0 < kLine ? channels : c0 + kLine;
+        for (int64_t i = 0; i < kWidth; ++i) {
+            const float* row = x + (i < count ? i : count - 1) * channels;
+            for (int64_t c = c0; c < stop; ++c) panel[c * kWidth + i] = row[c] - mean[c];
+        }
+        for (int64_t c = c0; c < stop; ++c)
+            for (int64_t i = 0; i < kWidth; ++i)
+                sum[i] += panel[c * kWidth + i] * panel[c * kWidth + i];
     }
     std::memcpy(squares, sum, sizeof sum);
 }
