@@ -37,6 +37,15 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run outside the checkout: a child's ``python -c`` would import the source folder there."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 def _path(variable: str) -> Path:
     if not os.environ.get(variable):
         pytest.skip(f"{variable} is not set")
