@@ -2,7 +2,7 @@
 
     python bench/study_maps.py DIR --backbone resnet18 --weights FILE
 
-DIR is an MVTec AD category. The moments are accumulated once; each row of the table joins a Mahalanobis
+DIR is an MVTec AD category. The moments are accumulated once; each row joins a Mahalanobis
 map (training window, eps, evaluation window) and the Euclidean map, smoothed and measured at the model's
 input size.
 """
