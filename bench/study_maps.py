@@ -3,8 +3,8 @@
     python bench/study_maps.py DIR --backbone resnet18 --weights FILE
 
 DIR is an MVTec AD category. The moments are accumulated once; each row joins a Mahalanobis
-map (training window, eps, evaluation window) and the Euclidean map, smoothed and measured at the model's
-input size.
+map (training window, eps, evaluation window) and the Euclidean map, smoothed and measured at the
+model's input size.
 """
 
 from __future__ import annotations
