@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-@pytest.fixture(scope="session")
-def ceilings() -> dict[str, float]:
+@cache
+def _ceilings(threads: int) -> dict[str, float]:
     """Bandwidth of a large copy, bytes read and written, and rate of a large matrix product."""
     source = torch.randn(2**26)
     target = torch.empty_like(source)
@@ -46,7 +47,7 @@ def threads(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def race(benchmark: Any, ceilings: dict[str, float], request: pytest.FixtureRequest) -> Any:
+def race(benchmark: Any, request: pytest.FixtureRequest) -> Any:
     """race(contenders, rounds, bytes, flops): medians, taken in turn; "npad" must be among them.
 
     The machine is noisy: each round runs every contender once, so that all see the same noise, and
@@ -68,6 +69,7 @@ def race(benchmark: Any, ceilings: dict[str, float], request: pytest.FixtureRequ
         benchmark.stats.stats.data.clear()
         benchmark.stats.stats.data.extend(own)
         threads = torch.get_num_threads()
+        ceilings = _ceilings(threads)
         floor = max(
             n_bytes / ceilings["copy_bytes_per_s"], n_flops / ceilings["product_flops_per_s"]
         )
@@ -77,13 +79,18 @@ def race(benchmark: Any, ceilings: dict[str, float], request: pytest.FixtureRequ
             ratios={name: value / medians["npad"] for name, value in medians.items()},
             bytes=n_bytes,
             flops=n_flops,
-            of_roofline=floor / medians["npad"] if threads == torch.get_num_threads() else None,
+            of_roofline=floor / medians["npad"],
             **ceilings,
         )
         _ROWS.append((request.node.name, threads, medians))
         return medians
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))  # the peers' warnings are not ours
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:

@@ -85,6 +85,12 @@ PYBIND11_MODULE(_core, m) {
               g_isa->kernels.pack_factor(pointer<float>(factor), count, channels,
                                          pointer<float>(packed), threads);
           });
+    m.def("inverse_cholesky", [](uintptr_t covariance, int64_t count, int64_t channels,
+                                 uintptr_t packed, uintptr_t info, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.inverse_cholesky(pointer<float>(covariance), count, channels,
+                                        pointer<float>(packed), pointer<int32_t>(info), threads);
+    });
     py::enum_<FactorType>(m, "FactorType")
         .value("float32", FactorType::kFloat32)
         .value("float16", FactorType::kFloat16)

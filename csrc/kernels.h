@@ -33,6 +33,11 @@ using WindowCovariance = void(const int64_t* count, const float* mean, const flo
 using PackFactor = void(const float* factor, int64_t count, int64_t channels, float* packed,
                         int threads);
 
+// covariance (count, channels, channels), symmetric -> W = L^-1, packed (count, packed), and info
+// (count): 0, or the order of the first leading minor that is not positive, where packed is NaN.
+using InverseCholesky = void(const float* covariance, int64_t count, int64_t channels,
+                             float* packed, int32_t* info, int threads);
+
 // x (batch, height * width, channels) -> distance (batch, height * width).
 using Mahalanobis = void(const float* x, int64_t batch, int64_t height, int64_t width,
                          int64_t channels, const float* mean, const void* factor, FactorType type,
@@ -51,6 +56,7 @@ struct Kernels {
     NeighborhoodMoments* neighborhood_moments;
     WindowCovariance* window_covariance;
     PackFactor* pack_factor;
+    InverseCholesky* inverse_cholesky;
     Mahalanobis* mahalanobis;
     NearestCentroid* nearest_centroid;
     FarthestFirst* farthest_first;

@@ -34,6 +34,9 @@ def window_covariance(
     threads: int,
 ) -> None: ...
 def pack_factor(factor: int, count: int, channels: int, packed: int, threads: int) -> None: ...
+def inverse_cholesky(
+    covariance: int, count: int, channels: int, packed: int, info: int, threads: int
+) -> None: ...
 def mahalanobis(
     x: int,
     batch: int,

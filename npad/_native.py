@@ -76,6 +76,18 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return packed.to(dtype)
 
 
+def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    covariance = covariance.contiguous()
+    count, channels = covariance.shape[:2]
+    packed = covariance.new_empty(count, packed_size(channels))
+    info = covariance.new_empty(count, dtype=torch.int32)
+    core.inverse_cholesky(
+        covariance.data_ptr(), count, channels, packed.data_ptr(), info.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return packed.to(dtype), info
+
+
 def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
     x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
     distance = x.new_empty(x.shape[:3])
@@ -115,6 +127,7 @@ def register() -> None:
         neighborhood_moments,
         window_covariance,
         pack_factor,
+        inverse_cholesky,
         mahalanobis,
         nearest_centroid,
         farthest_first,

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from npad import ops
 
-CHUNK_BYTES = 64 << 20  # of dense covariance that is factored at a time
+# Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
+# again, where above it every chunk would fault them in anew.
+CHUNK_BYTES = 16 << 20
 EPS_CANDIDATES = torch.logspace(-6, 1, 57)  # eps="auto" tries these multiples of the mean variance
 
 
@@ -152,20 +154,22 @@ class NeighborhoodGaussian:
         positions, channels = self.mean.shape
         means = torch.empty_like(self.mean)
         factors = self.scatter.new_empty(self.scatter.shape, dtype=dtype)
-        step = max(1, CHUNK_BYTES // (4 * channels**2))
+        step = max(torch.get_num_threads(), CHUNK_BYTES // (4 * channels**2))
         for start in range(0, positions, step):
             stop = min(start + step, positions)
             means[start:stop], covariance = self._window(start, stop)
             covariance.diagonal(dim1=1, dim2=2).add_(eps)
-            factor = self._inverse_cholesky(covariance, start, eps)
-            packed = ops.pack_factor(factor, dtype)
-            if not bool(packed.isfinite().all()):
+            factor, info = ops.inverse_cholesky(covariance, dtype)
+            if bool(info.any()):
+                failed = info.nonzero().flatten()
+                factor[failed] = self._in_float64(covariance[failed], failed + start, eps, dtype)
+            if not bool(factor.sum(dtype=torch.float32).isfinite()):
                 raise ValueError(
-                    f"npad: with eps={eps:g} the factor needs values up to {factor.abs().max():.3g}, "
-                    f"more than {str(dtype).removeprefix('torch.')} holds; use "
-                    "factor_dtype='bfloat16' or 'float32', or a larger eps"
+                    f"npad: with eps={eps:g} the factor needs values larger than "
+                    f"{str(dtype).removeprefix('torch.')} holds; use factor_dtype='bfloat16' or "
+                    "'float32', or a larger eps"
                 )
-            factors[start:stop] = packed
+            factors[start:stop] = factor
             if advance is not None:
                 advance(stop - start)
         return means, factors
@@ -181,18 +185,19 @@ class NeighborhoodGaussian:
             )
         return mean, covariance
 
-    def _inverse_cholesky(self, covariance: Tensor, start: int, eps: float) -> Tensor:
-        """W = L^-1 for a chunk; in float64 where float32 cannot factor it."""
-        lower, failed = torch.linalg.cholesky_ex(covariance)
-        if bool(failed.any()):
-            lower, failed = torch.linalg.cholesky_ex(covariance.double())
-            if bool(failed.any()):
-                worst = int(failed.nonzero()[0])
-                least = float(torch.linalg.eigvalsh(covariance[worst].double())[0])
-                row, column = divmod(start + worst, self.grid[1])
-                raise ValueError(
-                    f"npad: the covariance at grid position ({row}, {column}) is not positive definite "
-                    f"with eps={eps:g}; eps must be above about {eps - least:.3g}, or use eps='auto'"
-                )
+    def _in_float64(
+        self, covariance: Tensor, positions: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        """Packed factors of covariances that float32 cannot factor."""
+        lower, info = torch.linalg.cholesky_ex(covariance.double())
+        if bool(info.any()):
+            worst = int(info.nonzero()[0])
+            least = float(torch.linalg.eigvalsh(covariance[worst].double())[0])
+            row, column = divmod(int(positions[worst]), self.grid[1])
+            raise ValueError(
+                f"npad: the covariance at grid position ({row}, {column}) is not positive definite "
+                f"with eps={eps:g}; eps must be above about {eps - least:.3g}, or use eps='auto'"
+            )
         identity = torch.eye(self.channels, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False).float()
+        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+        return ops.pack_factor(inverse.float(), dtype)

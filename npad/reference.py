@@ -112,6 +112,16 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return pack(factor).to(dtype)
 
 
+def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W = L^-1 of covariance = L L^T, packed and rounded to ``dtype``; and where that failed."""
+    lower, info = torch.linalg.cholesky_ex(covariance)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    packed = pack(inverse).to(dtype)
+    packed[info != 0] = torch.nan
+    return packed, info
+
+
 def mahalanobis(
     x: Tensor, mean: Tensor, factor: Tensor, grid: tuple[int, int], window: int = 1
 ) -> Tensor:

@@ -133,6 +133,24 @@ def test_singular_covariances_give_finite_scores(case: str, dtype: torch.dtype) 
     assert ops.mahalanobis(x, mean, factor, GRID).isfinite().all()
 
 
+def test_positions_that_float32_cannot_factor_are_factored_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gaussian = fit(torch.randn(12, *GRID, 9))
+    _, expected = gaussian.finalize(0.1)
+    factor_in_float32 = ops.inverse_cholesky
+
+    def fails_at_two(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        factor, info = factor_in_float32(covariance, dtype)
+        factor[[3, 7]], info[[3, 7]] = torch.nan, 9
+        return factor, info
+
+    monkeypatch.setattr(ops, "inverse_cholesky", fails_at_two)
+    _, factor = gaussian.finalize(0.1)
+    torch.testing.assert_close(factor, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(factor[3], expected[3])
+
+
 def test_covariance_that_cannot_be_factored_names_the_position_and_the_eps() -> None:
     x = torch.randn(12, *GRID, 4) * 1e4
     x[..., 3] = x[..., :3].sum(-1)

@@ -22,11 +22,17 @@ inline int64_t deviation_stride(const PackedLayout& layout) {
 // d: (rows, stride) as described above.
 inline void rank_update(const float* d, int64_t rows, int64_t stride, const PackedLayout& layout,
                         float* scatter) {
-    for (int64_t p0 = 0; p0 < layout.panels; p0 += kGroupPanels) {
-        const int64_t panels =
-            layout.panels - p0 < kGroupPanels ? layout.panels - p0 : kGroupPanels;
+    // A short group comes first, where rows are shortest.
+    const int64_t short_group = layout.panels % kGroupPanels;
+    int64_t panels = short_group == 0 ? kGroupPanels : short_group;
+    for (int64_t p0 = 0; p0 < layout.panels; p0 += panels, panels = kGroupPanels) {
         const int64_t columns = layout.columns(p0 + panels - 1);
         for (int64_t j0 = 0; j0 < columns; j0 += kTileColumns) {
+            // The sums take long enough for these lines to arrive.
+            for (int64_t p = p0; p < p0 + panels; ++p)
+                for (int64_t j = j0; j < j0 + kTileColumns && j < layout.columns(p); ++j)
+                    __builtin_prefetch(scatter + layout.offset(p) + j * kPanel, 1);
+
             Vec acc[kTileColumns][kGroupVectors] = {};
             const float* row = d + p0 * kPanel;
             const float* column = d + layout.pad + j0;
@@ -38,20 +44,18 @@ inline void rank_update(const float* d, int64_t rows, int64_t stride, const Pack
                     for (int v = 0; v < kGroupVectors; ++v) acc[j][v] += r[v] * c;
                 }
             }
-            for (int j = 0; j < kTileColumns; ++j) {
-                float tile[kGroupRows];
-                for (int v = 0; v < kGroupVectors; ++v) store(tile + v * kLanes, acc[j][v]);
-                for (int64_t p = p0; p < p0 + panels; ++p) {
-                    if (j0 + j >= layout.columns(p)) continue;
-                    float* out = scatter + layout.offset(p) + (j0 + j) * kPanel;
-                    // Above the diagonal stays zero: only the last 8 columns of a panel have such
-                    // rows.
+
+            for (int i = 0; i < panels; ++i) {
+                const int64_t p = p0 + i;
+                float* out = scatter + layout.offset(p) + j0 * kPanel;
+                for (int j = 0; j < kTileColumns && j0 + j < layout.columns(p); ++j) {
+                    const Vec8 sums = part8(acc[j][i * kPanel / kLanes], i % (kLanes / kPanel));
+                    // Above the diagonal stays zero: only the last 8 columns have such rows.
                     const int64_t above = j0 + j - layout.first_row(p);
-                    const float* in = tile + (p - p0) * kPanel;
                     if (above <= 0) {
-                        store8(out, load8(out) + load8(in));
+                        store8(out + j * kPanel, load8(out + j * kPanel) + sums);
                     } else {
-                        for (int64_t i = above; i < kPanel; ++i) out[i] += in[i];
+                        for (int64_t r = above; r < kPanel; ++r) out[j * kPanel + r] += sums[r];
                     }
                 }
             }

@@ -47,6 +47,12 @@ inline Vec8 load8(const float* p) {
     return v;
 }
 inline void store8(float* p, Vec8 v) { std::memcpy(p, &v, sizeof v); }
+// The i-th eight lanes.
+inline Vec8 part8(Vec v, int i) {
+    Vec8 part;
+    std::memcpy(&part, reinterpret_cast<const float*>(&v) + 8 * i, sizeof part);
+    return part;
+}
 
 // 16-bit storage types: bits only, widened to float32 when loaded.
 struct Float16 {

@@ -142,6 +142,44 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
     }
 }
 
+void test_inverse_cholesky(const Isa& isa, int64_t count, int64_t channels, int threads) {
+    const PackedLayout layout(channels);
+    const auto c = static_cast<size_t>(channels);
+    Floats covariance(static_cast<size_t>(count) * c * c);
+    for (int64_t m = 0; m < count; ++m) {
+        const Floats x = normal((channels + 4) * channels);
+        float* a = covariance.data() + m * channels * channels;
+        for (int64_t i = 0; i < channels; ++i)
+            for (int64_t j = 0; j < channels; ++j) {
+                a[i * channels + j] = i == j ? 0.5f : 0.0f;
+                for (int64_t n = 0; n < channels + 4; ++n)
+                    a[i * channels + j] += x[n * channels + i] * x[n * channels + j] / 9;
+            }
+    }
+    covariance.back() = -1;  // the last matrix fails at its last minor
+    Floats packed(static_cast<size_t>(count * layout.size()));
+    std::vector<int32_t> info(static_cast<size_t>(count), -1);
+    isa.kernels.inverse_cholesky(covariance.data(), count, channels, packed.data(), info.data(),
+                                 threads);
+    check(info.back(), static_cast<double>(channels), 0, isa.name, "failing minor");
+    check(std::isnan(packed.back()), 1, 0, isa.name, "NaN where it failed");
+    for (int64_t m = 0; m + 1 < count; ++m) {
+        check(info[m], 0, 0, isa.name, "info");
+        const float* a = covariance.data() + m * channels * channels;
+        const auto w = [&](int64_t i, int64_t j) {
+            return double{packed[m * layout.size() + slot(layout, i, j)]};
+        };
+        for (int64_t i = 0; i < channels; ++i)  // W A W^T = I
+            for (int64_t j = 0; j <= i; ++j) {
+                double total = 0;
+                for (int64_t k = 0; k <= i; ++k)
+                    for (int64_t l = 0; l <= j; ++l)
+                        total += w(i, k) * a[k * channels + l] * w(j, l);
+                check(total, i == j, 1e-3, isa.name, "inverse Cholesky");
+            }
+    }
+}
+
 double distance(const float* a, const float* b, int64_t n) {
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
@@ -199,6 +237,7 @@ int main() {
             for (const int64_t channels : {1, 7, 8, 17, 33, 41}) {
                 test_moments_and_covariance(isa, 5, 3, 2, channels, 3, threads);
                 test_moments_and_covariance(isa, 2, 1, 1, channels, 1, threads);
+                test_inverse_cholesky(isa, 3, channels, threads);
                 test_mahalanobis(isa, 1, 1, 1, channels, 1, threads);
                 test_mahalanobis(isa, 3, 3, 4, channels, 3, threads);
                 test_mahalanobis(isa, 70, 3, 3, channels, 3, threads);
