@@ -37,24 +37,31 @@ constexpr int64_t kMeanRows = 256;  // centroids whose mean is the origin
 constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time, shared by all threads
 
 // Rows of x (count, channels) less mean -> panel (channels, kWidth) and the squared norms. The last
-// row is repeated where count < kWidth. A cache line of each row at a time: rows may lie so that
-// their lines push each other out of the cache.
+// row is repeated where count < kWidth. A vector's width of channels at a time, transposed in
+// registers.
 template <int64_t kWidth>
 void pack(const float* x, int64_t count, int64_t channels, const float* mean, float* panel,
           float* squares) {
-    constexpr int64_t kLine = 16;
-    float sum[kWidth] = {};
-    for (int64_t c0 = 0; c0 < channels; c0 += kLine) {
-        const int64_t stop = channels - c0 < kLine ? channels : c0 + kLine;
-        for (int64_t i = 0; i < kWidth; ++i) {
-            const float* row = x + (i < count ? i : count - 1) * channels;
-            for (int64_t c = c0; c < stop; ++c) panel[c * kWidth + i] = row[c] - mean[c];
+    for (int64_t i0 = 0; i0 < kWidth; i0 += kLanes) {
+        constexpr int64_t kLast = kWidth % kLanes == 0 ? kLanes : kWidth % kLanes;
+        const bool whole = i0 + kLanes <= kWidth;
+        Vec sums = {};
+        for (int64_t c0 = 0; c0 < channels; c0 += kLanes) {
+            const int64_t n = channels - c0 < kLanes ? channels - c0 : kLanes;
+            Vec rows[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const int64_t row = i0 + i < count ? i0 + i : count - 1;
+                rows[i] = load_first(x + row * channels + c0, n) - load_first(mean + c0, n);
+            }
+            transpose(rows);
+            for (int64_t c = 0; c < n; ++c) {
+                sums += rows[c] * rows[c];
+                float* out = panel + (c0 + c) * kWidth + i0;
+                std::memcpy(out, &rows[c], (whole ? kLanes : kLast) * sizeof(float));
+            }
         }
-        for (int64_t c = c0; c < stop; ++c)
-            for (int64_t i = 0; i < kWidth; ++i)
-                sum[i] += panel[c * kWidth + i] * panel[c * kWidth + i];
+        std::memcpy(squares + i0, &sums, (whole ? kLanes : kLast) * sizeof(float));
     }
-    std::memcpy(squares, sum, sizeof sum);
 }
 
 // least[j] = min over the panel's centroids of half_norm - x_j . c

@@ -34,11 +34,38 @@ inline Vec load(const float* p) {
     return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+// The first n lanes, zeros behind them.
+inline Vec load_first(const float* p, int64_t n) {
+    if (n >= kLanes) return load(p);
+    Vec v = {};
+    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
+    return v;
+}
 inline Vec broadcast(float s) { return s - Vec{}; }
 inline float sum(Vec v) {
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += v[i];
     return total;
+}
+
+// rows[i][j] <-> rows[j][i]: blocks of half, a quarter, ... of the lanes trade places.
+inline void transpose(Vec (&rows)[kLanes]) {
+    typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+        Lanes upper, lower;
+        for (int i = 0; i < kLanes; ++i) {
+            upper[i] = (i & step) != 0 ? kLanes + i - step : i;
+            lower[i] = (i & step) != 0 ? kLanes + i : i + step;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+            if ((i & step) == 0) {
+                const Vec a = rows[i], b = rows[i + step];
+                rows[i] = __builtin_shuffle(a, b, upper);
+                rows[i + step] = __builtin_shuffle(a, b, lower);
+            }
+    }
 }
 
 inline Vec8 load8(const float* p) {
