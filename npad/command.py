@@ -74,6 +74,11 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "product|sum|mahalanobis|euclidean",
         "How both distances become one map. [default: product; mahalanobis without centroids]",
     ),
+    "fusion_weight": (
+        float,
+        "X",
+        "Share of the Mahalanobis distance in product and sum, 0 to 1.",
+    ),
     "factor_dtype": (str, "float32|float16|bfloat16", "Storage of the Gaussians."),
     "n_features": (int, "N", "Dimensions to which embeddings are reduced. [default: all]"),
     "reduction": (str, "pca|random", "How embeddings are reduced, with --n-features."),

@@ -68,6 +68,8 @@ class NPad:
     fusion : "product" of both distances (default), "sum" of both standardised on held-out nominal
         images, "mahalanobis" or "euclidean" alone; None is "product", or "mahalanobis" without a
         nominal set
+    fusion_weight : share of the Mahalanobis distance in "product" and "sum", from 0 to 1; the
+        Euclidean one has the rest. Nothing that is fitted depends on it
     factor_dtype : "float32", "float16" or "bfloat16", storage of the Gaussians' factors
     n_features : dimensions to which embeddings are reduced; None keeps all
     reduction : "pca" of a sample of nominal embeddings, or a seeded "random" orthogonal projection
@@ -109,6 +111,7 @@ class NPad:
         nominal_set: str | None = "kcenter",
         n_centroids: float = 8192,
         fusion: str | None = None,
+        fusion_weight: float = 0.4,
         factor_dtype: str = "float16",
         n_features: int | None = None,
         reduction: str = "pca",
@@ -130,10 +133,11 @@ class NPad:
         if fusion is None:
             fusion = "product" if nominal_set else "mahalanobis"
         self.fusion = _choice("fusion", fusion, FUSIONS)
+        self.fusion_weight = _at_most("fusion_weight", fusion_weight, 1)
         self.factor_dtype = _choice("factor_dtype", factor_dtype, tuple(DTYPES))
         self.n_features = n_features
         self.reduction = _choice("reduction", reduction, ("pca", "random"))
-        self.holdout = holdout
+        self.holdout = _at_most("holdout", holdout, 0.5)
         self.seed = seed
         self.device = torch.device(device)
         self.batch_size = batch_size
@@ -144,8 +148,6 @@ class NPad:
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
                 "give nominal_set, or fusion='mahalanobis'"
             )
-        if not 0 <= holdout <= 0.5:
-            raise ValueError(f"NPad: holdout must be from 0 to 0.5, got {holdout}")
         if holdout == 0 and ((self._uses_gaussian and eps == "auto") or self.fusion == "sum"):
             raise ValueError(
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
@@ -312,7 +314,11 @@ class NPad:
             for batch in images.batches():
                 mahalanobis, euclidean = self._distances(self._embed(batch.images))
                 fused = anomaly_map.fuse(
-                    mahalanobis, euclidean, self.fusion, standardization=self.standardization_
+                    mahalanobis,
+                    euclidean,
+                    self.fusion,
+                    self.fusion_weight,
+                    self.standardization_,
                 )
                 maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
                 skipped, told = images.skipped[told:], len(images.skipped)
@@ -357,6 +363,7 @@ class NPad:
             "nominal_set": self.nominal_set,
             "n_centroids": self.n_centroids,
             "fusion": self.fusion,
+            "fusion_weight": self.fusion_weight,
             "factor_dtype": self.factor_dtype,
             "n_features": self.n_features,
             "reduction": self.reduction,
@@ -563,6 +570,12 @@ def _eps(value: float | str) -> float | str:
     if value == "auto" or (not isinstance(value, str) and 0 <= value < float("inf")):
         return value
     raise ValueError(f"NPad: eps must be 'auto' or a number of at least 0, got {value!r}")
+
+
+def _at_most(name: str, value: float, most: float) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError(f"NPad: {name} must be a number from 0 to {most}, got {value!r}")
+    return value
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

@@ -89,6 +89,7 @@ def test_options_reach_the_model(category, tmp_path):
         "--nominal-set": "kmeans",
         "--n-centroids": "0.25",
         "--fusion": "sum",
+        "--fusion-weight": "0.7",
         "--factor-dtype": "bfloat16",
         "--n-features": "7",
         "--reduction": "random",
@@ -110,6 +111,7 @@ def test_options_reach_the_model(category, tmp_path):
         "nominal_set": "kmeans",
         "n_centroids": 0.25,
         "fusion": "sum",
+        "fusion_weight": 0.7,
         "factor_dtype": "bfloat16",
         "n_features": 7,
         "reduction": "random",
@@ -242,7 +244,10 @@ def test_skip_bad(category, model, tmp_path):
 
 def test_evaluate(category, tmp_path):
     out = tmp_path / "report"
-    said = succeed("evaluate", category, "-o", out, *SMALL, "--seed", "3", "--window", "1")
+    settings = {"seed": 3, "window": 1, "fusion_weight": 0.3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    said = succeed("evaluate", category, "-o", out, *SMALL, *options)
+    settings |= {"n_centroids": 50, "backbone": "filterbank"}
     assert files(out) == {"report.html", "results.json"}
     header, row, kind, last = said.out.splitlines()
     assert header.split("\t")[:2] == ["category", "auroc"]
@@ -254,7 +259,7 @@ def test_evaluate(category, tmp_path):
     assert only["category"] == "part"
     assert f"{only['metrics']['auroc']:.3f}" == row.split("\t")[1]
     page = (out / "report.html").read_text()
-    for key, value in {"seed": 3, "window": 1, "n_centroids": 50, "backbone": "filterbank"}.items():
+    for key, value in settings.items():
         assert only["settings"][key] == value
         assert re.search(rf"{key}\W.{{0,40}}\b{value}\b", page, re.DOTALL), key
 
@@ -338,6 +343,8 @@ def test_quiet(category, model, tmp_path):
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "1x2x3"), "'--image-size'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "0"), "image_size must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--fusion", "max"), "fusion must be one of"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "2"), "fusion_weight must be"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "x"), "'--fusion-weight'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--eps", "-1"), "eps must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--weights", "none.pt"), "'none.pt'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--device", "abacus"), "--device abacus"),
