@@ -32,7 +32,7 @@ from npad.prediction_files import find_inputs
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import npad.cli
+import npad.cli, npad.detector
 print("ready", flush=True)
 npad.cli.main()
 """
@@ -467,6 +467,56 @@ def test_module_and_closed_pipe(tmp_path):
     assert (process.returncode, said, err.count("\n")) == (command.USAGE, "", 1)
     assert err.startswith("npad: error: Invalid value for 'DIR'")
     assert err.endswith("(see npad fit --help)\n")
+
+
+IMPORTED = """
+import sys
+import npad.cli
+try:
+    npad.cli.main()
+finally:
+    print(sorted({"torch", "numpy", "PIL", "rich"} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ((), 0),
+        (("--help",), 0),
+        (("--version",), 0),
+        (("fit", "--help"), 0),
+        (("fitt",), command.USAGE),
+        (("fit", "nowhere", "-o", "m"), command.USAGE),
+        (("predict", "--batch-size", "0"), command.USAGE),
+    ],
+)
+def test_what_needs_no_libraries_imports_none(args, code):
+    with start(*args, program=("-c", IMPORTED)) as process:
+        _, err = process.communicate()
+    assert process.returncode == code
+    assert err.splitlines()[-1] == "[]"
+
+
+def test_interrupt_while_libraries_are_imported(category, tmp_path):
+    """A PyTorch whose import never ends, and which Ctrl-C turns into an error of its own."""
+    (tmp_path / "torch.py").write_text(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "try:\n"
+        "    time.sleep(100)\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('half of it') from error\n"
+    )
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    args = ("fit", category / "train/good", "-o", tmp_path / "m")
+    with start(*args, program=("-m", "npad"), env=env) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        said, err = process.communicate()
+    assert (process.returncode, said, err) == (command.INTERRUPTED, "", "npad: interrupted\n")
+    assert not (tmp_path / "m").exists()
 
 
 def test_full_standard_output():
