@@ -24,6 +24,7 @@ from scipy import ndimage
 from npad.atomic_file import replacing
 from npad.datasets import GOOD
 from npad.images import read_image
+from npad.overlay import color_map, draw_overlay
 from npad.results import METRICS, PRO_LIMIT, CategoryResult, Picture, summarize, versions
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _THUMBNAIL = 224  # pixels of the longer side
-_COLORMAP = "inferno"
 _HISTOGRAM_BINS = 48
 _LABELS = {
     "auroc": "Image AUROC",
@@ -102,7 +102,7 @@ def write_report(
         limit=PRO_LIMIT,
         rows=summarize(results),
         settings=shared,
-        color_bar=_data_uri(_color(np.linspace(0, 255, 256).astype(np.uint8)[None]), "PNG"),
+        color_bar=_data_uri(color_map(np.linspace(0, 1, 256)[None]), "PNG"),
         categories=[_category(i, result, shared) for i, result in enumerate(results)],
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,10 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
         of = {"good": n_good, "defective": len(result.images) - n_good, "typical": len(pictures)}
         if pictures:
             left_out = of[group] - len(pictures)
-            groups.append({"heading": heading, "rows": pictures, "left_out": left_out})
+            defects = group != "good"
+            groups.append(
+                {"heading": heading, "rows": pictures, "left_out": left_out, "defects": defects}
+            )
     curves = {
         "roc": ("Image ROC", "false positive rate", "true positive rate", "auroc"),
         "pixel_roc": ("Pixel ROC", "false positive rate", "true positive rate", "pixel_auroc"),
@@ -157,10 +160,13 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
     size = photo.shape[1], photo.shape[0]
     levels = np.asarray(Image.fromarray(picture.levels).resize(size, Image.Resampling.BILINEAR))
     mask = np.asarray(Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST))
-    heat = _color(levels)
-    strength = 0.75 * (levels / np.float32(255))[..., None]
-    overlay = photo * (1 - strength) + heat * strength
+    heat = levels / np.float32(255)
+    overlay = draw_overlay(photo, heat)
     overlay[ndimage.binary_dilation(mask, iterations=2) & ~mask] = (90, 220, 255)
+    pictures = {"image": (photo, "JPEG"), "anomaly map": (color_map(heat), "JPEG")}
+    pictures["overlay"] = overlay, "JPEG"
+    if image.is_anomalous:
+        pictures["mask"] = mask, "PNG"
     alarm = image.score >= result.threshold
     if image.is_anomalous:
         verdict = "found" if alarm else "missed"
@@ -174,12 +180,7 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
         "verdict": "" if math.isnan(result.threshold) else verdict,
         "width": size[0],
         "height": size[1],
-        "pictures": [
-            ("image", _data_uri(photo, "JPEG")),
-            ("anomaly map", _data_uri(heat, "JPEG")),
-            ("overlay", _data_uri(overlay.astype(np.uint8), "JPEG")),
-            ("mask", _data_uri(mask, "PNG")),
-        ],
+        "pictures": {what: _data_uri(*picture) for what, picture in pictures.items()},
     }
 
 
@@ -190,14 +191,6 @@ def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     scale = _THUMBNAIL / max(pixels.shape[:2])
     width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
-
-
-def _color(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
-
-    table = mpl.colormaps[_COLORMAP](np.arange(256), bytes=True)[:, :3]
-    colors: NDArray[np.uint8] = table[levels]
-    return colors
 
 
 def _data_uri(pixels: NDArray[Any], kind: str) -> str:
@@ -312,7 +305,7 @@ def _metric(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4g}"
+    return "–" if math.isnan(value) else f"{value:#.4g}".rstrip(".")
 
 
 def _seconds(value: float) -> str:
