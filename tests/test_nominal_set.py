@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from npad import nominal_set, ops
-from npad.nominal_set import METHODS, NominalSet, k_means_start, lloyd
+from npad import k_means, ops
+from npad.k_means import lloyd
+from npad.nominal_set import METHODS, NominalSet
 
 
 def embeddings(n: int, channels: int = 12, seed: int = 0) -> Tensor:
@@ -241,7 +242,7 @@ def with_outliers(n: int) -> Tensor:
 def test_k_means_start_is_better_than_a_random_one(make: Callable[[int], Tensor]) -> None:
     x, n = make(3000), 40
     random = sum(inertia(x, x[torch.randperm(len(x), generator=g)[:n]]) for g in generators())
-    chosen = sum(inertia(x, x[k_means_start(x, n, g)]) for g in generators())
+    chosen = sum(inertia(x, x[k_means.start(x, n, g)]) for g in generators())
     assert chosen < 0.8 * random
 
 
@@ -255,8 +256,8 @@ def test_pytorch_k_means_is_as_good_as_scikit_learn(
     assert sum(ours) < 1.03 * sum(theirs)
     with monkeypatch.context() as patch:
         patch.setattr(
-            nominal_set,
-            "k_means_start",
+            k_means,
+            "start",
             lambda points, n, g: torch.randperm(len(points), generator=g)[:n],
         )
         from_random = [inertia(x, lloyd(x, n, g)) for g in generators()]
@@ -267,7 +268,7 @@ def test_pytorch_k_means_is_as_good_as_scikit_learn(
 @pytest.mark.parametrize("n", [1, 2, 20, 300])
 def test_k_means_start_is_of_distinct_points(n: int, n_distinct: int) -> None:
     x = torch.randn(n_distinct, 4).repeat_interleave(300 // n_distinct + 1, 0)[:300]
-    first, again = (k_means_start(x, n, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (k_means.start(x, n, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, again)
     assert first.shape == (n,)
     assert len(x[first].unique(dim=0)) == min(n, len(x.unique(dim=0)))
