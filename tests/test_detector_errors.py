@@ -142,6 +142,14 @@ def test_one_image(pixels, folder, tmp_path):
     fail(1, "fit", folder, "-o", tmp_path / "m", *SMALL, says=["1 image", "at least 2"])
 
 
+@pytest.mark.parametrize("n_features", [None, 8])
+def test_all_images_are_bad(n_features, folder):
+    for path in folder.iterdir():
+        text(path)
+    with pytest.raises(ValueError, match=r"0 image.*at least 2"):
+        small(n_features=n_features).fit(folder, skip_bad=True)
+
+
 def test_two_image_sizes(pixels, folder, fitted):
     ragged = np.empty(2, dtype=object)
     ragged[:] = [pixels[0], pixels[1][:32]]
