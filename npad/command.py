@@ -146,8 +146,6 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
     arguments = arguments | more
     if arguments.get("nominal_set") == "none":
         arguments["nominal_set"] = None
-    if "device" in arguments:
-        check_device(arguments["device"])
     try:
         return NPad(**arguments)
     except (ValueError, RuntimeError) as error:
@@ -156,13 +154,12 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
 
 def check_device(name: str) -> None:
     """Say before the work that a device is not there."""
-    import torch  # noqa: PLC0415
+    from npad import arguments  # noqa: PLC0415
 
     try:
-        torch.empty(0, device=name)
-    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}; use cpu") from error
+        arguments.device(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def command(

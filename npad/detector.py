@@ -139,7 +139,7 @@ class NPad:
         self.reduction = arguments.choice("reduction", reduction, ("pca", "random"))
         self.holdout = arguments.at_most("holdout", holdout, 0.5)
         self.seed = seed
-        self.device = torch.device(device)
+        self.device = arguments.device(device)
         self.batch_size = batch_size
         self.progress = progress
         self._backbone: Backbone | None = None
@@ -417,7 +417,9 @@ class NPad:
         ------
         ModelFileError : the file is damaged, of a newer format, or was fitted on another backbone.
         BackboneError : the backbone's weights cannot be had.
+        ValueError : the device cannot be used.
         """
+        device = arguments.device(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
             settings = header["settings"]
@@ -433,8 +435,9 @@ class NPad:
             expected = model._expected_tensors(int(header["channels"]), header["n_centroids"])
             backbone = header["backbone"]["name"], header["backbone"]["weights_hash"]
         except (KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
-                f"has a header that this npad cannot use ({error}); fit and save the model again"
+                f"has a header that this npad cannot use ({reason}); fit and save the model again"
             )
             raise ModelFileError(path, problem) from error
         model_file.check_tensors(path, tensors, expected)
@@ -446,7 +449,11 @@ class NPad:
                 f"are {network.name} {network.weights_hash[:12]}; give the same file with weights=",
             )
         if network.grid(model.image_size) != model.grid_:
-            raise ModelFileError(path, f"has grid {model.grid_}, which its backbone does not make")
+            raise ModelFileError(
+                path,
+                f"has grid {model.grid_}, which its backbone does not make of images of "
+                f"{model.image_size}; fit and save the model again",
+            )
         for name in TENSORS:
             tensor = tensors.get(name)
             setattr(model, f"{name}_", tensor.to(device) if tensor is not None else None)
