@@ -133,3 +133,6 @@ def register() -> None:
         farthest_first,
     ):
         torch.library.impl(f"npad::{kernel.__name__}", "CPU", kernel)
+
+
+register()

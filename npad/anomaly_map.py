@@ -46,7 +46,7 @@ def fuse(
     mahalanobis, euclidean : (N, h, w) distances; None for one that the fusion does not use.
     fusion : "product" (M^weight E^(1-weight)), "sum" (weight times M plus 1 - weight times E, both
         standardised), "mahalanobis" or "euclidean" (that map alone).
-    weight : share of M, from 0 to 1. The default was chosen on real images: see docs/method.md.
+    weight : share of M in "product" and "sum", from 0 to 1.
     standardization : needed by "sum".
 
     Returns

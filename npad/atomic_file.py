@@ -9,10 +9,11 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from io import BufferedWriter
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["naming", "replacing"]
 
 _TEMPORARY = ".npad-{}.tmp"  # hidden, and ends as no result does
 
@@ -41,8 +42,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
     ------
     OSError
         As `open` does: no such folder, no permission to write the folder or the file that is there,
-        a full disk. Also where `path` is a folder or a device, which renaming would replace.
+        a full disk. Also where `path` is a folder or a device, which renaming would replace. It
+        names `path`, unless it is about another file that was used in the block.
     """
+    with naming(path), _replacing(path) as file:
+        yield file
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError that names a temporary file, or none, name the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not _is_no_help(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _is_no_help(name: object) -> bool:
+    if not isinstance(name, str | bytes | os.PathLike):
+        return True  # none, or the number of a descriptor
+    return fnmatch(Path(os.fsdecode(name)).name, _TEMPORARY.format("*"))
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
     target = Path(os.path.realpath(path))
     mode = _mode(target)
     _remove_leftovers(target.parent)

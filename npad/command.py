@@ -74,6 +74,11 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "product|sum|mahalanobis|euclidean",
         "How both distances become one map. [default: product; mahalanobis without centroids]",
     ),
+    "fusion_weight": (
+        float,
+        "X",
+        "Share of the Mahalanobis distance in product and sum, 0 to 1.",
+    ),
     "factor_dtype": (str, "float32|float16|bfloat16", "Storage of the Gaussians."),
     "n_features": (int, "N", "Dimensions to which embeddings are reduced. [default: all]"),
     "reduction": (str, "pca|random", "How embeddings are reduced, with --n-features."),
@@ -141,8 +146,6 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
     arguments = arguments | more
     if arguments.get("nominal_set") == "none":
         arguments["nominal_set"] = None
-    if "device" in arguments:
-        check_device(arguments["device"])
     try:
         return NPad(**arguments)
     except (ValueError, RuntimeError) as error:
@@ -151,13 +154,12 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
 
 def check_device(name: str) -> None:
     """Say before the work that a device is not there."""
-    import torch  # noqa: PLC0415
+    from npad import arguments  # noqa: PLC0415
 
     try:
-        torch.empty(0, device=name)
-    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}; use cpu") from error
+        arguments.device(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,17 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import anomaly_map, model_file, ops, progress
+from npad import anomaly_map, arguments, model_file, ops, progress
 from npad._version import __version__
 from npad.anomaly_map import FUSIONS, Standardization
 from npad.backbone import Backbone
 from npad.gaussian import NeighborhoodGaussian
+from npad.holdout import Reservoir
 from npad.images import Batch, ImageSource
 from npad.model_file import ModelFileError
 from npad.nominal_set import NominalSet
+from npad.projection import principal_axes, random_axes
 
 MIN_IMAGES = 2
-MAX_HELD_OUT = 64  # images whose embeddings are kept in memory while fitting
 PCA_IMAGES = 64  # images whose embeddings choose the principal axes
 TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
 
@@ -68,6 +68,8 @@ class NPad:
     fusion : "product" of both distances (default), "sum" of both standardised on held-out nominal
         images, "mahalanobis" or "euclidean" alone; None is "product", or "mahalanobis" without a
         nominal set
+    fusion_weight : share of the Mahalanobis distance in "product" and "sum", from 0 to 1; the
+        Euclidean one has the rest. Nothing that is fitted depends on it
     factor_dtype : "float32", "float16" or "bfloat16", storage of the Gaussians' factors
     n_features : dimensions to which embeddings are reduced; None keeps all
     reduction : "pca" of a sample of nominal embeddings, or a seeded "random" orthogonal projection
@@ -109,6 +111,7 @@ class NPad:
         nominal_set: str | None = "kcenter",
         n_centroids: float = 8192,
         fusion: str | None = None,
+        fusion_weight: float = 0.4,
         factor_dtype: str = "float16",
         n_features: int | None = None,
         reduction: str = "pca",
@@ -120,22 +123,23 @@ class NPad:
     ) -> None:
         self.backbone = backbone
         self.layers = tuple(layers) if layers is not None else None
-        self.image_size = _pair(image_size)
+        self.image_size = arguments.height_width(image_size)
         self.weights = weights
-        self.window = _odd("window", window)
-        self.score_window = _odd("score_window", score_window)
-        self.eps = _eps(eps)
-        self.nominal_set = _choice("nominal_set", nominal_set, ("kcenter", "kmeans", None))
+        self.window = arguments.odd("window", window)
+        self.score_window = arguments.odd("score_window", score_window)
+        self.eps = arguments.eps(eps)
+        self.nominal_set = arguments.choice("nominal_set", nominal_set, ("kcenter", "kmeans", None))
         self.n_centroids = n_centroids
         if fusion is None:
             fusion = "product" if nominal_set else "mahalanobis"
-        self.fusion = _choice("fusion", fusion, FUSIONS)
-        self.factor_dtype = _choice("factor_dtype", factor_dtype, tuple(DTYPES))
+        self.fusion = arguments.choice("fusion", fusion, FUSIONS)
+        self.fusion_weight = arguments.at_most("fusion_weight", fusion_weight, 1)
+        self.factor_dtype = arguments.choice("factor_dtype", factor_dtype, tuple(DTYPES))
         self.n_features = n_features
-        self.reduction = _choice("reduction", reduction, ("pca", "random"))
-        self.holdout = holdout
+        self.reduction = arguments.choice("reduction", reduction, ("pca", "random"))
+        self.holdout = arguments.at_most("holdout", holdout, 0.5)
         self.seed = seed
-        self.device = torch.device(device)
+        self.device = arguments.device(device)
         self.batch_size = batch_size
         self.progress = progress
         self._backbone: Backbone | None = None
@@ -144,8 +148,6 @@ class NPad:
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
                 "give nominal_set, or fusion='mahalanobis'"
             )
-        if not 0 <= holdout <= 0.5:
-            raise ValueError(f"NPad: holdout must be from 0 to 0.5, got {holdout}")
         if holdout == 0 and ((self._uses_gaussian and eps == "auto") or self.fusion == "sum"):
             raise ValueError(
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
@@ -211,7 +213,7 @@ class NPad:
             if nominal is not None:
                 nominal.update(x)
 
-        held_out = _Reservoir(self.holdout, self.seed)
+        held_out = Reservoir(self.holdout, self.seed)
         n_images = 0
         with progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance:
             for batch in batches:
@@ -266,8 +268,8 @@ class NPad:
             )
         generator = torch.Generator().manual_seed(self.seed)
         if self.reduction == "random":
-            gaussian = torch.randn(channels, self.n_features, generator=generator)
-            return torch.linalg.qr(gaussian).Q.to(self.device), images.batches()
+            axes = random_axes(channels, self.n_features, generator)
+            return axes.to(self.device), images.batches()
 
         # A random sample where the source can be read twice, else the images that come first.
         batches: Iterable[Batch]
@@ -278,16 +280,11 @@ class NPad:
             rest = images.batches()
             sample = list(itertools.islice(rest, -(-PCA_IMAGES // self.batch_size)))
             batches = itertools.chain(sample, rest)
+        if not sample:
+            return None, batches  # the fit says that there are too few images
         self.projection_ = None
-        count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        mean = torch.zeros(1, channels, device=self.device)
-        scatter = torch.zeros(1, ops.packed_size(channels), device=self.device)
-        for batch in sample:
-            x = self._embed(batch.images).reshape(-1, 1, 1, channels)
-            ops.neighborhood_moments(x, count, mean, scatter)
-        _, covariance = ops.window_covariance(count, mean, scatter, (1, 1), 1, 0, 1)
-        _, vectors = torch.linalg.eigh(covariance[0].double())
-        return vectors[:, -self.n_features :].flip(1).float().contiguous(), batches
+        embeddings = (self._embed(batch.images) for batch in sample)
+        return principal_axes(embeddings, self.n_features), batches
 
     # ----------------------------------------------------------------------------------------------
     # Predict.
@@ -312,7 +309,11 @@ class NPad:
             for batch in images.batches():
                 mahalanobis, euclidean = self._distances(self._embed(batch.images))
                 fused = anomaly_map.fuse(
-                    mahalanobis, euclidean, self.fusion, standardization=self.standardization_
+                    mahalanobis,
+                    euclidean,
+                    self.fusion,
+                    self.fusion_weight,
+                    self.standardization_,
                 )
                 maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
                 skipped, told = images.skipped[told:], len(images.skipped)
@@ -357,6 +358,7 @@ class NPad:
             "nominal_set": self.nominal_set,
             "n_centroids": self.n_centroids,
             "fusion": self.fusion,
+            "fusion_weight": self.fusion_weight,
             "factor_dtype": self.factor_dtype,
             "n_features": self.n_features,
             "reduction": self.reduction,
@@ -415,14 +417,16 @@ class NPad:
         ------
         ModelFileError : the file is damaged, of a newer format, or was fitted on another backbone.
         BackboneError : the backbone's weights cannot be had.
+        ValueError : the device cannot be used.
         """
+        device = arguments.device(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
             settings = header["settings"]
             if weights is not None:
                 settings = settings | {"weights": str(weights)}
             model = cls(**settings, device=device, progress=progress)
-            model.grid_ = _pair(tuple(header["grid"]))
+            model.grid_ = arguments.height_width(tuple(header["grid"]))
             model.n_images_ = int(header["n_images"])
             model.eps_ = model._saved_eps(header["eps"])
             saved = header["standardization"]
@@ -431,8 +435,9 @@ class NPad:
             expected = model._expected_tensors(int(header["channels"]), header["n_centroids"])
             backbone = header["backbone"]["name"], header["backbone"]["weights_hash"]
         except (KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
-                f"has a header that this npad cannot use ({error}); fit and save the model again"
+                f"has a header that this npad cannot use ({reason}); fit and save the model again"
             )
             raise ModelFileError(path, problem) from error
         model_file.check_tensors(path, tensors, expected)
@@ -444,7 +449,11 @@ class NPad:
                 f"are {network.name} {network.weights_hash[:12]}; give the same file with weights=",
             )
         if network.grid(model.image_size) != model.grid_:
-            raise ModelFileError(path, f"has grid {model.grid_}, which its backbone does not make")
+            raise ModelFileError(
+                path,
+                f"has grid {model.grid_}, which its backbone does not make of images of "
+                f"{model.image_size}; fit and save the model again",
+            )
         for name in TENSORS:
             tensor = tensors.get(name)
             setattr(model, f"{name}_", tensor.to(device) if tensor is not None else None)
@@ -508,66 +517,3 @@ class NPad:
     def _check_fitted(self) -> None:
         if not hasattr(self, "n_images_"):
             raise RuntimeError("NPad: the model is not fitted; call fit or NPad.load first")
-
-
-class _Reservoir:
-    """Keeps a uniform sample of the embeddings that pass and gives the others back to be fitted.
-
-    An image is a candidate with probability ``fraction`` (the first always is); of the candidates at
-    most ``MAX_HELD_OUT`` are kept, by Vitter's algorithm R, so no length need be known.
-    """
-
-    def __init__(self, fraction: float, seed: int) -> None:
-        self.kept: list[Tensor] = []
-        self._fraction = fraction
-        self._random = random.Random(seed)
-        self._candidates = 0
-
-    def take(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> the embeddings to fit now, (B', H, W, C)."""
-        fitted = []
-        for embedding in x:
-            first = self._candidates == 0 and self._fraction > 0
-            if not (self._random.random() < self._fraction or first):
-                fitted.append(embedding)
-                continue
-            self._candidates += 1
-            if len(self.kept) < MAX_HELD_OUT:
-                self.kept.append(embedding.clone())
-                continue
-            slot = self._random.randrange(self._candidates)
-            if slot < MAX_HELD_OUT:
-                fitted.append(self.kept[slot])
-                self.kept[slot] = embedding.clone()
-            else:
-                fitted.append(embedding)
-        return torch.stack(fitted) if fitted else x[:0]
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 1):
-        raise ValueError(
-            f"NPad: image_size must be a positive int or (height, width), got {size!r}"
-        )
-    return height, width
-
-
-def _odd(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1 or value % 2 == 0:
-        raise ValueError(f"NPad: {name} must be an odd int of at least 1, got {value!r}")
-    return value
-
-
-def _eps(value: float | str) -> float | str:
-    if value == "auto" or (not isinstance(value, str) and 0 <= value < float("inf")):
-        return value
-    raise ValueError(f"NPad: eps must be 'auto' or a number of at least 0, got {value!r}")
-
-
-def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(
-            f"NPad: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
-        )
-    return value

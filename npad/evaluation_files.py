@@ -15,7 +15,6 @@ from typing import Any
 from npad.atomic_file import replacing
 from npad.datasets import Category
 from npad.evaluation import Model, evaluate
-from npad.prediction_files import naming
 from npad.report import write_report
 from npad.results import CategoryResult, summarize, to_json
 
@@ -72,8 +71,7 @@ def evaluate_all(
     named = _named(results)
     means, deviations = _over_seeds([summarize(of_seed) for of_seed in results])
     over_seeds = {"mean": means, "standard_deviation": deviations} if deviations else {}
-    with naming(folder / REPORT):
-        write_report(named, folder / REPORT)
+    write_report(named, folder / REPORT)
     _write_json(folder / RESULTS, to_json(named) | over_seeds)
     (folder / PARTIAL).unlink()
     skipped = dict.fromkeys(item for result in named for item in result.skipped)
@@ -122,7 +120,7 @@ def _rows(means: list[Row], deviations: list[Row], results: Sequence[CategoryRes
 
 
 def _write_json(path: Path, values: Any) -> None:
-    with naming(path), replacing(path) as file:
+    with replacing(path) as file:
         file.write(json.dumps(values, indent=1, allow_nan=False).encode())
 
 

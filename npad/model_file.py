@@ -55,7 +55,7 @@ _BLOCK = 16 << 20  # bytes hashed and written or read at once
 _NOT_A_MODEL = "is not an npad model file; a model file is written by NPad.save or `npad fit`"
 _NO_HEADER = (
     "is a safetensors file but holds no npad model; "
-    "if it holds the weights of a backbone, give it as `weights`"
+    "if it holds the weights of a backbone, give it with weights="
 )
 _DAMAGED = "is damaged or was edited; copy it again, or fit and save the model again"
 _REMEDIES = {
@@ -192,7 +192,7 @@ def check_tensors(
         if name not in tensors:
             raise ModelFileError(path, f"tensor {name!r} is missing; {remedy}")
         if name not in expected:
-            raise ModelFileError(path, f"tensor {name!r} is unknown; {remedy}")
+            raise ModelFileError(path, f"tensor {name!r} is no part of the model; {remedy}")
         dtype, shape = expected[name]
         tensor = tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
@@ -332,9 +332,13 @@ def _decode_layout(
                 layout.append((name, _DTYPES[kind], tuple(shape)))
                 end = stop
             case _:
-                raise ModelFileError(path, f"tensor {name!r} is described wrongly: file {_DAMAGED}")
+                raise ModelFileError(
+                    path, f"tensor {name!r} is described wrongly: the file {_DAMAGED}"
+                )
     return layout
 
 
 def _cut_short(size: int, expected: int) -> str:
-    return f"is cut short: {size} of {expected} bytes; copy it again, or fit and save it again"
+    return (
+        f"is cut short: {size} of {expected} bytes; copy it again, or fit and save the model again"
+    )

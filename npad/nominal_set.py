@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from npad import ops
+from npad.k_means import k_means
 
 METHODS = ("kcenter", "kmeans")
-KMEANS_ITERATIONS = 25
-KMEANS_SAMPLE = 256  # points per centroid that k-means looks at, as faiss does
 
 
 class NominalSet:
@@ -231,55 +229,3 @@ def _take(parts: list[Tensor]) -> Tensor:
         points[end - len(part) : end] = part
         end -= len(part)
     return points
-
-
-def k_means(points: Tensor, n: int, seed: int) -> Tensor:
-    """Lloyd's k-means, by faiss where it is installed and by PyTorch otherwise.
-
-    Parameters
-    ----------
-    points : (N, C) float32; a seeded sample of 256 per centroid is used
-    n : number of centroids, at most N
-    seed : of the sample and the start
-
-    Returns
-    -------
-    (n, C) float32
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if len(points) > KMEANS_SAMPLE * n:
-        chosen = torch.randperm(len(points), generator=generator)[: KMEANS_SAMPLE * n]
-        points = points[chosen.sort().values.to(points.device)]
-    faiss = _faiss()
-    if faiss is not None:
-        engine = faiss.Kmeans(
-            points.shape[1], n, niter=KMEANS_ITERATIONS, seed=seed, min_points_per_centroid=1
-        )
-        engine.train(points.cpu().numpy())
-        return torch.from_numpy(engine.centroids).to(points.device)
-    return lloyd(points, n, generator)
-
-
-def lloyd(points: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """k-means in PyTorch; a cluster that empties restarts at the point farthest from its centroid."""
-    start = torch.randperm(len(points), generator=generator)[:n].to(points.device)
-    centroids = points[start]
-    for _ in range(KMEANS_ITERATIONS):
-        distance, index = ops.nearest_centroid(points, centroids)
-        count = torch.bincount(index, minlength=n)
-        total = torch.zeros_like(centroids).index_add_(0, index, points)
-        moved = total / count.clamp(min=1)[:, None]
-        empty = (count == 0).nonzero().flatten()
-        moved[empty] = points[distance.argsort(descending=True)[: len(empty)]]
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids
-
-
-def _faiss() -> Any:
-    try:
-        import faiss  # noqa: PLC0415  (optional)
-    except ImportError:
-        return None
-    return faiss

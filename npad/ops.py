@@ -441,3 +441,7 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
     if not bool(points.sum().isfinite()) and not bool(points.isfinite().all()):
         raise ValueError(f"npad.{op}: points hold NaN or infinite values")
     return torch.ops.npad.farthest_first(points, n_centroids, first)
+
+
+# Whoever imports the ops gets the kernels. Last, since the kernels report progress through them.
+from npad import _native  # noqa: E402, F401

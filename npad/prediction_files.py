@@ -11,8 +11,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from npad.anomaly_map import resize_map
+from npad.atomic_file import naming
 from npad.images import ImageError, list_images, read_image
 from npad.overlay import draw_overlay
 from npad.progress import track
@@ -30,7 +31,7 @@ from npad.progress import track
 if TYPE_CHECKING:
     from npad.detector import Prediction
 
-__all__ = ["PredictionFiles", "find_inputs", "naming"]
+__all__ = ["PredictionFiles", "find_inputs"]
 
 SCORES = ("scores.csv", "scores.jsonl")
 OVERLAYS, MAPS = "overlays", "maps"
@@ -222,12 +223,3 @@ class PredictionFiles:
 def _partial(name: str) -> str:
     stem, suffix = name.split(".")
     return f"{stem}.partial.{suffix}"
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an OSError name the file that was asked for, not a temporary one or none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

@@ -10,11 +10,10 @@ import base64
 import io
 import math
 import os
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +21,14 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.atomic_file import replacing
-from npad.datasets import GOOD
 from npad.images import read_image
+from npad.overlay import color_map, draw_overlay
+from npad.plots import draw_curve, draw_histogram
 from npad.results import METRICS, PRO_LIMIT, CategoryResult, Picture, summarize, versions
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
 _THUMBNAIL = 224  # pixels of the longer side
-_COLORMAP = "inferno"
-_HISTOGRAM_BINS = 48
 _LABELS = {
     "auroc": "Image AUROC",
     "ap": "Image AP",
@@ -48,16 +43,6 @@ _GROUPS = {
     "defective": "Defective images, lowest score first",
     "typical": "A typical image of each type: the one with the median score",
 }
-# Colours that stand for the page's own in the plots, so that they follow its light and dark scheme.
-_THEME = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--line)",
-    "#040404": "var(--good)",
-    "#050505": "var(--bad)",
-    "#060606": "var(--accent)",
-}
-_INK, _MUTED, _LINE, _GOOD, _BAD, _ACCENT = _THEME
 
 
 def write_report(
@@ -102,7 +87,7 @@ def write_report(
         limit=PRO_LIMIT,
         rows=summarize(results),
         settings=shared,
-        color_bar=_data_uri(_color(np.linspace(0, 255, 256).astype(np.uint8)[None]), "PNG"),
+        color_bar=_data_uri(color_map(np.linspace(0, 1, 256)[None]), "PNG"),
         categories=[_category(i, result, shared) for i, result in enumerate(results)],
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +105,10 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
         of = {"good": n_good, "defective": len(result.images) - n_good, "typical": len(pictures)}
         if pictures:
             left_out = of[group] - len(pictures)
-            groups.append({"heading": heading, "rows": pictures, "left_out": left_out})
+            defects = group != "good"
+            groups.append(
+                {"heading": heading, "rows": pictures, "left_out": left_out, "defects": defects}
+            )
     curves = {
         "roc": ("Image ROC", "false positive rate", "true positive rate", "auroc"),
         "pixel_roc": ("Pixel ROC", "false positive rate", "true positive rate", "pixel_auroc"),
@@ -134,11 +122,13 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
         "model_size": _bytes(result.model_bytes),
         "own_settings": own,
         "groups": groups,
-        "histogram": Markup(_svg(_histogram(result), f"Scores of {result.name} by type")),
+        "histogram": Markup(draw_histogram(result, f"Scores of {result.name} by type")),
         "curves": [
             Markup(
-                _svg(
-                    _curve(result.curves[key], (x, y), 1 if key != "pro" else PRO_LIMIT),
+                draw_curve(
+                    result.curves[key],
+                    (x, y),
+                    1 if key != "pro" else PRO_LIMIT,
                     f"{heading} of {result.name}",
                 )
             )
@@ -157,10 +147,13 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
     size = photo.shape[1], photo.shape[0]
     levels = np.asarray(Image.fromarray(picture.levels).resize(size, Image.Resampling.BILINEAR))
     mask = np.asarray(Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST))
-    heat = _color(levels)
-    strength = 0.75 * (levels / np.float32(255))[..., None]
-    overlay = photo * (1 - strength) + heat * strength
+    heat = levels / np.float32(255)
+    overlay = draw_overlay(photo, heat)
     overlay[ndimage.binary_dilation(mask, iterations=2) & ~mask] = (90, 220, 255)
+    pictures = {"image": (photo, "JPEG"), "anomaly map": (color_map(heat), "JPEG")}
+    pictures["overlay"] = overlay, "JPEG"
+    if image.is_anomalous:
+        pictures["mask"] = mask, "PNG"
     alarm = image.score >= result.threshold
     if image.is_anomalous:
         verdict = "found" if alarm else "missed"
@@ -174,12 +167,7 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
         "verdict": "" if math.isnan(result.threshold) else verdict,
         "width": size[0],
         "height": size[1],
-        "pictures": [
-            ("image", _data_uri(photo, "JPEG")),
-            ("anomaly map", _data_uri(heat, "JPEG")),
-            ("overlay", _data_uri(overlay.astype(np.uint8), "JPEG")),
-            ("mask", _data_uri(mask, "PNG")),
-        ],
+        "pictures": {what: _data_uri(*picture) for what, picture in pictures.items()},
     }
 
 
@@ -192,105 +180,11 @@ def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def _color(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
-
-    table = mpl.colormaps[_COLORMAP](np.arange(256), bytes=True)[:, :3]
-    colors: NDArray[np.uint8] = table[levels]
-    return colors
-
-
 def _data_uri(pixels: NDArray[Any], kind: str) -> str:
     buffer = io.BytesIO()
     options = {"quality": 82} if kind == "JPEG" else {"optimize": True}
     Image.fromarray(pixels).save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# --- plots ---
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
-
-
-def _histogram(result: CategoryResult) -> Figure:
-    """One histogram of image scores under the other, good images first, on one scale."""
-    kinds = (
-        [GOOD, *result.types] if any(not i.is_anomalous for i in result.images) else [*result.types]
-    )
-    scores = {k: [i.score for i in result.images if i.defect_type == k] for k in kinds}
-    every = np.concatenate(list(scores.values()))
-    low, high = float(every.min()), float(every.max())
-    log = low > 0 and high > 20 * low  # a few huge scores would squeeze the rest into one bin
-    if high == low:
-        low, high = low - 0.5, high + 0.5
-    edges = (np.geomspace if log else np.linspace)(low, high, _HISTOGRAM_BINS + 1)
-    figure = _figure(9.6, 0.55 + 0.52 * len(kinds))
-    axes = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
-    for ax, kind in zip(axes, kinds, strict=True):
-        color = _GOOD if kind == GOOD else _BAD
-        counts, _ = np.histogram(scores[kind], edges)
-        ax.stairs(counts, edges, fill=True, color=color, alpha=0.75)
-        ax.axvline(result.threshold, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        name = kind if len(kind) <= 24 else kind[:23] + "…"
-        ax.set_ylabel(
-            f"{name} · {len(scores[kind])}", rotation=0, ha="right", va="center", color=_INK
-        )
-        ax.set(yticks=[], ylim=(0, max(counts.max(), 1) * 1.08), xlim=(low, high))
-        if log:
-            ax.set_xscale("log")
-        for side in ("top", "left", "right"):
-            ax.spines[side].set_visible(False)
-        ax.spines["bottom"].set_color(_LINE)
-        ax.tick_params(which="both", length=0, colors=_MUTED)
-    axes[-1].tick_params(which="major", length=3, color=_LINE)
-    axes[-1].set_xlabel("image score" + (", logarithmic" if log else ""), color=_MUTED)
-    return figure
-
-
-def _curve(
-    curve: tuple[NDArray[Any], NDArray[Any]], axis_names: tuple[str, str], end: float
-) -> Figure:
-    figure = _figure(3.3, 2.9)
-    ax = figure.subplots()
-    ax.plot([0, end], [0, end], color=_LINE, linewidth=1, linestyle=(0, (2, 3)))
-    if len(curve[0]):
-        ax.fill_between(*curve, color=_ACCENT, alpha=0.10, linewidth=0)
-        ax.plot(*curve, color=_ACCENT, linewidth=1.8, solid_joinstyle="round")
-    else:
-        ax.text(end / 2, 0.5, "undefined: one class only", ha="center", color=_MUTED)
-    ax.set(xlim=(0, end), ylim=(0, 1.01))
-    ax.set_xlabel(axis_names[0], color=_MUTED)
-    ax.set_ylabel(axis_names[1], color=_MUTED)
-    ax.tick_params(length=3, color=_LINE, labelcolor=_MUTED)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        ax.spines[side].set_color(_LINE)
-    return figure
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """Draw as inline SVG in the page's own font and colours, without names that could collide."""
-    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
-    from markupsafe import escape  # noqa: PLC0415
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
-    svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
-    svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
-    for color, name in _THEME.items():
-        svg = svg.replace(color, name)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
 # --- words ---
@@ -312,7 +206,7 @@ def _metric(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4g}"
+    return "–" if math.isnan(value) else f"{value:#.4g}".rstrip(".")
 
 
 def _seconds(value: float) -> str:

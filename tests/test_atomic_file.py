@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from npad import atomic_file
-from npad.atomic_file import replacing
+from npad.atomic_file import naming, replacing
 
 
 def write(path, content):
@@ -132,8 +132,9 @@ def largest_file(n_bytes):
 def test_full_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.npad"
     write(path, b"one")
-    with largest_file(50_000), pytest.raises(OSError, match="File too large"):
+    with largest_file(50_000), pytest.raises(OSError, match="File too large") as caught:
         write(path, bytes(100_000))
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"one"
     assert names(tmp_path) == ["a.npad"]
 
@@ -146,8 +147,9 @@ def test_disk_that_is_found_full_when_flushed_keeps_the_old_file(tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         write(path, b"two")
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"one"
     assert names(tmp_path) == ["a.npad"]
 
@@ -177,8 +179,9 @@ def test_flushes_the_file_then_renames_then_flushes_the_folder(tmp_path, monkeyp
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as caught:
         write(tmp_path / "missing" / "a.npad", b"one")
+    assert caught.value.filename == str(tmp_path / "missing" / "a.npad")
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
@@ -219,11 +222,47 @@ def test_no_permission(tmp_path, read_only):
     path.write_bytes(b"one")
     path.chmod(0o444 if read_only == "file" else 0o666)
     folder.chmod(0o555 if read_only == "folder" else 0o777)
-    with ordinary_user(folder), pytest.raises(PermissionError):
+    with ordinary_user(folder), pytest.raises(PermissionError) as caught:
         write(path, b"two")
+    assert caught.value.filename == str(path)
     folder.chmod(0o777)
     assert path.read_bytes() == b"one"
     assert names(folder) == ["a.npad"]
+
+
+def test_rename_that_fails_names_the_file(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError, match=r"not permitted: '[^']*/a\.npad'$"):
+        write(tmp_path / "a.npad", b"one")
+
+
+def copy(source, target):
+    with replacing(target) as file:
+        file.write(source.read_bytes())
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        copy(tmp_path / "photo.png", tmp_path / "a.npad")
+    assert Path(caught.value.filename).name == "photo.png"
+
+
+@pytest.mark.parametrize("named", [None, 5, b"/x/.npad-1.tmp", Path("/x/.npad-1.tmp")])
+def test_naming(named):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: 'out/a\.csv'$"),
+        naming("out/a.csv"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)
+
+
+def test_naming_leaves_what_has_no_number(tmp_path):
+    """Pillow's "cannot write mode" is one: with a file name its words would be lost."""
+    with pytest.raises(OSError, match=r"^cannot write mode F as PNG$"), naming(tmp_path / "a.png"):
+        raise OSError("cannot write mode F as PNG")
 
 
 def test_leftover_of_a_killed_writer_is_removed_by_the_next(tmp_path):

@@ -32,7 +32,7 @@ from npad.prediction_files import find_inputs
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import npad.cli
+import npad.cli, npad.detector
 print("ready", flush=True)
 npad.cli.main()
 """
@@ -89,6 +89,7 @@ def test_options_reach_the_model(category, tmp_path):
         "--nominal-set": "kmeans",
         "--n-centroids": "0.25",
         "--fusion": "sum",
+        "--fusion-weight": "0.7",
         "--factor-dtype": "bfloat16",
         "--n-features": "7",
         "--reduction": "random",
@@ -110,6 +111,7 @@ def test_options_reach_the_model(category, tmp_path):
         "nominal_set": "kmeans",
         "n_centroids": 0.25,
         "fusion": "sum",
+        "fusion_weight": 0.7,
         "factor_dtype": "bfloat16",
         "n_features": 7,
         "reduction": "random",
@@ -242,7 +244,10 @@ def test_skip_bad(category, model, tmp_path):
 
 def test_evaluate(category, tmp_path):
     out = tmp_path / "report"
-    said = succeed("evaluate", category, "-o", out, *SMALL, "--seed", "3", "--window", "1")
+    settings = {"seed": 3, "window": 1, "fusion_weight": 0.3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    said = succeed("evaluate", category, "-o", out, *SMALL, *options)
+    settings |= {"n_centroids": 50, "backbone": "filterbank"}
     assert files(out) == {"report.html", "results.json"}
     header, row, kind, last = said.out.splitlines()
     assert header.split("\t")[:2] == ["category", "auroc"]
@@ -254,7 +259,7 @@ def test_evaluate(category, tmp_path):
     assert only["category"] == "part"
     assert f"{only['metrics']['auroc']:.3f}" == row.split("\t")[1]
     page = (out / "report.html").read_text()
-    for key, value in {"seed": 3, "window": 1, "n_centroids": 50, "backbone": "filterbank"}.items():
+    for key, value in settings.items():
         assert only["settings"][key] == value
         assert re.search(rf"{key}\W.{{0,40}}\b{value}\b", page, re.DOTALL), key
 
@@ -338,15 +343,21 @@ def test_quiet(category, model, tmp_path):
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "1x2x3"), "'--image-size'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "0"), "image_size must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--fusion", "max"), "fusion must be one of"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "2"), "fusion_weight must be"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "x"), "'--fusion-weight'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--eps", "-1"), "eps must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--weights", "none.pt"), "'none.pt'"),
-        (("fit", "{train}", "-o", "{tmp}/m", "--device", "abacus"), "--device abacus"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--device", "abacus"), "such as 'cpu' or"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--device", "cuda:99"), "--device 'cuda:99' cannot"),
         (("fit", "{train}", "-o", "{tmp}/m", "--threads", "0"), "'--threads'"),
         (("predict", "{tmp}/none", "{train}", "-o", "{tmp}/out"), "none"),
         (("predict", "{model}", "-o", "{tmp}/out"), "PATH"),
         (("predict", "{model}", "{tmp}/none", "-o", "{tmp}/out"), "none"),
         (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--color-range", "2,1"), "LOW,HIGH"),
-        (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--device", "abacus"), "--device"),
+        (
+            ("predict", "{model}", "{train}", "-o", "{tmp}/out", "--device", "cuda:99"),
+            "--device 'cpu'",
+        ),
         (("evaluate", "{root}", "-o", "{tmp}/out", "--seeds", "1,1"), "'--seeds'"),
         (("evaluate", "{root}", "-o", "{tmp}/out", "--seeds", "1", "--seed", "1"), "exclude"),
         (("evaluate", "{root}", "-o", "{tmp}/out", "--score-window", "2"), "score_window must"),
@@ -460,6 +471,56 @@ def test_module_and_closed_pipe(tmp_path):
     assert (process.returncode, said, err.count("\n")) == (command.USAGE, "", 1)
     assert err.startswith("npad: error: Invalid value for 'DIR'")
     assert err.endswith("(see npad fit --help)\n")
+
+
+IMPORTED = """
+import sys
+import npad.cli
+try:
+    npad.cli.main()
+finally:
+    print(sorted({"torch", "numpy", "PIL", "rich"} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ((), 0),
+        (("--help",), 0),
+        (("--version",), 0),
+        (("fit", "--help"), 0),
+        (("fitt",), command.USAGE),
+        (("fit", "nowhere", "-o", "m"), command.USAGE),
+        (("predict", "--batch-size", "0"), command.USAGE),
+    ],
+)
+def test_what_needs_no_libraries_imports_none(args, code):
+    with start(*args, program=("-c", IMPORTED)) as process:
+        _, err = process.communicate()
+    assert process.returncode == code
+    assert err.splitlines()[-1] == "[]"
+
+
+def test_interrupt_while_libraries_are_imported(category, tmp_path):
+    """A PyTorch whose import never ends, and which Ctrl-C turns into an error of its own."""
+    (tmp_path / "torch.py").write_text(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "try:\n"
+        "    time.sleep(100)\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('half of it') from error\n"
+    )
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    args = ("fit", category / "train/good", "-o", tmp_path / "m")
+    with start(*args, program=("-m", "npad"), env=env) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        said, err = process.communicate()
+    assert (process.returncode, said, err) == (command.INTERRUPTED, "", "npad: interrupted\n")
+    assert not (tmp_path / "m").exists()
 
 
 def test_full_standard_output():

@@ -114,7 +114,7 @@ def test_a_stream_of_batches_fits_without_its_length(cloth: Path) -> None:
     "arguments",
     [
         {},
-        {"fusion": "sum"},
+        {"fusion": "sum", "fusion_weight": 0.7},
         {"fusion": "euclidean"},
         {"nominal_set": None, "factor_dtype": "float32", "window": 99},
         {"nominal_set": "kmeans", "n_centroids": 30, "factor_dtype": "bfloat16"},
@@ -133,6 +133,53 @@ def test_save_and_load(cloth: Path, tmp_path: Path, arguments: dict[str, object]
     assert np.array_equal(a.scores, b.scores)
     assert all(np.array_equal(x, y) for x, y in zip(a.maps, b.maps, strict=True))
     assert np.isfinite(a.scores).all()
+
+
+def maps_of(path: Path, images: Path, **settings: object) -> np.ndarray:
+    """Maps of a saved model, some of whose settings are others: nothing is fitted again."""
+    header, content = read_model(path)
+    if settings.get("fusion") in ("mahalanobis", "euclidean"):
+        used = ("mean", "factor") if settings["fusion"] == "mahalanobis" else ("centroids",)
+        content = {name: content[name] for name in used}
+    changed = path.with_name("changed.npad")
+    write_model(changed, header | {"settings": header["settings"] | settings}, content)
+    return np.stack(NPad.load(changed).predict(images).maps)
+
+
+def test_fusion_weights_0_and_1_are_one_distance_alone(
+    model: NPad, cloth: Path, tmp_path: Path
+) -> None:
+    model.save(tmp_path / "product.npad")
+    standardised = NPad("filterbank", **SMALL, fusion="sum").fit(cloth / "train/good")
+    standardised.save(tmp_path / "sum.npad")
+    s = standardised.standardization_
+    assert s is not None
+    alone = {
+        "mahalanobis": (1, s.mahalanobis_mean, s.mahalanobis_std),
+        "euclidean": (0, s.euclidean_mean, s.euclidean_std),
+    }
+    for name, (weight, mean, std) in alone.items():
+        for fusion, offset, scale in (("product", 0, 1), ("sum", mean, std)):
+            path = tmp_path / f"{fusion}.npad"
+            fused = maps_of(path, cloth / "test", fusion_weight=weight)
+            expected = maps_of(path, cloth / "test", fusion=name)
+            np.testing.assert_allclose(fused * scale + offset, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["product", "sum"])
+def test_a_model_file_without_a_fusion_weight_has_the_weight_it_was_made_with(
+    fusion: str, cloth: Path, tmp_path: Path
+) -> None:
+    fitted = NPad("filterbank", **SMALL, fusion=fusion, fusion_weight=0.4).fit(cloth / "train/good")
+    path = tmp_path / "model.npad"
+    fitted.save(path)
+    header, content = read_model(path)
+    assert header["settings"].pop("fusion_weight") == 0.4
+    write_model(path, header, content)
+    expected = fitted.predict(cloth / "test")
+    assert np.array_equal(NPad.load(path).predict(cloth / "test").scores, expected.scores)
+    fitted.fusion_weight = 0.8
+    assert not np.array_equal(fitted.predict(cloth / "test").scores, expected.scores)
 
 
 def test_batches_do_not_change_scores(model: NPad, cloth: Path, tmp_path: Path) -> None:
@@ -158,10 +205,14 @@ def test_held_out_images_are_fitted_in_the_end(cloth: Path) -> None:
         ({"eps": "big"}, "eps must be 'auto' or a number"),
         ({"eps": -1.0}, "eps must be 'auto' or a number"),
         ({"fusion": "max"}, "fusion must be one of 'product'"),
+        ({"fusion_weight": 1.5}, "fusion_weight must be a number from 0 to 1, got 1.5"),
+        ({"fusion_weight": -0.1}, "fusion_weight must be a number from 0 to 1, got -0.1"),
+        ({"fusion_weight": float("nan")}, "fusion_weight must be a number from 0 to 1, got nan"),
+        ({"fusion_weight": "half"}, "fusion_weight must be a number from 0 to 1, got 'half'"),
         ({"nominal_set": "random"}, "nominal_set must be one of"),
         ({"nominal_set": None, "fusion": "product"}, "needs a nominal set"),
         ({"factor_dtype": "int8"}, "factor_dtype must be one of"),
-        ({"holdout": 0.9}, "holdout must be from 0 to 0.5"),
+        ({"holdout": 0.9}, "holdout must be a number from 0 to 0.5, got 0.9"),
         ({"holdout": 0.0}, "need held-out images"),
         ({"image_size": 0}, "image_size must be a positive int"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

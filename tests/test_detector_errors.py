@@ -142,6 +142,14 @@ def test_one_image(pixels, folder, tmp_path):
     fail(1, "fit", folder, "-o", tmp_path / "m", *SMALL, says=["1 image", "at least 2"])
 
 
+@pytest.mark.parametrize("n_features", [None, 8])
+def test_all_images_are_bad(n_features, folder):
+    for path in folder.iterdir():
+        text(path)
+    with pytest.raises(ValueError, match=r"0 image.*at least 2"):
+        small(n_features=n_features).fit(folder, skip_bad=True)
+
+
 def test_two_image_sizes(pixels, folder, fitted):
     ragged = np.empty(2, dtype=object)
     ragged[:] = [pixels[0], pixels[1][:32]]
@@ -200,6 +208,27 @@ def test_even_window(name, value, folder, tmp_path):
         small(**{name: value})
     option = f"--{name.replace('_', '-')}={value}"
     fail(2, "fit", folder, "-o", tmp_path / "m", *SMALL, option, says=[name, "odd", value])
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:x", "", None, 1.5])
+def test_device_that_is_none(device, model):
+    message = rf"device must be a torch device such as 'cpu' .*, got {device!r}$"
+    for use in (small, lambda **arguments: NPad.load(model, **arguments)):
+        with pytest.raises(ValueError, match=message):
+            use(device=device)
+
+
+def test_device_that_is_not_there(model):
+    message = r"device='cuda:99' cannot be used here \([^.]*\); give device='cpu', or one that"
+    for use in (small, lambda **arguments: NPad.load(model, **arguments)):
+        with pytest.raises(ValueError, match=message):
+            use(device="cuda:99")
+
+
+@pytest.mark.parametrize("size", [(64, 64, 3), "64", 64.0, (64.0, 64), (0, 64), [], None])
+def test_image_size_that_is_none(size):
+    with pytest.raises(ValueError, match=r"image_size must be a positive int or \(height, width\)"):
+        small(image_size=size)
 
 
 def test_window_larger_than_the_grid_is_one_gaussian(pixels, folder, tmp_path):
@@ -322,6 +351,27 @@ def test_model_of_another_backbone(fitted, folder, model, tmp_path):
     with pytest.raises(ModelFileError, match=r"was fitted on filterbank with weights 000000000000"):
         NPad.load(model)
     fail(1, "predict", model, folder, "-o", tmp_path / "out", says=[model, "--weights"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.pop("grid"), r"\('grid' is missing\); fit and save the model again"),
+        (lambda header: header["settings"].update(window=2), r"\(NPad: window must be an odd int"),
+        (
+            lambda header: header.update(grid=[3, 4]),
+            r"has grid \(3, 4\), .* fit and save the model",
+        ),
+    ],
+)
+def test_model_whose_header_does_not_fit(change, message, tmp_path, pixels):
+    path = tmp_path / "m.npad"
+    small(fusion="euclidean").fit(pixels).save(path)
+    header, tensors = model_file.read_model(path)
+    change(header)
+    model_file.write_model(path, header, tensors)
+    with pytest.raises(ModelFileError, match=message):
+        NPad.load(path)
 
 
 def test_weights_for_the_filter_bank(model, folder, tmp_path):

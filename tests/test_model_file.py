@@ -359,7 +359,7 @@ def test_weights_are_not_a_model(tmp_path):
     path = tmp_path / "resnet18.safetensors"
     for metadata in (None, {"format": "pt"}):
         save_file({"conv1.weight": torch.zeros(3)}, path, metadata=metadata)
-        with pytest.raises(ModelFileError, match=r"holds no npad model; .* give it as `weights`"):
+        with pytest.raises(ModelFileError, match=r"holds no npad model; .* give it with weights="):
             read_model(path)
 
 
@@ -522,7 +522,7 @@ def test_check_tensors():
     check_tensors("a.npad", tensors, expected)
     with pytest.raises(ModelFileError, match=r"^a\.npad: tensor 'mean' is missing"):
         check_tensors("a.npad", {k: v for k, v in tensors.items() if k != "mean"}, expected)
-    with pytest.raises(ModelFileError, match=r"^a\.npad: tensor 'extra' is unknown"):
+    with pytest.raises(ModelFileError, match=r"^a\.npad: tensor 'extra' is no part of the model"):
         check_tensors("a.npad", tensors | {"extra": torch.zeros(1)}, expected)
     with pytest.raises(ModelFileError, match=r"must be .*32 of shape \(6, 4\), got .* \(6, 5\)"):
         check_tensors("a.npad", tensors, expected | {"mean": (torch.float32, (6, 4))})

@@ -1,15 +1,17 @@
 """The nominal set: bank, composition, merging, k-center and k-means."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 from torch import Tensor
 
-from npad import ops
+from npad import k_means, ops
+from npad.k_means import lloyd
 from npad.nominal_set import METHODS, NominalSet
 
 
@@ -219,6 +221,57 @@ def test_pytorch_k_means_lowers_the_inertia(monkeypatch: pytest.MonkeyPatch) -> 
     nominal = NominalSet("kmeans", 40, seed=0).update(x).finalize()
     before = ops.nearest_centroid(x, start)[0].square().sum()
     assert nominal.distance(x).square().sum() < 0.85 * before
+
+
+def inertia(x: Tensor, centroids: Tensor) -> float:
+    return float(ops.nearest_centroid(x, centroids)[0].square().sum())
+
+
+def generators(n: int = 5) -> Iterator[torch.Generator]:
+    return (torch.Generator().manual_seed(seed) for seed in range(n))
+
+
+def with_outliers(n: int) -> Tensor:
+    """One in a hundred lies far from all others."""
+    x = embeddings(n)
+    x[::100] *= 10
+    return x
+
+
+@pytest.mark.parametrize("make", [embeddings, with_outliers])
+def test_k_means_start_is_better_than_a_random_one(make: Callable[[int], Tensor]) -> None:
+    x, n = make(3000), 40
+    random = sum(inertia(x, x[torch.randperm(len(x), generator=g)[:n]]) for g in generators())
+    chosen = sum(inertia(x, x[k_means.start(x, n, g)]) for g in generators())
+    assert chosen < 0.8 * random
+
+
+@pytest.mark.parametrize("make", [embeddings, with_outliers])
+def test_pytorch_k_means_is_as_good_as_scikit_learn(
+    make: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, n = make(3000), 40
+    ours = [inertia(x, lloyd(x, n, g)) for g in generators()]
+    theirs = [KMeans(n, n_init=1, random_state=i).fit(x.numpy()).inertia_ for i in range(5)]
+    assert sum(ours) < 1.03 * sum(theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            k_means,
+            "start",
+            lambda points, n, g: torch.randperm(len(points), generator=g)[:n],
+        )
+        from_random = [inertia(x, lloyd(x, n, g)) for g in generators()]
+    assert sum(ours) < sum(from_random)
+
+
+@pytest.mark.parametrize("n_distinct", [1, 7, 300])
+@pytest.mark.parametrize("n", [1, 2, 20, 300])
+def test_k_means_start_is_of_distinct_points(n: int, n_distinct: int) -> None:
+    x = torch.randn(n_distinct, 4).repeat_interleave(300 // n_distinct + 1, 0)[:300]
+    first, again = (k_means.start(x, n, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (n,)
+    assert len(x[first].unique(dim=0)) == min(n, len(x.unique(dim=0)))
 
 
 def test_progress_adds_up() -> None:

@@ -1,0 +1,75 @@
+"""Checks of NPad's arguments; each message names the argument and what it may be."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+__all__ = ["at_most", "choice", "device", "eps", "height_width", "odd"]
+
+
+def height_width(size: Any) -> tuple[int, int]:
+    """Check ``image_size``."""
+    match size:
+        case int(height):
+            width = height
+        case [int(height), int(width)]:
+            pass
+        case _:
+            height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(
+            f"NPad: image_size must be a positive int or (height, width), got {size!r}"
+        )
+    return height, width
+
+
+def device(value: Any) -> torch.device:
+    """Check that a torch device is one, and that tensors can be made on it."""
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"NPad: device must be a torch device such as 'cpu' or 'cuda:0', got {value!r}"
+        ) from error
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
+        first_sentence = re.split(r"\n|\. ", str(error).strip())[0]
+        raise ValueError(
+            f"NPad: device='{found}' cannot be used here ({first_sentence}); "
+            "give device='cpu', or one that `npad info` shows"
+        ) from error
+    return found
+
+
+def odd(name: str, value: int) -> int:
+    """Check the side of a window that has a centre."""
+    if not isinstance(value, int) or value < 1 or value % 2 == 0:
+        raise ValueError(f"NPad: {name} must be an odd int of at least 1, got {value!r}")
+    return value
+
+
+def eps(value: float | str) -> float | str:
+    """Check ``eps``."""
+    if value == "auto" or (not isinstance(value, str) and 0 <= value < float("inf")):
+        return value
+    raise ValueError(f"NPad: eps must be 'auto' or a number of at least 0, got {value!r}")
+
+
+def at_most(name: str, value: float, most: float) -> float:
+    """Check a number that must lie between 0 and `most`."""
+    if not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError(f"NPad: {name} must be a number from 0 to {most}, got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """Check that a value is one of a few."""
+    if value not in choices:
+        raise ValueError(
+            f"NPad: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
+    return value

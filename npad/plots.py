@@ -1,0 +1,114 @@
+"""The report's plots, as SVG that stands in the page: in its font and its colours, light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npad.datasets import GOOD
+from npad.results import CategoryResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_curve", "draw_histogram"]
+
+_HISTOGRAM_BINS = 48
+# Colours that stand for the page's own in the plots, so that they follow its light and dark scheme.
+_THEME = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--line)",
+    "#040404": "var(--good)",
+    "#050505": "var(--bad)",
+    "#060606": "var(--accent)",
+}
+_INK, _MUTED, _LINE, _GOOD, _BAD, _ACCENT = _THEME
+
+
+def draw_histogram(result: CategoryResult, label: str) -> str:
+    """One histogram of image scores under the other, good images first, on one scale."""
+    kinds = (
+        [GOOD, *result.types] if any(not i.is_anomalous for i in result.images) else [*result.types]
+    )
+    scores = {k: [i.score for i in result.images if i.defect_type == k] for k in kinds}
+    every = np.concatenate(list(scores.values()))
+    low, high = float(every.min()), float(every.max())
+    log = low > 0 and high > 20 * low  # a few huge scores would squeeze the rest into one bin
+    if high == low:
+        low, high = low - 0.5, high + 0.5
+    edges = (np.geomspace if log else np.linspace)(low, high, _HISTOGRAM_BINS + 1)
+    figure = _figure(9.6, 0.55 + 0.52 * len(kinds))
+    axes = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
+    for ax, kind in zip(axes, kinds, strict=True):
+        color = _GOOD if kind == GOOD else _BAD
+        counts, _ = np.histogram(scores[kind], edges)
+        ax.stairs(counts, edges, fill=True, color=color, alpha=0.75)
+        ax.axvline(result.threshold, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        name = kind if len(kind) <= 24 else kind[:23] + "…"
+        ax.set_ylabel(
+            f"{name} · {len(scores[kind])}", rotation=0, ha="right", va="center", color=_INK
+        )
+        ax.set(yticks=[], ylim=(0, max(counts.max(), 1) * 1.08), xlim=(low, high))
+        if log:
+            ax.set_xscale("log")
+        for side in ("top", "left", "right"):
+            ax.spines[side].set_visible(False)
+        ax.spines["bottom"].set_color(_LINE)
+        ax.tick_params(which="both", length=0, colors=_MUTED)
+    axes[-1].tick_params(which="major", length=3, color=_LINE)
+    axes[-1].set_xlabel("image score" + (", logarithmic" if log else ""), color=_MUTED)
+    return _svg(figure, label)
+
+
+def draw_curve(
+    curve: tuple[NDArray[Any], NDArray[Any]], axis_names: tuple[str, str], end: float, label: str
+) -> str:
+    """One curve from 0 to `end`, and the diagonal that guessing would give."""
+    figure = _figure(3.3, 2.9)
+    ax = figure.subplots()
+    ax.plot([0, end], [0, end], color=_LINE, linewidth=1, linestyle=(0, (2, 3)))
+    if len(curve[0]):
+        ax.fill_between(*curve, color=_ACCENT, alpha=0.10, linewidth=0)
+        ax.plot(*curve, color=_ACCENT, linewidth=1.8, solid_joinstyle="round")
+    else:
+        ax.text(end / 2, 0.5, "undefined: one class only", ha="center", color=_MUTED)
+    ax.set(xlim=(0, end), ylim=(0, 1.01))
+    ax.set_xlabel(axis_names[0], color=_MUTED)
+    ax.set_ylabel(axis_names[1], color=_MUTED)
+    ax.tick_params(length=3, color=_LINE, labelcolor=_MUTED)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        ax.spines[side].set_color(_LINE)
+    return _svg(figure, label)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Draw as inline SVG in the page's own font and colours, without names that could collide."""
+    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
+    from markupsafe import escape  # noqa: PLC0415
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
+    svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
+    for color, name in _THEME.items():
+        svg = svg.replace(color, name)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
