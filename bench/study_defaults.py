@@ -67,9 +67,7 @@ class CachedNPad(NPad):
     cache: dict[int, Tensor] = {}  # noqa: RUF012  (shared by all configurations on purpose)
     nominal_sets: dict[tuple[object, ...], Tensor] = {}  # noqa: RUF012
 
-    def _finalize(
-        self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None
-    ) -> None:
+    def _finalize(self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None) -> None:
         nested = self.nominal_set == "kcenter"
         size = None if nested else self.n_centroids
         key = self.nominal_set, size, self.n_features, self.reduction, self.seed

@@ -1,5 +1,6 @@
 """mahalanobis: distance to the nearest Gaussian of the window."""
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -140,9 +141,9 @@ def test_every_16_bit_factor_value(isa: str, dtype: torch.dtype) -> None:
     factor[:, -1] = values  # 1 x 1 factors: seven rows of padding, then the value
     x = torch.ones(1, 1, len(values), 1)
     distance = ops.mahalanobis(x, torch.zeros(len(values), 1), factor, (1, len(values)))
-    wide = values.float()
-    expected = (wide * wide).sqrt()
-    assert torch.equal(distance.flatten(), expected)
+    wide = values.float().numpy()
+    expected = np.sqrt(wide * wide)  # torch.sqrt of subnormals is inexact on some processors
+    np.testing.assert_array_equal(distance.flatten(), expected)
 
 
 def test_opcheck_and_compile() -> None:
