@@ -170,7 +170,7 @@ def test_ordered_by_warp_barriers(simt: Simt) -> None:
 
 NOT_REACHED = {
     12: r"__syncthreads at self_test.cu:\d+ waits for thread .*, which has returned",
-    13: r"__syncthreads while thread .* waits in __syncthreads at self_test.cu:\d+",
+    13: r"__syncthreads at self_test.cu:\d+ while thread .* waits in __syncthreads at self_test.cu",
     14: r"names lane 7, which has returned|waits for thread \(7, 0, 0\).*, which has returned",
     15: r"__shfl_sync at self_test.cu:\d+ waits for .* which waits in __syncthreads",
     16: "does not name the calling lane",
@@ -186,7 +186,7 @@ MEMORY = {
     6: r"race: (reads|writes) byte \d+ of dynamic shared memory at self_test.cu:\d+; thread",
     7: r"race: (reads|writes) byte \d+ of static shared memory",
     8: r"race: (reads|writes) byte \d+ of dynamic shared memory",
-    9: r"reads byte 256 of dynamic shared memory, which no thread of the block has written",
+    9: r"reads byte 256 of dynamic shared memory at .*, which no thread of the block has written",
     10: r"race: writes byte \d+ of argument 1 at .* of block \(.* writes it at self_test.cu:\d+",
     11: r"race: (reads|writes) byte \d+ of argument 1",
     19: r"race: (atomically changes|writes) byte 0 of argument 1",

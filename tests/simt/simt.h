@@ -1,8 +1,7 @@
 // CUDA C++ on a CPU, for tests: with this header a .cu file compiles, unchanged, as C++20.
 //
 // A thread of a block is a fibre; the fibres of a grid take turns on one thread of the processor,
-// in an order that the test chooses. What each barrier, warp function and copy means is in
-// simt.cpp, with what it checks:
+// in an order that the test chooses. What is reported:
 //
 //   always    threads that wait for one another in vain: a barrier or a warp function that some
 //             thread of the block or lane of the mask does not reach
@@ -68,7 +67,7 @@ struct dim3 {
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// ---- Emulator (simt.cpp) -----------------------------------------------------------------------
+// ---- Emulator -----------------------------------------------------------------------------------
 
 struct cudaLaunchConfig_t;
 enum cudaError_t : int;
