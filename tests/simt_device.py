@@ -75,7 +75,7 @@ class Simt:
 def build() -> str:
     """Build both libraries; returns why they could not be built, if there are no tools for it."""
     cmake = shutil.which("cmake")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if cmake is None or compiler is None:
         return "cmake is not installed" if cmake is None else "there is no C++ compiler"
     targets = ["--target", "simt_fast", "simt_checked"]

@@ -190,7 +190,7 @@ MEMORY = {
     10: r"race: writes byte \d+ of argument 1 at .* of block \(.* writes it at self_test.cu:\d+",
     11: r"race: (reads|writes) byte \d+ of argument 1",
     19: r"race: (atomically changes|writes) byte 0 of argument 1",
-    20: r"out of bounds: reads \d+ bytes at byte \d+ of argument 1.* called from .*self_test.cu",
+    20: r"out of bounds: reads \d+ bytes at byte \d+ of argument 1, which has 512, at .*self_test.cu",
 }
 
 

@@ -25,6 +25,7 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 // not `bytes`: another thread may be launching the same kernel with a different size.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes == 0) return cudaSuccess;
     cudaFuncAttributes attributes;
     cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess || attributes.sharedSizeBytes + bytes <= 48 * 1024) return error;
@@ -51,7 +52,7 @@ cudaError_t launch_as(bool cooperative, void (*kernel)(Parameters...), dim3 grid
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.numAttrs = cooperative;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -72,6 +73,7 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 bl
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes, int* blocks) {
     int device = 0, processors = 0;
+    *blocks = 0;
     cudaError_t error = allow_shared(kernel, shared_bytes);
     if (error == cudaSuccess) error = cudaGetDevice(&device);
     if (error == cudaSuccess)

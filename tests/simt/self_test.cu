@@ -119,17 +119,18 @@ __global__ void __launch_bounds__(kCopyThreads)
 // Each block offers its part to two keys; after the barrier all divide by the farthest distance.
 __global__ void extremes_kernel(const float* x, int64_t n, unsigned long long* keys,
                                 float* scaled) {
+    __shared__ int64_t first;  // each block keeps its own over the barriers
+    if (threadIdx.x == 0) first = int64_t{blockIdx.x} * blockDim.x;
     if (blockIdx.x == 0 && threadIdx.x == 0) keys[0] = ~0ull, keys[1] = 0;
     grid_barrier();
-    const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t i = first; i < n; i += stride) {
+    for (int64_t i = first + threadIdx.x; i < n; i += stride) {
         atomicMin(&keys[0], NearestKey::make(x[i], static_cast<uint32_t>(i)));
         atomicMax(&keys[1], FarthestKey::make(x[i], static_cast<uint32_t>(i)));
     }
     grid_barrier();
     const float most = FarthestKey::distance(keys[1]);
-    for (int64_t i = first; i < n; i += stride) scaled[i] = x[i] / most;
+    for (int64_t i = first + threadIdx.x; i < n; i += stride) scaled[i] = x[i] / most;
 }
 
 __global__ void split_kernel(const float* x, int64_t n, float* hi, float* lo) {
