@@ -30,10 +30,10 @@ def test_shared_tile(simt: Simt, height: int, width: int) -> None:
 
 @pytest.mark.parametrize("columns", [1, 31, 96, 1000])
 def test_block_reduce(simt: Simt, columns: int) -> None:
-    x, result = torch.randn(3, columns), nan(3, 3)
+    x, result = torch.randn(3, columns), nan(3, 4)
     x[2, columns // 2] = torch.nan
     simt("reduce_rows", x, 3, columns, result)
-    expected = torch.stack([x.sum(1), x.amin(1), x.amax(1)], 1)
+    expected = torch.stack([x.sum(1), (x * x).sum(1), x.amin(1), x.amax(1)], 1)
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 

@@ -22,25 +22,28 @@ __global__ void __launch_bounds__(kTile* kRows)
             y[(left + r) * height + top + threadIdx.x] = tile[threadIdx.x][r];
 }
 
-// One block per row; result (rows, 3): sum, minimum, maximum.
+// One block per row; result (rows, 4): sum, sum of squares, minimum, maximum.
 constexpr int kReduceThreads = 96;
 
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_rows_kernel(const float* __restrict__ x, int64_t columns, float* __restrict__ result) {
     const float* row = x + blockIdx.x * columns;
-    float sum = 0, least = INFINITY, most = -INFINITY;
+    float sum = 0, squares = 0, least = INFINITY, most = -INFINITY;
     for (int64_t i = threadIdx.x; i < columns; i += kReduceThreads) {
         sum += row[i];
+        squares += row[i] * row[i];
         least = Minimum()(least, row[i]);
         most = Maximum()(most, row[i]);
     }
     sum = block_reduce<kReduceThreads>(sum, Sum());
+    squares = block_reduce<kReduceThreads>(squares, Sum());  // the same shared memory again
     least = block_reduce<kReduceThreads>(least, Minimum());
     most = block_reduce<kReduceThreads>(most, Maximum());
     if (threadIdx.x == 0) {
-        result[3 * blockIdx.x] = sum;
-        result[3 * blockIdx.x + 1] = least;
-        result[3 * blockIdx.x + 2] = most;
+        result[4 * blockIdx.x] = sum;
+        result[4 * blockIdx.x + 1] = squares;
+        result[4 * blockIdx.x + 2] = least;
+        result[4 * blockIdx.x + 3] = most;
     }
 }
 
