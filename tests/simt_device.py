@@ -1,0 +1,98 @@
+"""The CUDA kernels on the CPU, called with tensors: builds and loads the libraries of tests/simt."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "simt"
+ORDERS = (0, 1, 2)  # of the threads' and blocks' turns: forward, reverse, shuffled
+
+
+class LaunchError(RuntimeError):
+    """What a launcher returned, with the emulator's report if the kernel ran."""
+
+
+class Simt:
+    """One library of kernels; calling it runs a launcher."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.simt_report.restype = ctypes.c_char_p
+
+    def __call__(self, op: str, *args: Tensor | int, processors: int = 3) -> None:
+        """Run a launcher on CPU tensors, in every order; results must be the same to the bit.
+
+        Tensors are contiguous and become pointers, to which the kernel may touch no byte more than
+        the tensor has; integers become int64; the stream is added. A float is passed as
+        ``ctypes.c_float(x)``.
+        """
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        before = [t.clone() for t in tensors]
+        results = []
+        for order in ORDERS:
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            self._run(op, args, order, processors)
+            results.append([t.clone() for t in tensors])
+        for order, result in zip(ORDERS[1:], results[1:], strict=True):
+            for i, (a, b) in enumerate(zip(results[0], result, strict=True)):
+                if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+                    raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
+
+    def _run(self, op: str, args: tuple[Tensor | int, ...], order: int, processors: int) -> None:
+        library = self._library
+        launcher = ctypes.c_void_p.in_dll(library, f"simt_{op}").value
+        assert launcher is not None
+        library.simt_configure(order, processors)
+        library.simt_clear_buffers()
+        values = []
+        for i, a in enumerate(args):
+            if isinstance(a, Tensor):
+                assert a.is_contiguous()
+                begin = ctypes.c_void_p(a.data_ptr())
+                size = ctypes.c_size_t(a.numel() * a.element_size())
+                library.simt_add_buffer(begin, size, f"argument {i}".encode())
+                values.append(begin)
+            else:
+                values.append(ctypes.c_int64(a) if isinstance(a, int) else a)
+        values.append(ctypes.c_void_p(None))  # the stream
+        error = ctypes.CFUNCTYPE(ctypes.c_int)(launcher)(*values)
+        if error != 0:
+            raise LaunchError(library.simt_report().decode() or f"{op}: cudaError {error}")
+
+
+@lru_cache(maxsize=1)
+def build() -> str:
+    """Build both libraries; returns why they could not be built, if there are no tools for it."""
+    cmake = shutil.which("cmake")
+    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    if cmake is None or compiler is None:
+        return "cmake is not installed" if cmake is None else "there is no C++ compiler"
+    targets = ["--target", "simt_fast", "simt_checked"]
+    for command in (
+        [cmake, "-S", ROOT, "-B", BUILD, "-DNPAD_BUILD_TESTS=ON", "-DNPAD_CUDA=OFF"],
+        [cmake, "--build", BUILD, *targets],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{done.stdout}{done.stderr}")
+    return ""
+
+
+@lru_cache(maxsize=2)
+def load(name: str) -> Simt:
+    """``simt_fast`` or ``simt_checked``."""
+    reason = build()
+    if reason:
+        pytest.skip(f"the CUDA kernels cannot be built for the CPU: {reason}")
+    return Simt(next(BUILD.glob(f"**/lib{name}.so")))
