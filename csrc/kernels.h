@@ -71,4 +71,35 @@ struct Isa {
 int available_isas(const Isa* isas[kMaxIsas]);
 
 }  // namespace cpu
+
+// Device pointers. Launched on the stream, which is cudaStream_t; nothing is allocated, nothing
+// waited for. The result is cudaError_t.
+namespace cuda {
+
+using Stream = struct CUstream_st*;
+
+int neighborhood_moments(const float* x, int64_t batch, int64_t positions, int64_t channels,
+                         int64_t* count, float* mean, float* scatter, Stream stream);
+
+int window_covariance(const int64_t* count, const float* mean, const float* scatter, int64_t height,
+                      int64_t width, int64_t channels, int64_t window, int64_t start, int64_t stop,
+                      float* window_mean, float* covariance, Stream stream);
+
+int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FactorType type,
+                Stream stream);
+
+int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                const float* mean, const void* factor, FactorType type, int64_t window,
+                float* distance, Stream stream);
+
+// Bytes that the next launcher's workspace needs, aligned to 256.
+int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);
+int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
+                     void* workspace, float* distance, int64_t* index, Stream stream);
+
+int64_t farthest_first_workspace(int64_t n, int64_t dim);
+int farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
+                   void* workspace, int64_t* index, float* radius, Stream stream);
+
+}  // namespace cuda
 }  // namespace npad
