@@ -5,4 +5,7 @@
 
 namespace npad::cuda {
 
+SIMT_EXPORT(mahalanobis)
+SIMT_EXPORT(pack_factor)
+
 }  // namespace npad::cuda
