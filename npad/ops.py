@@ -444,4 +444,4 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
 
 
 # Whoever imports the ops gets the kernels. Last, since the kernels report progress through them.
-from npad import _native, _native_cuda  # noqa: E402, F401
+from npad import _native  # noqa: E402, F401
