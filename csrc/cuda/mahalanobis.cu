@@ -25,15 +25,15 @@ namespace npad::cuda {
 
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kMaxTiles = 4;  // of 8 embeddings each: 64 sums per thread, half of its registers
+constexpr int kMaxWarps = 6;  // two such blocks on a processor leave 168 registers per thread
+constexpr int kMaxTiles = 4;  // of 8 embeddings each: 64 sums per thread
 constexpr int kGroup = 8;     // panels per warp at a time, 64 rows: see multiply()
 constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor per warp and step
 
-// Steps of a warp in flight. Fewer where the sums take the registers; there are more flops to hide
-// the latency behind then.
+// Steps that a warp has in flight. Sums take the registers of more where there are many; there are
+// more flops to hide the latency behind then.
 template <int kTiles>
-constexpr int kDepth = kTiles == 1 ? 4 : (kTiles == 2 ? 3 : 2);
+constexpr int kDepth = kTiles <= 2 ? 2 : 1;
 
 // Columns in a step of T: one or two times the depth of a matrix instruction.
 template <typename T>
@@ -67,52 +67,64 @@ struct Shape {
     }
 };
 
-// A warp's way through its share of W: its groups, each from its first column to its last. Groups
-// are dealt out largest first, in alternating direction, so that warps get the same bytes.
-template <typename T>
-struct Cursor {
-    const Shape& shape;
-    int warp, round = 0, group, step = 0;
-
-    __device__ Cursor(const Shape& s, int w) : shape(s), warp(w), group(s.groups - 1 - w) {}
-
-    __device__ bool done() const { return group < 0; }
-    // Steps of the group: to the end of its last panel.
-    __device__ int steps() const {
-        return ((group + 1) * kGroup - shape.missing + kSlices<T> - 1) / kSlices<T>;
-    }
-    // True at the end of a group.
-    __device__ bool next() {
-        if (++step < steps()) return false;
-        step = 0;
-        ++round;
-        const int turn = round % 2 ? shape.warps - 1 - warp : warp;
-        group = shape.groups - 1 - (round * shape.warps + turn);
-        return true;
-    }
-};
-
-// A step's columns t and t + 4 of each slice, of panel g of the group, where g = lane / 4 and
-// t = lane % 4: four lanes read 64 bytes in a row. Zeros where the panel has no such column.
-template <typename T>
-__device__ __forceinline__ void load_step(uint4 (&words)[kLoads], const T* factor,
-                                          const Cursor<T>& at) {
-    if (at.done()) return;
-    const int lane = threadIdx.x % kWarp, t = lane % 4, pad = at.shape.pad;
-    const int p = at.group * kGroup - at.shape.missing + lane / 4;
-    const int panel = 8 * p * (4 * (p + 1) - pad);  // PackedLayout::offset in 32 bits
-#pragma unroll
-    for (int i = 0; i < 2 * kSlices<T>; ++i) {
-        const int column = at.step * kColumns<T> + 4 * i + t;
-        const bool stored = column >= pad && column < 8 * (p + 1);
-        const T* source = factor + (panel + (column - pad) * 8);
-        constexpr int kParts = kLoads / (2 * kSlices<T>);  // of 16 bytes in one column
-#pragma unroll
-        for (int j = 0; j < kParts; ++j)
-            words[i * kParts + j] =
-                stored ? load_once<uint4>(source + j * (8 / kParts)) : make_uint4(0, 0, 0, 0);
-    }
+// The group that a warp works on in a round, negative at the end: largest first, in alternating
+// direction, so that warps get the same bytes.
+__device__ __forceinline__ int group_of(const Shape& shape, int warp, int round) {
+    const int turn = round % 2 ? shape.warps - 1 - warp : warp;
+    return shape.groups - 1 - (round * shape.warps + turn);
 }
+
+// Steps to the end of a group's last panel.
+template <typename T>
+__device__ __forceinline__ int steps_of(const Shape& shape, int group) {
+    return group < 0 ? 0 : ((group + 1) * kGroup - shape.missing + kSlices<T> - 1) / kSlices<T>;
+}
+
+// Reads a warp's groups of W, each from its first column to its last. In a step, lane l gets
+// columns t and t + 4 of each slice of panel g of the group, where g = l / 4 and t = l % 4: four
+// lanes read 64 bytes in a row or more. Where the panel has no such column it gets zeros.
+template <typename T>
+class Reader {
+  public:
+    __device__ Reader(const Shape& shape, const T* factor, int warp)
+        : shape_(shape), factor_(factor), warp_(warp) {
+        open();
+    }
+
+    __device__ __forceinline__ void load(uint4 (&words)[kLoads]) {
+        if (left_ == 0) return;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const bool stored = static_cast<unsigned>(column_ + i / kParts * 4) < columns_;
+            words[i] = stored ? load_once<uint4>(source_ + (i / kParts * 32 + i % kParts * 4))
+                              : make_uint4(0, 0, 0, 0);
+        }
+        column_ += kColumns<T>;
+        source_ += kColumns<T> * kPanel;
+        if (--left_ > 0) return;
+        ++round_;
+        open();
+    }
+
+  private:
+    static constexpr int kParts = kLoads / (2 * kSlices<T>);  // of 16 bytes in one column
+
+    __device__ __forceinline__ void open() {
+        const int group = group_of(shape_, warp_, round_), lane = threadIdx.x % kWarp;
+        const int p = group * kGroup - shape_.missing + lane / 4;
+        left_ = steps_of<T>(shape_, group);
+        columns_ = static_cast<unsigned>(max(8 * (p + 1) - shape_.pad, 0));
+        column_ = lane % 4 - shape_.pad;
+        source_ = factor_ + 8 * p * (4 * (p + 1) - shape_.pad) + column_ * 8;
+    }
+
+    const Shape& shape_;
+    const T* factor_;
+    int warp_, round_ = 0, left_;
+    unsigned columns_;
+    int column_;  // of the panel; what is negative or too large is not stored
+    const T* source_;
+};
 
 // The 8 rows of column i of a step.
 template <typename T>
@@ -133,12 +145,14 @@ __device__ __forceinline__ void widen(const uint4 (&words)[kLoads], int i, float
     }
 }
 
-// sums[tile][m] += W z over one step. Which rows of W make up the 16 rows of an instruction is
-// free, since their squares are added in the end: rows g and g + 8 of instruction m are rows 2 m
-// and 2 m + 1 of panel g, so that a thread feeds four instructions with the columns it has loaded.
+// sums[tile][m] += W z over one step; `words` get the step that comes into flight. Which rows of W
+// make up the 16 rows of an instruction is free, since their squares are added in the end: rows g
+// and g + 8 of instruction m are rows 2 m and 2 m + 1 of panel g, so that a thread feeds four
+// instructions with the columns it has loaded.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply(const uint4 (&words)[kLoads], const float* const* z,
-                                         int column, float (&sums)[kTiles][4][4]) {
+__device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& reader,
+                                         const float* const (&z)[kTiles], int column,
+                                         float (&sums)[kTiles][4][4]) {
     constexpr bool kSplit = std::is_same_v<T, float>;
     uint32_t hi[kSlices<T>][4][4], lo[kSplit ? kSlices<T> : 1][4][4];
 #pragma unroll
@@ -154,30 +168,32 @@ __device__ __forceinline__ void multiply(const uint4 (&words)[kLoads], const flo
                 a = __float_as_uint(rows[r]);
         }
     }
+    reader.load(words);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t z_hi[kSlices<T>][2], z_lo[kSlices<T>][2];
 #pragma unroll
         for (int i = 0; i < 2 * kSlices<T>; ++i)
             split_tf32(z[tile][column + 4 * i], z_hi[i / 2][i % 2], z_lo[i / 2][i % 2]);
+        float product[4][4] = {};
+        const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            float product[4] = {};
+            for (int s = 0; s < kSlices<T>; ++s)
 #pragma unroll
-            for (int s = 0; s < kSlices<T>; ++s) {
-                if constexpr (kSplit) mma<Tf32>(product, lo[s][m], z_hi[s]);
-                mma<Tf32>(product, hi[s][m], z_lo[s]);
-            }
+                for (int m = 0; m < 4; ++m) mma<Tf32>(product[m], a[s][m], b[s]);
+        };
+        if constexpr (kSplit) add(lo, z_hi);
+        add(hi, z_lo);
+        add(hi, z_hi);
 #pragma unroll
-            for (int s = 0; s < kSlices<T>; ++s) mma<Tf32>(product, hi[s][m], z_hi[s]);
+        for (int m = 0; m < 4; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[i];
-        }
+            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[m][i];
     }
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
     mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
                        int64_t channels, const float* __restrict__ mean,
                        const T* __restrict__ factor, int64_t window, int64_t chunks, int held,
@@ -191,34 +207,43 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     const int thread = threadIdx.x, threads = shape.warps * kWarp;
 
     const Window near(q, height, width, window);
-    const int64_t left = batch * near.size() - first;
-    if (left <= 0) return;  // windows are clipped at the border
-    const int count = static_cast<int>(left < held ? left : held);
+    const int64_t rest = batch * near.size() - first;
+    if (rest <= 0) return;  // windows are clipped at the border
+    const int count = static_cast<int>(rest < held ? rest : held);
     if (thread < count) {
         const int64_t n = (first + thread) / near.size(), i = (first + thread) % near.size();
         const int64_t row = i / (near.right - near.left), col = i % (near.right - near.left);
         owner[thread] = n * positions + (near.top + row) * width + near.left + col;
     }
 
-    // The factor is on its way before anything waits.
-    const int warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, t = lane % 4;
-    const T* factor_q = factor + q * PackedLayout(channels).size();
+    // The factor is on its way before anything waits. The shuffle tells the compiler that the whole
+    // warp takes the same turns.
+    const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
+    const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
+    Reader<T> reader(shape, factor + q * PackedLayout(channels).size(), warp);
     uint4 ring[kDepth<kTiles>][kLoads] = {};
-    Cursor<T> reader(shape, warp), at = reader;
 #pragma unroll
-    for (int d = 0; d < kDepth<kTiles>; ++d) {
-        load_step(ring[d], factor_q, reader);
-        if (!reader.done()) reader.next();
-    }
+    for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
 
+    // z: copies that take no registers, so that all are in flight at once; then each thread
+    // subtracts the mean from what it has copied.
     __syncthreads();
+    const auto stored = [&](int column) {
+        return column >= shape.pad && column - shape.pad < channels;
+    };
+    for (int e = 0; e < count; ++e) {
+        const float* source = x + owner[e] * channels - shape.pad;
+        for (int column = thread; column < shape.stride - 4; column += threads)
+            if (stored(column)) cp_async<4>(z + e * shape.stride + column, source + column);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
     for (int column = thread; column < shape.stride - 4; column += threads) {
-        const int64_t c = column - shape.pad;
-        const bool stored = c >= 0 && c < channels;
-        const float mean_c = stored ? mean[q * channels + c] : 0;
-#pragma unroll 4
-        for (int e = 0; e < count; ++e)
-            z[e * shape.stride + column] = stored ? x[owner[e] * channels + c] - mean_c : 0;
+        const float mean_c = stored(column) ? mean[q * channels + column - shape.pad] : 0;
+        for (int e = 0; e < count; ++e) {
+            float& value = z[e * shape.stride + column];
+            value = stored(column) ? value - mean_c : 0;
+        }
     }
     __syncthreads();
 
@@ -227,20 +252,22 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     for (int tile = 0; tile < kTiles; ++tile)
         z_tile[tile] = z + min(tile * 8 + g, count - 1) * shape.stride + t;
     float sums[kTiles][4][4] = {}, squares[kTiles][2] = {};
-    while (!at.done()) {
+    int round = 0, column = 0, left = steps_of<T>(shape, group_of(shape, warp, 0));
+    while (left > 0) {
 #pragma unroll
         for (int d = 0; d < kDepth<kTiles>; ++d) {
-            if (at.done()) break;
-            multiply<T, kTiles>(ring[d], z_tile, at.step * kColumns<T>, sums);
-            load_step(ring[d], factor_q, reader);
-            if (!reader.done()) reader.next();
-            if (!at.next()) continue;
+            if (left == 0) break;
+            multiply<T, kTiles>(ring[d], reader, z_tile, column, sums);
+            column += kColumns<T>;
+            if (--left > 0) continue;
 #pragma unroll
             for (int i = 0; i < kTiles * 16; ++i) {
                 float& sum = sums[i / 16][i / 4 % 4][i % 4];
                 squares[i / 16][i % 2] = fmaf(sum, sum, squares[i / 16][i % 2]);
                 sum = 0;
             }
+            column = 0;
+            left = steps_of<T>(shape, group_of(shape, warp, ++round));
         }
     }
 
