@@ -5,4 +5,6 @@
 
 namespace npad::cuda {
 
+SIMT_EXPORT(neighborhood_moments)
+
 }  // namespace npad::cuda
