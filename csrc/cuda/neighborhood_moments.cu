@@ -33,64 +33,73 @@ constexpr int kBlocks = 4;               // per multiprocessor: 128 registers ho
 constexpr int kDepth = 32;               // rows of the batch in shared memory at a time
 constexpr int kLoads = kDepth / 2;       // of those, what one thread loads
 constexpr int kStride = kTile + 8;       // a fragment's 4 x 8 floats lie in 32 banks
+constexpr int kVectors = kPanel / 4;     // of 16 bytes in a column of a panel
 constexpr int kMeanThreads = 4 * kWarp;  // a block for each position
 
 // Deviations: rows of the batch, and the correction; columns are rows or columns of a tile.
 using Deviations = float[kDepth + 1][kStride];
 
-// One row or column of a tile, in slots: channel + pad. A thread holds its even or its odd rows of
-// the batch. Slots that are padding read as zeros.
-struct Slot {
-    const float* x;  // first of the batch
-    int64_t image;   // floats from one row of the batch to the next
-    int64_t batch;   // 0 for padding
-    int index;       // in the tile
-    int odd;
-    float values[kLoads];
-    float batch_mean = 0, correction = 0;
-
-    __device__ Slot(const float* position, int64_t image_, int64_t batch_, int channel,
-                    int channels)
-        : x(position + channel),
-          image(image_),
-          batch(channel >= 0 && channel < channels ? batch_ : 0),
-          index(threadIdx.x % kTile),
-          odd(threadIdx.x / kTile) {}
-
-    __device__ void load_rows(int64_t first) {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            const int64_t b = first + 2 * i + odd;
-            values[i] = b < batch ? x[b * image] : 0.0f;
-        }
-    }
-
-    // All threads of the block. Leaves the last rows of the batch in `values`.
-    __device__ void centre(float (&partial)[2][kTile], const float* mean, float scale) {
-        float sum = 0;
-        for (int64_t first = 0; first < batch; first += kDepth) {
-            load_rows(first);
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) sum += values[i];
-        }
-        partial[odd][index] = sum;
-        __syncthreads();
-        if (batch > 0) {
-            batch_mean = (partial[0][index] + partial[1][index]) / static_cast<float>(batch);
-            correction = scale * (batch_mean - *mean);
-        } else {
-            load_rows(0);
-        }
-        __syncthreads();  // the next call writes `partial` again
-    }
-
-    __device__ void store(Deviations& d, int rows, bool last) const {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i)
-            if (2 * i + odd < rows) d[2 * i + odd][index] = values[i] - batch_mean;
-        if (last && odd == 0) d[rows][index] = correction;
-    }
+struct Centre {
+    float mean[kTile], correction[kTile];
 };
+
+// The batch at one position.
+struct Batch {
+    const float* x;
+    const float* mean;    // before the update
+    int64_t size, image;  // rows; floats from one to the next
+    int channels;
+    float scale;  // of the correction
+};
+
+// Two threads share a row or column of a tile: one holds the even rows of the batch, the other the
+// odd ones.
+__device__ __forceinline__ int slot() { return static_cast<int>(threadIdx.x) % kTile; }
+__device__ __forceinline__ int odd() { return static_cast<int>(threadIdx.x) / kTile; }
+
+// This thread's part of the kDepth rows from `first` on; zeros past the last row or channel.
+__device__ __forceinline__ void load_rows(const Batch& batch, int channel, int64_t first,
+                                          float (&values)[kLoads]) {
+    const bool inside = channel >= 0 && channel < batch.channels;
+    const int rows =
+        inside ? static_cast<int>(min(batch.size - first, int64_t{kDepth})) - odd() : 0;
+    const float* x = batch.x + (first + odd()) * batch.image + channel;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i, x += 2 * batch.image) values[i] = 2 * i < rows ? *x : 0.0f;
+}
+
+// The batch's mean and the correction at each of 64 channels; leaves the last rows in `values`.
+__device__ __forceinline__ void find_centre(const Batch& batch, int channel,
+                                            float (&values)[kLoads], float (&partial)[2][kTile],
+                                            Centre& centre) {
+    const bool inside = channel >= 0 && channel < batch.channels;
+    const float old_mean = inside ? batch.mean[channel] : 0.0f;
+    float sum = 0;
+    for (int64_t first = 0; first < batch.size; first += kDepth) {
+        load_rows(batch, channel, first, values);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) sum += values[i];
+    }
+    partial[odd()][slot()] = sum;
+    __syncthreads();
+    if (odd() == 0) {
+        const float mean =
+            (partial[0][slot()] + partial[1][slot()]) / static_cast<float>(batch.size);
+        centre.mean[slot()] = mean;
+        centre.correction[slot()] = batch.scale * (mean - old_mean);
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ void store_deviations(const float (&values)[kLoads],
+                                                 const Centre& centre, int rows, bool last,
+                                                 Deviations& d) {
+    const float mean = centre.mean[slot()];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+        if (2 * i + odd() < rows) d[2 * i + odd()][slot()] = values[i] - mean;
+    if (last && odd() == 0) d[rows][slot()] = centre.correction[slot()];
+}
 
 // sum += the product of 32 columns and 32 rows of a tile, over `depth` rows of the batch. With
 // g = lane / 4 and t = lane % 4, element [m][2 i + h][2 e + f] belongs to column 16 m + 8 e + g and
@@ -101,28 +110,33 @@ __device__ __forceinline__ void add_products(const Deviations& d_columns, int co
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     int k = 0;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#pragma unroll 1
     for (; k + 8 <= depth; k += 8) {
-        // Upper and lower part of each factor.
-        uint32_t a[2][2][4], b[2][4][2];
+        uint32_t a[2][2][4];  // upper and lower parts
 #pragma unroll
         for (int w = 0; w < 8; ++w)
             split_tf32(d_columns[k + t + w % 4 / 2 * 4][column + w / 4 * 16 + w % 2 * 8 + g],
                        a[0][w / 4][w % 4], a[1][w / 4][w % 4]);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const float2 pair = load<float2>(&d_rows[k + t + w % 2 * 4][row + w / 2 * 16 + 2 * g]);
-            const int n = w / 2 * 2;
-            split_tf32(pair.x, b[0][n][w % 2], b[1][n][w % 2]);
-            split_tf32(pair.y, b[0][n + 1][w % 2], b[1][n + 1][w % 2]);
+        for (int i = 0; i < 2; ++i) {
+            uint32_t b[2][2][2];
+#pragma unroll
+            for (int w = 0; w < 2; ++w) {
+                const float2 pair = load<float2>(&d_rows[k + t + 4 * w][row + 16 * i + 2 * g]);
+                split_tf32(pair.x, b[0][0][w], b[1][0][w]);
+                split_tf32(pair.y, b[0][1][w], b[1][1][w]);
+            }
+#pragma unroll
+            for (int part = 2; part >= 0; --part)  // the large products last
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        mma<Tf32>(sum[m][2 * i + h], a[part % 2][m], b[part / 2][h]);
         }
-#pragma unroll
-        for (int part = 2; part >= 0; --part)  // the large products last
-#pragma unroll
-            for (int m = 0; m < 2; ++m)
-#pragma unroll
-                for (int n = 0; n < 4; ++n) mma<Tf32>(sum[m][n], a[part % 2][m], b[part / 2][n]);
     }
 #endif
+#pragma unroll 1
     for (; k < depth; ++k) {
         float a[4];
 #pragma unroll
@@ -144,61 +158,63 @@ __device__ __forceinline__ void add_products(const Deviations& d_columns, int co
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    scatter_kernel(const float* __restrict__ x, int64_t batch, int64_t positions, int channels,
+    scatter_kernel(const float* __restrict__ x, int64_t size, int64_t positions, int channels,
                    const int64_t* __restrict__ count, const float* __restrict__ mean,
                    float* __restrict__ scatter) {
     __shared__ __align__(16) Deviations d_rows, d_columns;
     __shared__ float partial[2][kTile];
+    __shared__ Centre row_centre, column_centre;
     const PackedLayout layout(channels);
     const int pad = static_cast<int>(layout.pad), slots = channels + pad;
     const int strips = static_cast<int>(ceil_div(slots, kTile));
-    const int64_t position = blockIdx.x / strips, image = positions * channels;
+    const int64_t position = blockIdx.x / strips;
     const int top = (strips - 1 - static_cast<int>(blockIdx.x) % strips) * kTile;  // longest first
-    x += position * channels;
-    mean += position * channels;
     scatter += position * layout.size();
-    const float n = static_cast<float>(count[position]), b = static_cast<float>(batch);
-    const float scale = sqrtf(n / (n + b) * b);
+    const float n = static_cast<float>(count[position]), b = static_cast<float>(size);
+    const Batch batch{
+        x + position * channels, mean + position * channels, size, positions * channels, channels,
+        sqrtf(n / (n + b) * b)};
 
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const int row0 = warp / 2 * kWarpTile, column0 = warp % 2 * kWarpTile;
-    const int thread_slot = static_cast<int>(threadIdx.x) % kTile - pad;
-    const int row_channel = top + thread_slot;
-    Slot row(x, image, batch, row_channel, channels);
-    row.centre(partial, mean + row_channel, scale);
+    // This thread owns, of each tile, rows r + 16 i .. r + 16 i + 3 in columns c + 8 j: a float4.
+    const int r = top + row0 + 4 * t;
+    float4* const vectors = reinterpret_cast<float4*>(scatter);
+    int place[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        place[i] = static_cast<int>((layout.offset(r / kPanel + 2 * i) + r % kPanel) / 4) +
+                   (column0 + g - pad) * kVectors;
+    const int channel = slot() - pad;
+    float values[kLoads];
+    find_centre(batch, top + channel, values, partial, row_centre);
 
     for (int left = 0; left <= top; left += kTile) {
-        // The float4 of 4 rows in column 16 m + 8 e + g that this thread owns.
-        const auto place = [&](int m, int i, int e, int& r, int& c) {
-            r = top + row0 + 16 * i + 4 * t;
-            c = left + column0 + 16 * m + 8 * e + g;
-            const int panel = r / static_cast<int>(kPanel);
-            const bool stored = r < slots && c >= pad && c < (panel + 1) * kPanel;
-            const int64_t offset = layout.offset(panel) + (c - pad) * kPanel + r % kPanel;
-            return stored ? scatter + offset : nullptr;
+        const int c = left + column0 + g;
+        const auto stored = [&](int i, int j) {
+            const int last = (r + 16 * i) | (kPanel - 1);  // of the panel
+            return c + 8 * j >= pad && c + 8 * j <= last && last < slots;
         };
-        float4 s[2][2][2] = {};
+        float4 s[2][4] = {};
 #pragma unroll
-        for (int w = 0; w < 8; ++w) {
-            int r, c;
-            const float* from = place(w / 4, w / 2 % 2, w % 2, r, c);
-            if (from) s[w / 4][w / 2 % 2][w % 2] = load_once<float4>(from);
-        }
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (stored(i, j))
+                    s[i][j] = load_once<float4>(vectors + place[i] + (left + 8 * j) * kVectors);
 
         const bool diagonal = left == top;
-        const int column_channel = left + thread_slot;
-        Slot column(x, image, batch, column_channel, channels);
-        if (!diagonal) column.centre(partial, mean + column_channel, scale);
-        for (int64_t first = 0; first < batch; first += kDepth) {
-            const bool last = batch - first <= kDepth;
-            const int rows = static_cast<int>(last ? batch - first : kDepth);
-            if (left == 0 || batch > kDepth) {
-                row.load_rows(first);
-                row.store(d_rows, rows, last);
-            }
+        if (!diagonal) find_centre(batch, left + channel, values, partial, column_centre);
+        for (int64_t first = 0; first < size; first += kDepth) {
+            const bool last = size - first <= kDepth;
+            const int rows = static_cast<int>(last ? size - first : kDepth);
             if (!diagonal) {
-                if (batch > kDepth) column.load_rows(first);
-                column.store(d_columns, rows, last);
+                if (size > kDepth) load_rows(batch, left + channel, first, values);
+                store_deviations(values, column_centre, rows, last, d_columns);
+            }
+            if (left == 0 || size > kDepth) {
+                load_rows(batch, top + channel, first, values);
+                store_deviations(values, row_centre, rows, last, d_rows);
             }
             __syncthreads();
             if (top + row0 < slots && left + column0 <= top + row0) {
@@ -206,30 +222,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                 add_products(diagonal ? d_rows : d_columns, column0, d_rows, row0, rows + last,
                              sum);
 #pragma unroll
-                for (int w = 0; w < 8; ++w) {
-                    const int m = w / 4, i = w / 2 % 2, e = w % 2;
-                    int r, c;
-                    place(m, i, e, r, c);
-                    float4& v = s[m][i][e];  // zeros above the diagonal stay
-                    if (c <= r) v.x += sum[m][2 * i][2 * e];
-                    if (c <= r + 1) v.y += sum[m][2 * i + 1][2 * e];
-                    if (c <= r + 2) v.z += sum[m][2 * i][2 * e + 1];
-                    if (c <= r + 3) v.w += sum[m][2 * i + 1][2 * e + 1];
-                }
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {  // zeros above the diagonal stay
+                        const float* even = sum[j / 2][2 * i] + j % 2 * 2;
+                        const float* odd = sum[j / 2][2 * i + 1] + j % 2 * 2;
+                        const int above = c + 8 * j - (r + 16 * i);
+                        if (above <= 0) s[i][j].x += even[0];
+                        if (above <= 1) s[i][j].y += odd[0];
+                        if (above <= 2) s[i][j].z += even[1];
+                        if (above <= 3) s[i][j].w += odd[1];
+                    }
             }
             __syncthreads();  // before the deviations are overwritten
         }
 
 #pragma unroll
-        for (int w = 0; w < 8; ++w) {
-            int r, c;
-            float* to = place(w / 4, w / 2 % 2, w % 2, r, c);
-            if (to) *reinterpret_cast<float4*>(to) = s[w / 4][w / 2 % 2][w % 2];
-        }
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (stored(i, j)) vectors[place[i] + (left + 8 * j) * kVectors] = s[i][j];
     }
 }
 
-// One block per position; the batch's mean in the order of Slot::centre.
+// One block per position; the batch's mean in the order of find_centre().
 __global__ void __launch_bounds__(kMeanThreads)
     mean_kernel(const float* __restrict__ x, int64_t batch, int64_t positions, int channels,
                 int64_t* __restrict__ count, float* __restrict__ mean) {
