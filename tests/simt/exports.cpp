@@ -7,5 +7,6 @@ namespace npad::cuda {
 
 SIMT_EXPORT(mahalanobis)
 SIMT_EXPORT(pack_factor)
+SIMT_EXPORT(neighborhood_moments)
 
 }  // namespace npad::cuda
