@@ -5,4 +5,9 @@
 
 namespace npad::cuda {
 
+SIMT_EXPORT(farthest_first)
+SIMT_EXPORT(farthest_first_workspace)
+SIMT_EXPORT(nearest_centroid)
+SIMT_EXPORT(nearest_centroid_workspace)
+
 }  // namespace npad::cuda
