@@ -49,6 +49,13 @@ class Simt:
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                     raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
 
+    def workspace(self, op: str, *sizes: int) -> Tensor:
+        """The memory that ``op`` asks for, in bytes that stand for NaN."""
+        address = ctypes.c_void_p.in_dll(self._library, f"simt_{op}_workspace").value
+        assert address is not None
+        size = ctypes.CFUNCTYPE(ctypes.c_int64)(address)(*map(ctypes.c_int64, sizes))
+        return torch.full((size,), 0xFF, dtype=torch.uint8)
+
     def _run(self, op: str, args: tuple[Tensor | int, ...], order: int, processors: int) -> None:
         library = self._library
         launcher = ctypes.c_void_p.in_dll(library, f"simt_{op}").value

@@ -8,5 +8,9 @@ namespace npad::cuda {
 SIMT_EXPORT(mahalanobis)
 SIMT_EXPORT(pack_factor)
 SIMT_EXPORT(neighborhood_moments)
+SIMT_EXPORT(farthest_first)
+SIMT_EXPORT(farthest_first_workspace)
+SIMT_EXPORT(nearest_centroid)
+SIMT_EXPORT(nearest_centroid_workspace)
 
 }  // namespace npad::cuda

@@ -1,0 +1,378 @@
+// Distance of every x (n, channels) to the nearest of the centroids (k, channels), and its index.
+//
+//   || x - c ||^2 / 2 = || x ||^2 / 2 + s,   s = || c ||^2 / 2 - x . c   (x, c less the centroids'
+//   mean)
+//
+// A block owns 128 embeddings and a group of 128 centroids. Their product on tensor cores, as three
+// products of TF32 parts, is near float32; of each embedding only the group's least s, whose it is,
+// and the second least are kept. Rounding can swap centroids in s, so all whose s may lie within
+// the error bound of the best, nearly always one or two, are then measured by differences; the
+// whole group where its second is among them. The result is that of the plain loop over
+// differences, of equals the lowest index. NaN in x: distance NaN, index 0.
+//
+// Flops: 6 n k channels in TF32, and splitting in registers in their shadow. Bytes from the caches:
+// n k channels / 16; workspace: 12 for each embedding and group, of so many embeddings at a time
+// that they stay in the second-level cache. Sums over channels: in the product by the matrix
+// instruction, 8 at a time in ascending order; measured, by each lane over every 32nd channel, then
+// over lanes. Nothing depends on the order of blocks.
+#include "device_utils.cuh"
+
+#include "kernels.h"
+
+namespace npad::cuda {
+
+namespace {
+
+// 8 warps share a tile, 2 x 4, each 64 x 32: 64 sums a thread, which leaves room for two blocks on
+// a processor, and 24 loaded values for 48 matrix instructions.
+constexpr int kTile = 128, kWarpRows = 64, kWarpColumns = 32, kThreads = 256;
+constexpr int kAcross = kTile / kWarpColumns;
+// A slice of channels. The stride puts the 8 rows x 4 channels of a fragment in 32 banks. Three
+// slices need one barrier for each and fit the 64 KiB of sm_75.
+constexpr int kDepth = 16, kStride = kDepth + 4, kSlices = 3;
+constexpr int kSliceFloats = 2 * kTile * kStride + kDepth;  // x, centroids, mean
+constexpr int kSwath = 16;  // tiles of x that pass over the centroids together: both stay in cache
+constexpr int64_t kRecordBytes = 32 << 20;  // at a time
+constexpr int kMeanRows = 64;               // centroids whose mean is the origin
+
+// Of one embedding and the centroids of a group.
+struct Record {
+    float least, second;  // of s
+    int32_t index;        // of the centroid with the least
+};
+
+__device__ __forceinline__ void merge(Record& a, const Record& b) {
+    if (b.least < a.least) {
+        a = {b.least, fminf(a.least, b.second), b.index};
+    } else {
+        a.second = fminf(a.second, b.least);
+    }
+}
+
+struct Workspace {
+    float* mean;        // (channels), zero up to the end of the last slice
+    float* half_norm;   // (k)
+    unsigned* largest;  // bits of the largest squared norm
+    Record* records;    // (rows, groups)
+    int64_t groups, rows, bytes;
+
+    Workspace(void* memory, int64_t n, int64_t k, int64_t channels) : groups(ceil_div(k, kTile)) {
+        const int64_t fit = kRecordBytes / (groups * kTile * static_cast<int64_t>(sizeof(Record)));
+        const int64_t tiles = ceil_div(n, kTile);
+        rows = kTile * (fit < 1 ? 1 : fit < tiles ? fit : tiles);
+        const int64_t floats = ceil_div(channels, kDepth) * kDepth;
+        mean = static_cast<float*>(memory);
+        half_norm = mean + floats;
+        largest = reinterpret_cast<unsigned*>(half_norm + k);
+        records = reinterpret_cast<Record*>(largest + 1);
+        bytes = (floats + k + 1) * static_cast<int64_t>(sizeof(float)) +
+                rows * groups * static_cast<int64_t>(sizeof(Record));
+    }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    mean_kernel(const float* __restrict__ centroids, int64_t k, int64_t channels,
+                float* __restrict__ mean, unsigned* largest) {
+    const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    if (c == 0) *largest = 0;
+    if (c >= ceil_div(channels, kDepth) * kDepth) return;
+    const int64_t sample = k < kMeanRows ? k : kMeanRows;
+    float sum = 0;
+    if (c < channels)
+        for (int64_t i = 0; i < sample; ++i)
+            sum += centroids[i * k / sample * channels + c] / static_cast<float>(sample);
+    mean[c] = sum;
+}
+
+// A warp for each centroid.
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const float* __restrict__ centroids, int64_t k, int64_t channels,
+                const float* __restrict__ mean, float* __restrict__ half_norm, unsigned* largest) {
+    const int64_t j = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
+    if (j >= k) return;
+    float sum = 0;
+    for (int64_t c = threadIdx.x % kWarp; c < channels; c += kWarp) {
+        const float z = centroids[j * channels + c] - mean[c];
+        sum = fmaf(z, z, sum);
+    }
+    sum = warp_reduce(sum, Sum());
+    if (threadIdx.x % kWarp != 0) return;
+    half_norm[j] = sum / 2;
+    atomicMax(largest, __float_as_uint(fabsf(sum)));  // as integers, and NaN above infinity
+}
+
+struct Problem {
+    const float *x, *centroids, *mean, *half_norm;
+    int64_t n, k, channels;
+    Record* records;
+};
+
+// Starts the copies of a slice of both matrices and of the mean. Rows past the end repeat the last,
+// channels past the end are zero.
+template <int kBytes>
+__device__ __forceinline__ void copy_slice(const Problem& p, int64_t row, int64_t column,
+                                           int64_t channel, float* slice) {
+    constexpr int kWidth = kBytes / sizeof(float), kPieces = kDepth / kWidth;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 2 * kTile * kPieces; i += kThreads) {
+        const int r = i / kPieces, c = i % kPieces * kWidth;
+        float* to = slice + r * kStride + c;
+        if (channel + c < p.channels) {
+            const bool of_x = r < kTile;
+            const int64_t from = of_x ? row + r : column + r - kTile, last = (of_x ? p.n : p.k) - 1;
+            const float* matrix = of_x ? p.x : p.centroids;
+            cp_async<kBytes>(to, matrix + (from < last ? from : last) * p.channels + channel + c);
+        } else {
+            for (int j = 0; j < kWidth; ++j) to[j] = 0;
+        }
+    }
+    if (threadIdx.x < kDepth)
+        cp_async<4>(slice + 2 * kTile * kStride + threadIdx.x, p.mean + channel + threadIdx.x);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTensorCores = false;
+#else
+constexpr bool kTensorCores = true;
+#endif
+
+using Sums = float[kWarpRows / 16][kWarpColumns / 8][4];  // as mma() holds them
+
+// sum += x . c over a slice, of the warp's rows `top` and columns `left` onwards.
+__device__ __forceinline__ void multiply(const float* slice, int top, int left, Sums& sum) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const float* x = slice + (top + g) * kStride + t;
+    const float* c = slice + (kTile + left + g) * kStride + t;
+    const float* mean = slice + 2 * kTile * kStride + t;
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 8) {
+        const float origin[2] = {mean[d], mean[d + 4]};
+        uint32_t c_hi[kWarpColumns / 8][2], c_lo[kWarpColumns / 8][2];
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                split_tf32(c[j * 8 * kStride + d + 4 * i] - origin[i], c_hi[j][i], c_lo[j][i]);
+#pragma unroll
+        for (int r = 0; r < kWarpRows / 16; ++r) {
+            uint32_t x_hi[4], x_lo[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                split_tf32(x[(r * 16 + i % 2 * 8) * kStride + d + i / 2 * 4] - origin[i / 2],
+                           x_hi[i], x_lo[i]);
+#pragma unroll
+            for (int j = 0; j < kWarpColumns / 8; ++j) mma<Tf32>(sum[r][j], x_lo, c_hi[j]);
+#pragma unroll
+            for (int j = 0; j < kWarpColumns / 8; ++j) mma<Tf32>(sum[r][j], x_hi, c_lo[j]);
+#pragma unroll
+            for (int j = 0; j < kWarpColumns / 8; ++j) mma<Tf32>(sum[r][j], x_hi, c_hi[j]);
+        }
+    }
+}
+
+// The same without matrix instructions: each thread computes the sums that it holds.
+__device__ __forceinline__ void multiply_by_fma(const float* slice, int top, int left, Sums& sum) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const float* x = slice + (top + g) * kStride;
+    const float* c = slice + (kTile + left + 2 * t) * kStride;
+    const float* mean = slice + 2 * kTile * kStride;
+#pragma unroll 2
+    for (int d = 0; d < kDepth; ++d) {
+        float row[kWarpRows / 8];
+#pragma unroll
+        for (int r = 0; r < kWarpRows / 8; ++r) row[r] = x[r * 8 * kStride + d] - mean[d];
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 4; ++j) {
+            const float column = c[(j / 2 * 8 + j % 2) * kStride + d] - mean[d];
+#pragma unroll
+            for (int r = 0; r < kWarpRows / 8; ++r) {
+                float& s = sum[r / 2][j / 2][r % 2 * 2 + j % 2];
+                s = fmaf(row[r], column, s);
+            }
+        }
+    }
+}
+
+// kBytes: of one copy to shared memory, to which rows are aligned.
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
+    float* shared = dynamic_shared<float>();  // (kSlices, kSliceFloats)
+    const int64_t groups = ceil_div(p.k, kTile), tiles = ceil_div(p.n, kTile);
+    const int64_t swath = blockIdx.x / (kSwath * groups), place = blockIdx.x % (kSwath * groups);
+    const int64_t left = tiles - swath * kSwath, wide = left < kSwath ? left : kSwath;
+    const int64_t group = place / wide;
+    const int64_t row = (swath * kSwath + place % wide) * kTile, column = group * kTile;
+
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const int across = static_cast<int>(threadIdx.x) / kWarp % kAcross;
+    const int top = static_cast<int>(threadIdx.x) / kWarp / kAcross * kWarpRows;
+
+    const int slices = static_cast<int>(ceil_div(p.channels, kDepth));
+    const auto start = [&](int s) {
+        if (s < slices)
+            copy_slice<kBytes>(p, row, column, int64_t{s} * kDepth,
+                               shared + s % kSlices * kSliceFloats);
+        cp_async_commit();
+    };
+    Sums sum = {};
+    for (int s = 0; s < kSlices - 1; ++s) start(s);
+    for (int s = 0; s < slices; ++s) {
+        cp_async_wait<kSlices - 2>();
+        __syncthreads();
+        start(s + kSlices - 1);
+        const float* slice = shared + s % kSlices * kSliceFloats;
+        if (kTensorCores)
+            multiply(slice, top, across * kWarpColumns, sum);
+        else
+            multiply_by_fma(slice, top, across * kWarpColumns, sum);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+
+    Record* partial = dynamic_shared<Record>();  // (kTile, kAcross), in place of the slices
+    float half_norm[kWarpColumns / 8][2];
+    const int64_t mine = column + across * kWarpColumns + 2 * t;
+#pragma unroll
+    for (int j = 0; j < kWarpColumns / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            half_norm[j][i] = mine + 8 * j + i < p.k ? p.half_norm[mine + 8 * j + i] : INFINITY;
+#pragma unroll
+    for (int r = 0; r < kWarpRows / 8; ++r) {
+        Record best = {INFINITY, INFINITY, static_cast<int32_t>(mine - column)};
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                merge(best, {half_norm[j][i] - sum[r / 2][j][r % 2 * 2 + i], INFINITY,
+                             static_cast<int32_t>(mine - column) + 8 * j + i});
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2)
+            merge(best, {__shfl_xor_sync(kAllLanes, best.least, distance),
+                         __shfl_xor_sync(kAllLanes, best.second, distance),
+                         __shfl_xor_sync(kAllLanes, best.index, distance)});
+        if (t == 0) partial[(top + r * 8 + g) * kAcross + across] = best;
+    }
+    __syncthreads();
+    const int64_t i = row + threadIdx.x;
+    if (threadIdx.x >= kTile || i >= p.n) return;
+    Record best = partial[threadIdx.x * kAcross];
+#pragma unroll
+    for (int a = 1; a < kAcross; ++a) merge(best, partial[threadIdx.x * kAcross + a]);
+    p.records[i * groups + group] = best;
+}
+
+// How far s of any centroid can be from its exact value, for x of this norm, in units of half a
+// squared distance, and what the measured distance adds. Matrix instructions truncate: each of 3/8
+// channels may lose 2^-24 of the sum for each of 9 terms. The last term is for subnormal products.
+__device__ __forceinline__ float error_bound(float norm, float largest_norm, float least,
+                                             int64_t channels) {
+    const float rounding = (4 * static_cast<float>(channels) + 64) * 0x1p-24f;
+    const float half_distance = fmaxf(norm * norm / 2 + least, 0.0f);
+    return rounding * (norm * largest_norm + largest_norm * largest_norm + half_distance) +
+           static_cast<float>(channels) * 0x1p-120f;
+}
+
+// A warp for each embedding: measures what may be the nearest.
+__global__ void __launch_bounds__(kThreads)
+    measure_kernel(const Problem p, const unsigned* __restrict__ largest,
+                   float* __restrict__ distance, int64_t* __restrict__ index) {
+    const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
+    const int lane = threadIdx.x % kWarp;
+    if (row >= p.n) return;
+    const float* x = p.x + row * p.channels;
+    const int64_t groups = ceil_div(p.k, kTile);
+    const Record* records = p.records + row * groups;
+
+    float square = 0, least = INFINITY;
+    bool nan = false;
+    for (int64_t c = lane; c < p.channels; c += kWarp) {
+        const float y = x[c] - p.mean[c];
+        square = fmaf(y, y, square);
+        nan |= x[c] != x[c];
+    }
+    for (int64_t g = lane; g < groups; g += kWarp) least = fminf(least, records[g].least);
+    square = warp_reduce(square, Sum());
+    least = warp_reduce(least, Minimum());
+    // Not a number after overflow: then every centroid is measured.
+    const float limit =
+        least + 2 * error_bound(__fsqrt_rn(square), __fsqrt_rn(__uint_as_float(*largest)), least,
+                                p.channels);
+
+    float nearest = INFINITY;
+    int64_t winner = 0;
+    const auto measure = [&](int64_t first, int64_t stop) {
+        for (int64_t j = first; j < stop; ++j) {
+            const float* centroid = p.centroids + j * p.channels;
+            float sum = 0;
+#pragma unroll 4
+            for (int64_t c = lane; c < p.channels; c += kWarp) {
+                const float d = x[c] - centroid[c];
+                sum = fmaf(d, d, sum);
+            }
+            sum = warp_reduce(sum, Sum());
+            if (sum < nearest) nearest = sum, winner = j;
+        }
+    };
+    if (__any_sync(kAllLanes, nan)) {
+        nearest = NAN;
+    } else {
+        for (int64_t start = 0; start < groups; start += kWarp) {
+            Record mine = {};
+            if (start + lane < groups) mine = records[start + lane];
+            unsigned near =
+                __ballot_sync(kAllLanes, start + lane < groups && !(mine.least > limit));
+            for (; near != 0; near &= near - 1) {
+                const int l = __ffs(near) - 1;
+                const int64_t first = (start + l) * kTile;
+                const int64_t stop = first + kTile < p.k ? first + kTile : p.k;
+                const int64_t one = first + __shfl_sync(kAllLanes, mine.index, l);
+                const bool alone = __shfl_sync(kAllLanes, mine.second, l) > limit;
+                measure(alone ? one : first, alone ? one + 1 : stop);
+            }
+        }
+    }
+    if (lane == 0) {
+        distance[row] = __fsqrt_rn(nearest);
+        index[row] = winner;
+    }
+}
+
+unsigned warp_blocks(int64_t warps) {
+    return static_cast<unsigned>(ceil_div(warps, kThreads / kWarp));
+}
+
+}  // namespace
+
+int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels) {
+    return Workspace(nullptr, n, k, channels).bytes;
+}
+
+int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
+                     void* workspace, float* distance, int64_t* index, Stream stream) {
+    if (n == 0) return cudaSuccess;
+    const Workspace w(workspace, n, k, channels);
+    const auto aligned = [](const float* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    const bool vectors = channels % 4 == 0 && aligned(x) && aligned(centroids);
+
+    cudaError_t error = launch(
+        mean_kernel, static_cast<unsigned>(ceil_div(ceil_div(channels, kDepth) * kDepth, kThreads)),
+        kThreads, 0, stream, centroids, k, channels, w.mean, w.largest);
+    if (error == cudaSuccess)
+        error = launch(norm_kernel, warp_blocks(k), kThreads, 0, stream, centroids, k, channels,
+                       w.mean, w.half_norm, w.largest);
+    for (int64_t start = 0; start < n && error == cudaSuccess; start += w.rows) {
+        const int64_t rows = n - start < w.rows ? n - start : w.rows;
+        const Problem p = {
+            x + start * channels, centroids, w.mean, w.half_norm, rows, k, channels, w.records};
+        error = launch(vectors ? product_kernel<16> : product_kernel<4>,
+                       static_cast<unsigned>(ceil_div(rows, kTile) * w.groups), kThreads,
+                       kSlices * kSliceFloats * sizeof(float), stream, p);
+        if (error == cudaSuccess)
+            error = launch(measure_kernel, warp_blocks(rows), kThreads, 0, stream, p, w.largest,
+                           distance + start, index + start);
+    }
+    return error;
+}
+
+}  // namespace npad::cuda

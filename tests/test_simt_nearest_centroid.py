@@ -1,0 +1,137 @@
+"""csrc/cuda/nearest_centroid.cu on the CPU emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from simt_device import Simt, load
+from torch import Tensor
+
+from npad import reference
+
+
+@pytest.fixture(params=["simt_fast", "simt_checked"])
+def simt(request: pytest.FixtureRequest) -> Simt:
+    return load(request.param)
+
+
+def run(simt: Simt, x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    (n, channels), k = x.shape, len(centroids)
+    distance, index = torch.full((n,), -1.0), torch.full((n,), -1)
+    workspace = simt.workspace("nearest_centroid", n, k, channels)
+    simt("nearest_centroid", x, n, centroids, k, channels, workspace, distance, index)
+    return distance, index
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "channels"),
+    [
+        (1, 1, 1),
+        (12, 5, 7),
+        (40, 33, 8),
+        (130, 40, 17),
+        (5, 300, 31),
+        (33, 129, 33),
+        (12, 64, 100),
+        (20, 130, 129),
+    ],
+)
+def test_against_reference(simt: Simt, n: int, k: int, channels: int) -> None:
+    x, centroids = torch.randn(n, channels), torch.randn(k, channels)
+    distance, index = run(simt, x, centroids)
+    working, _ = reference.nearest_centroid(x, centroids)
+    oracle, expected = reference.nearest_centroid(x.double(), centroids.double())
+    assert_accurate(distance, working, oracle)
+    assert torch.equal(index, expected)
+
+
+def test_more_rows_of_tiles_than_one_swath() -> None:
+    x, centroids = torch.randn(17 * 128 + 5, 3), torch.randn(200, 3)
+    _, index = run(load("simt_fast"), x, centroids)
+    _, expected = reference.nearest_centroid(x.double(), centroids.double())
+    assert (index == expected).float().mean() > 0.999
+
+
+def test_far_from_the_origin(simt: Simt) -> None:
+    """An offset of 1e4 leaves float32 a grid of 1e-3, on which both sides are exact."""
+    x = torch.randint(0, 4096, (50, 50)).float() / 1024 + 1e4
+    centroids = torch.randint(0, 4096, (140, 50)).float() / 1024 + 1e4
+    distance, index = run(simt, x, centroids)
+    oracle, expected = reference.nearest_centroid(x.double(), centroids.double())
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(distance.double(), oracle, rtol=1e-6, atol=0)
+
+
+def test_one_outlying_centroid_costs_no_accuracy(simt: Simt) -> None:
+    x, centroids = torch.randn(20, 33), torch.randn(100, 33)
+    centroids[17] = 1e6
+    distance, index = run(simt, x, centroids)
+    oracle, expected = reference.nearest_centroid(x.double(), centroids.double())
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(distance.double(), oracle, rtol=1e-5, atol=0)
+
+
+def test_zero_at_a_centroid_next_to_a_twin(simt: Simt) -> None:
+    """The product alone could not tell these apart: they differ in the last bit."""
+    centroids = torch.randn(64, 40)
+    twins = centroids.clone()
+    twins[:, 3] = torch.nextafter(twins[:, 3], torch.tensor(torch.inf))
+    distance, index = run(simt, centroids, torch.cat([twins, centroids]))
+    assert (distance == 0).all()
+    assert torch.equal(index, torch.arange(64, 128))
+
+
+@pytest.mark.parametrize(("n", "k", "channels", "high"), [(20, 300, 2, 3), (30, 150, 20, 2)])
+def test_ties_take_the_first(simt: Simt, n: int, k: int, channels: int, high: int) -> None:
+    x = torch.randint(0, high, (n, channels)).float()
+    centroids = torch.randint(0, high, (k, channels)).float()
+    squared = (x[:, None] - centroids).square().sum(-1)
+    distance, index = run(simt, x, centroids)
+    assert torch.equal(distance, squared.amin(1).double().sqrt().float())
+    first = (squared == squared.amin(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(index, first)
+
+
+def test_duplicates_in_other_groups(simt: Simt) -> None:
+    centroids = torch.randn(100, 20)
+    x = centroids[::7] + 0.01 * torch.randn(15, 20)
+    _, index = run(simt, x, torch.cat([centroids, centroids, centroids]))
+    assert torch.equal(index, torch.arange(0, 100, 7))
+
+
+def test_nan_and_infinity(simt: Simt) -> None:
+    x, centroids = torch.randn(40, 12), torch.randn(140, 12)
+    expected, _ = run(simt, x, centroids)
+    x[3, 5], x[33, 0], x[34] = torch.nan, torch.inf, 1e30
+    distance, index = run(simt, x, centroids)
+    assert distance.isnan().nonzero().tolist() == [[3]]
+    assert distance.isinf().nonzero().tolist() == [[33], [34]]
+    assert index[[3, 33, 34]].tolist() == [0, 0, 0]
+    keep = [i for i in range(40) if i not in (3, 33, 34)]
+    assert torch.equal(distance[keep], expected[keep])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e15])
+def test_extreme_scales(simt: Simt, scale: float) -> None:
+    x, centroids = scale * torch.randn(9, 12), scale * torch.randn(40, 12)
+    distance, index = run(simt, x, centroids)
+    working, expected = reference.nearest_centroid(x, centroids)
+    assert torch.equal(distance > 0, working > 0)
+    assert scale < 1e-18 or torch.equal(index, expected)
+
+
+def test_rows_that_are_not_aligned(simt: Simt) -> None:
+    """Copies of 4 bytes give the same bits as copies of 16."""
+    x, centroids = torch.randn(30, 36), torch.randn(20, 36)
+    storage = torch.empty(x.numel() + 1)
+    storage[1:] = x.flatten()
+    for a, b in zip(
+        run(simt, x, centroids), run(simt, storage[1:].view(x.shape), centroids), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_no_embeddings(simt: Simt) -> None:
+    distance, index = run(simt, torch.empty(0, 5), torch.randn(3, 5))
+    assert distance.shape == index.shape == (0,)
