@@ -57,7 +57,7 @@ struct Shape {
     int warps;                         // two groups each, or a larger even number
     int stride;  // floats per z: the columns of all steps, and 4 that spread 8 rows over all banks
 
-    __host__ __device__ explicit Shape(int64_t channels) {
+    explicit Shape(int64_t channels) {
         panels = static_cast<int>(PackedLayout(channels).panels);
         pad = static_cast<int>(PackedLayout(channels).pad);
         groups = static_cast<int>(ceil_div(panels, kGroup));
@@ -193,15 +193,14 @@ __device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& read
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
                        int64_t channels, const float* __restrict__ mean,
                        const T* __restrict__ factor, int64_t window, int64_t chunks, int held,
-                       float* __restrict__ distance) {
+                       Shape shape, float* __restrict__ distance) {
     __shared__ int64_t owner[kMaxTiles * 8];
     __shared__ float partial[kMaxWarps][kMaxTiles * 8];
-    float* z = dynamic_shared<float>();  // (held, stride)
-    const Shape shape(channels);
+    float* z = dynamic_shared<float>();  // (held + 1, stride)
     const int64_t q = blockIdx.x / chunks, first = blockIdx.x % chunks * held;
     const int64_t positions = height * width;
     const int thread = threadIdx.x, threads = shape.warps * kWarp;
@@ -225,24 +224,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
 #pragma unroll
     for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
 
-    // z: copies that take no registers, so that all are in flight at once; then each thread
-    // subtracts the mean from what it has copied.
+    // Copies that take no registers, so that all are in flight at once, the mean as one row more;
+    // then each thread subtracts what it has copied itself.
     __syncthreads();
-    const auto stored = [&](int column) {
-        return column >= shape.pad && column - shape.pad < channels;
-    };
-    for (int e = 0; e < count; ++e) {
-        const float* source = x + owner[e] * channels - shape.pad;
-        for (int column = thread; column < shape.stride - 4; column += threads)
-            if (stored(column)) cp_async<4>(z + e * shape.stride + column, source + column);
+    const int columns = shape.stride - 4, skip = shape.pad;
+    for (int e = 0; e <= count; ++e) {
+        const float* source = e < count ? x + owner[e] * channels : mean + q * channels;
+        for (int c = thread; c < columns; c += threads)
+            if (c >= skip && c - skip < channels)
+                cp_async<4>(z + e * shape.stride + c, source + c - skip);
     }
     cp_async_commit();
     cp_async_wait<0>();
-    for (int column = thread; column < shape.stride - 4; column += threads) {
-        const float mean_c = stored(column) ? mean[q * channels + column - shape.pad] : 0;
+    for (int c = thread; c < columns; c += threads) {
+        const bool stored = c >= skip && c - skip < channels;
+        const float mean_c = stored ? z[count * shape.stride + c] : 0;
         for (int e = 0; e < count; ++e) {
-            float& value = z[e * shape.stride + column];
-            value = stored(column) ? value - mean_c : 0;
+            float& z_c = z[e * shape.stride + c];
+            z_c = stored ? z_c - mean_c : 0;
         }
     }
     __syncthreads();
@@ -313,26 +312,26 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
         error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
 
-    // As many embeddings to a block as leave room for a second one, dealt out evenly.
+    // As many embeddings to a block as leave room for a second one, dealt out evenly; and the mean.
     const Shape shape(channels);
     const int64_t row_bytes = shape.stride * static_cast<int64_t>(sizeof(float));
     const int64_t most = batch * min(window, height) * min(window, width);
-    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, shared / 2 / row_bytes));
+    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, shared / 2 / row_bytes - 1));
     const int64_t chunks = ceil_div(most, room), held = ceil_div(most, chunks);
     const int64_t blocks = positions * chunks, decoders = ceil_div(n, kDecodeThreads);
     if (blocks > INT32_MAX || decoders > INT32_MAX) return cudaErrorInvalidConfiguration;
 
     using Kernel = void (*)(const float*, int64_t, int64_t, int64_t, int64_t, const float*,
-                            const T*, int64_t, int64_t, int, float*);
+                            const T*, int64_t, int64_t, int, Shape, float*);
     static constexpr Kernel kKernels[kMaxTiles] = {
         mahalanobis_kernel<T, 1>, mahalanobis_kernel<T, 2>, mahalanobis_kernel<T, 3>,
         mahalanobis_kernel<T, 4>};
     if (window > 1) error = cudaMemsetAsync(distance, 0xff, n * sizeof(float), stream);
     if (error == cudaSuccess)
-        error =
-            launch(kKernels[(held - 1) / 8], static_cast<unsigned>(blocks), shape.warps * kWarp,
-                   held * row_bytes, stream, x, batch, height, width, channels, mean,
-                   static_cast<const T*>(factor), window, chunks, static_cast<int>(held), distance);
+        error = launch(kKernels[(held - 1) / 8], static_cast<unsigned>(blocks), shape.warps * kWarp,
+                       (held + 1) * row_bytes, stream, x, batch, height, width, channels, mean,
+                       static_cast<const T*>(factor), window, chunks, static_cast<int>(held), shape,
+                       distance);
     if (error == cudaSuccess && window > 1)
         error = launch(decode_kernel, static_cast<unsigned>(decoders), kDecodeThreads, 0, stream,
                        distance, n);
