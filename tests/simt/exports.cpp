@@ -6,5 +6,6 @@
 namespace npad::cuda {
 
 SIMT_EXPORT(neighborhood_moments)
+SIMT_EXPORT(window_covariance)
 
 }  // namespace npad::cuda
