@@ -13,6 +13,8 @@
 // added in the same order, all in float32; the result does not depend on `start` and `stop`. The
 // mean is summed as differences from the window's first mean, which loses nothing to a common
 // offset.
+#include <algorithm>
+
 #include "device_utils.cuh"
 #include "kernels.h"
 #include "packed.h"
@@ -33,20 +35,43 @@ constexpr int kStride = kColumns + 1;               // rows and columns are read
 constexpr int kVectors = static_cast<int>(kPanel) / 4;  // of 16 bytes in a column of a panel
 
 struct Grid {
-    int64_t height, width, window, start, stop;
-    int channels;
+    int height, width, radius, start, stop, channels;
+};
+
+// The clipped window of one position; of size 0 where there is nothing to do.
+struct Neighbors {
+    int position, top, left, width, size;
+    float count, scale;
 };
 
 struct Shared {
     union {
         float deviations[kPatch][kDepth][kSlots];
-        float tile[kRows][kStride];
+        float tiles[2][kRows][kStride];
     };
+    Neighbors windows[kPatch];
     float mean[kPatch][kSlots];
-    float count[kPatch];  // of the whole window
     float root[kPatch][kDepth];
-    int64_t neighbor[kPatch][kDepth];
+    int neighbor[kPatch][kDepth];
 };
+
+__device__ Neighbors find_neighbors(const Grid& grid, int y, int x,
+                                    const int64_t* __restrict__ count) {
+    const int64_t p = int64_t{y} * grid.width + x;
+    if (x >= grid.width || p < grid.start || p >= grid.stop) return {};
+    const Window w(p, grid.height, grid.width, 2 * grid.radius + 1);
+    int64_t n = 0;
+    for (int64_t row = w.top; row < w.bottom; ++row)
+        for (int64_t q = row * grid.width + w.left; q < row * grid.width + w.right; ++q)
+            n += count[q];
+    return {static_cast<int>(p),
+            static_cast<int>(w.top),
+            static_cast<int>(w.left),
+            static_cast<int>(w.right - w.left),
+            static_cast<int>(w.size()),
+            static_cast<float>(n),
+            1.0f / static_cast<float>(n - 1)};
+}
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
     window_covariance_kernel(const int64_t* __restrict__ count, const float* __restrict__ mean,
@@ -57,43 +82,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int channels = grid.channels, pad = static_cast<int>(layout.pad);
     const int top = static_cast<int>(blockIdx.y) * kRows;
     const int left = static_cast<int>(blockIdx.z) * kColumns;
-    if (left >= top + kRows) return;  // above the diagonal
-
-    const int64_t across = ceil_div(grid.width, kPatchColumns);
-    const int64_t y0 = grid.start / grid.width + blockIdx.x / across * kPatchRows;
-    const int64_t x0 = blockIdx.x % across * kPatchColumns;
-    const auto position = [&](int k) {  // -1 where there is nothing to do
-        const int64_t y = y0 + k / kPatchColumns, x = x0 + k % kPatchColumns;
-        const int64_t p = y * grid.width + x;
-        return x < grid.width && p >= grid.start && p < grid.stop ? p : -1;
-    };
-    const auto window = [&](int64_t p) { return Window(p, grid.height, grid.width, grid.window); };
+    if (left >= top + kRows) return;      // above the diagonal
     const auto channel = [&](int slot) {  // of a row or column of the tile
         return (slot < kRows ? top + slot : left + slot - kRows) - pad;
     };
 
-    // Means, and the largest window.
-    int64_t largest = 0;
-#pragma unroll
-    for (int k = 0; k < kPatch; ++k)
-        if (position(k) >= 0) largest = max(largest, window(position(k)).size());
+    const int across = static_cast<int>(ceil_div(grid.width, kPatchColumns));
+    const int y0 = grid.start / grid.width + static_cast<int>(blockIdx.x) / across * kPatchRows;
+    const int x0 = static_cast<int>(blockIdx.x) % across * kPatchColumns;
+    if (threadIdx.x < kPatch) {
+        const int k = threadIdx.x;
+        shared.windows[k] =
+            find_neighbors(grid, y0 + k / kPatchColumns, x0 + k % kPatchColumns, count);
+    }
+    __syncthreads();
+    int largest = 0;
+    for (int k = 0; k < kPatch; ++k) largest = max(largest, shared.windows[k].size);
     if (largest == 0) return;
+
     for (int i = threadIdx.x; i < kPatch * kSlots; i += kThreads) {
         const int k = i / kSlots, slot = i % kSlots, c = channel(slot);
-        const int64_t p = position(k);
+        const Neighbors& w = shared.windows[k];
         float mu = 0;
-        if (p >= 0 && c >= 0 && c < channels) {
-            const Window w = window(p);
-            const float origin = mean[(w.top * grid.width + w.left) * channels + c];
+        if (w.size > 0 && c >= 0 && c < channels) {
+            int64_t row = int64_t{w.top} * grid.width + w.left;
+            const float origin = mean[row * channels + c];
             float sum = 0;
-            int64_t n = 0;
-            for (int64_t y = w.top; y < w.bottom; ++y)
-                for (int64_t q = y * grid.width + w.left; q < y * grid.width + w.right; ++q) {
+            for (int left_over = w.size; left_over > 0; left_over -= w.width, row += grid.width)
+                for (int64_t q = row; q < row + w.width; ++q)
                     sum = fmaf(static_cast<float>(count[q]), mean[q * channels + c] - origin, sum);
-                    n += count[q];
-                }
-            mu = origin + sum / static_cast<float>(n);
-            if (left == 0 && slot < kRows) window_mean[(p - grid.start) * channels + c] = mu;
+            mu = origin + sum / w.count;
+            if (left == 0 && slot < kRows)
+                window_mean[int64_t{w.position - grid.start} * channels + c] = mu;
         }
         shared.mean[k][slot] = mu;
     }
@@ -113,46 +133,47 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 
     float sum[kPatch][2][4] = {};
-    const int64_t radius = grid.window / 2, last_row = y0 + kPatchRows - 1 + radius;
-    const int64_t last_column = x0 + kPatchColumns - 1 + radius;
-    for (int64_t y = max(y0 - radius, int64_t{0}); y <= min(last_row, grid.height - 1); ++y)
-        for (int64_t x = max(x0 - radius, int64_t{0}); x <= min(last_column, grid.width - 1); ++x) {
-            const float4* from = place + (y * grid.width + x) * (layout.size() / 4);
-            float4 s[2] = {};
+    const int radius = grid.radius;
+    const int first_y = max(y0 - radius, 0), end_y = min(y0 + kPatchRows + radius, grid.height);
+    const int first_x = max(x0 - radius, 0), end_x = min(x0 + kPatchColumns + radius, grid.width);
+    const auto load_scatter = [&](int y, int x, float4(&s)[2]) {
+        const float4* from = place + (int64_t{y} * grid.width + x) * (layout.size() / 4);
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
-                if (stored[e]) s[e] = load<float4>(from + 16 * kVectors * e);
+        for (int e = 0; e < 2; ++e)
+            s[e] = stored[e] ? load<float4>(from + 16 * kVectors * e) : float4{};
+    };
+    float4 next[2];
+    load_scatter(first_y, first_x, next);
+    for (int y = first_y, x = first_x; y < end_y;) {
+        const int dy = y - y0, dx = x - x0;
+        const float4 s[2] = {next[0], next[1]};
+        if (++x == end_x) ++y, x = first_x;
+        if (y < end_y) load_scatter(y, x, next);
 #pragma unroll
-            for (int k = 0; k < kPatch; ++k) {
-                const int64_t below = y - (y0 + k / kPatchColumns);
-                const int64_t right = x - (x0 + k % kPatchColumns);
-                if (below < -radius || below > radius || right < -radius || right > radius)
-                    continue;
+        for (int k = 0; k < kPatch; ++k) {
+            if (abs(dy - k / kPatchColumns) > radius || abs(dx - k % kPatchColumns) > radius)
+                continue;
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    sum[k][e][0] += s[e].x;
-                    sum[k][e][1] += s[e].y;
-                    sum[k][e][2] += s[e].z;
-                    sum[k][e][3] += s[e].w;
-                }
+            for (int e = 0; e < 2; ++e) {
+                sum[k][e][0] += s[e].x;
+                sum[k][e][1] += s[e].y;
+                sum[k][e][2] += s[e].z;
+                sum[k][e][3] += s[e].w;
             }
         }
+    }
 
-    for (int64_t first = 0; first < largest; first += kDepth) {
-        const int depth = static_cast<int>(min(largest - first, int64_t{kDepth}));
+    for (int first = 0; first < largest; first += kDepth) {
+        const int depth = min(largest - first, kDepth);
         if (threadIdx.x < kPatch * kDepth) {
-            const int k = threadIdx.x / kDepth, i = threadIdx.x % kDepth;
-            const int64_t p = position(k);
-            int64_t q = max(p, int64_t{0});  // weight 0: no neighbour, but no other NaN either
-            float root = 0;
-            if (p >= 0 && first + i < window(p).size()) {
-                const Window w = window(p);
-                q = (w.top + (first + i) / (w.right - w.left)) * grid.width + w.left +
-                    (first + i) % (w.right - w.left);
-                root = sqrtf(static_cast<float>(count[q]));
-            }
-            shared.neighbor[k][i] = q;
-            shared.root[k][i] = root;
+            const int k = threadIdx.x / kDepth, d = threadIdx.x % kDepth, i = first + d;
+            const Neighbors& w = shared.windows[k];
+            const bool inside = i < w.size;
+            // Where there is no neighbour, the position itself, weighing nothing.
+            const int q =
+                inside ? (w.top + i / w.width) * grid.width + w.left + i % w.width : w.position;
+            shared.neighbor[k][d] = q;
+            shared.root[k][d] = inside ? sqrtf(static_cast<float>(count[q])) : 0.0f;
         }
         __syncthreads();
         for (int i = threadIdx.x; i < kPatch * depth * kSlots; i += kThreads) {
@@ -160,8 +181,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
             const int c = channel(slot);
             float deviation = 0;
             if (c >= 0 && c < channels)
-                deviation = shared.root[k][d] *
-                            (mean[shared.neighbor[k][d] * channels + c] - shared.mean[k][slot]);
+                deviation =
+                    shared.root[k][d] *
+                    (mean[int64_t{shared.neighbor[k][d]} * channels + c] - shared.mean[k][slot]);
             shared.deviations[k][d][slot] = deviation;
         }
         __syncthreads();
@@ -184,33 +206,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #pragma unroll
     for (int k = 0; k < kPatch; ++k) {
-        const int64_t p = position(k);
-        if (p < 0) continue;
+        const Neighbors& w = shared.windows[k];
+        auto& tile = shared.tiles[k % 2];  // the other one may still be read
 #pragma unroll
         for (int e = 0; e < 2; ++e)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) shared.tile[row + i][column + 16 * e] = sum[k][e][i];
+            for (int i = 0; i < 4; ++i) tile[row + i][column + 16 * e] = w.scale * sum[k][e][i];
         __syncthreads();
-        int64_t n = 0;
-        const Window w = window(p);
-        for (int64_t y = w.top; y < w.bottom; ++y)
-            for (int64_t q = y * grid.width + w.left; q < y * grid.width + w.right; ++q)
-                n += count[q];
-        const float scale = 1.0f / static_cast<float>(n - 1);
-        float* dense = covariance + (p - grid.start) * channels * channels;
+        if (w.size == 0) continue;
+        float* dense = covariance + int64_t{w.position - grid.start} * channels * channels;
         for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
             const int r = i / kColumns, c = i % kColumns;
             const int64_t to = top + r - pad, from = left + c - pad;
-            if (from >= 0 && from <= to && to < channels)
-                dense[to * channels + from] = scale * shared.tile[r][c];
+            if (from >= 0 && from <= to && to < channels) dense[to * channels + from] = tile[r][c];
         }
         for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
             const int r = i % kRows, c = i / kRows;
             const int64_t to = top + r - pad, from = left + c - pad;
-            if (from >= 0 && from < to && to < channels)
-                dense[from * channels + to] = scale * shared.tile[r][c];
+            if (from >= 0 && from < to && to < channels) dense[from * channels + to] = tile[r][c];
         }
-        __syncthreads();
     }
 }
 
@@ -220,13 +234,15 @@ int window_covariance(const int64_t* count, const float* mean, const float* scat
                       int64_t width, int64_t channels, int64_t window, int64_t start, int64_t stop,
                       float* window_mean, float* covariance, Stream stream) {
     if (start == stop) return cudaSuccess;
+    if (height * width > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t rows = (stop - 1) / width - start / width + 1;
     const int64_t patches = ceil_div(rows, kPatchRows) * ceil_div(width, kPatchColumns);
-    if (patches > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t slots = PackedLayout(channels).panels * kPanel;
     const dim3 blocks(static_cast<unsigned>(patches), static_cast<unsigned>(ceil_div(slots, kRows)),
                       static_cast<unsigned>(ceil_div(slots, kColumns)));
-    const Grid grid{height, width, window, start, stop, static_cast<int>(channels)};
+    const int64_t radius = std::min(window / 2, std::max(height, width));
+    const Grid grid{static_cast<int>(height), static_cast<int>(width), static_cast<int>(radius),
+                    static_cast<int>(start),  static_cast<int>(stop),  static_cast<int>(channels)};
     return launch(window_covariance_kernel, blocks, kThreads, 0, stream, count, mean, scatter, grid,
                   window_mean, covariance);
 }
