@@ -31,6 +31,7 @@ constexpr int kPatch = kPatchRows * kPatchColumns;  // 8 x 8 sums in registers
 constexpr int kThreads = 8 * kWarp;                 // each has 4 rows and 2 columns of the tile
 constexpr int kBlocks = 2;                          // per multiprocessor: up to 128 registers
 constexpr int kDepth = 9;                           // neighbours in shared memory: 3 x 3
+constexpr int kMeans = kPatch * kSlots / kThreads;  // found by one thread
 constexpr int kStride = kColumns + 1;               // rows and columns are read without conflict
 constexpr int kVectors = static_cast<int>(kPanel) / 4;  // of 16 bytes in a column of a panel
 
@@ -39,9 +40,20 @@ struct Grid {
 };
 
 // The clipped window of one position; of size 0 where there is nothing to do.
-struct Neighbors {
+struct Clipped {
     int position, top, left, width, size;
-    float count, scale;
+
+    Clipped() = default;
+    __device__ Clipped(const Grid& grid, int y, int x) : position(0), size(0) {
+        const int64_t p = int64_t{y} * grid.width + x;
+        if (x >= grid.width || p < grid.start || p >= grid.stop) return;
+        const Window w(p, grid.height, grid.width, 2 * grid.radius + 1);
+        position = static_cast<int>(p);
+        top = static_cast<int>(w.top);
+        left = static_cast<int>(w.left);
+        width = static_cast<int>(w.right - w.left);
+        size = static_cast<int>(w.size());
+    }
 };
 
 struct Shared {
@@ -49,28 +61,43 @@ struct Shared {
         float deviations[kPatch][kDepth][kSlots];
         float tiles[2][kRows][kStride];
     };
-    Neighbors windows[kPatch];
-    float mean[kPatch][kSlots];
-    float root[kPatch][kDepth];
+    Clipped windows[kPatch];
+    int64_t total[kPatch];  // samples in the window
+    // Of each window, kDepth neighbours at a time.
+    int64_t count[kPatch][kDepth];
     int neighbor[kPatch][kDepth];
+    float weight[kPatch][kDepth], root[kPatch][kDepth];
 };
 
-__device__ Neighbors find_neighbors(const Grid& grid, int y, int x,
-                                    const int64_t* __restrict__ count) {
-    const int64_t p = int64_t{y} * grid.width + x;
-    if (x >= grid.width || p < grid.start || p >= grid.stop) return {};
-    const Window w(p, grid.height, grid.width, 2 * grid.radius + 1);
-    int64_t n = 0;
-    for (int64_t row = w.top; row < w.bottom; ++row)
-        for (int64_t q = row * grid.width + w.left; q < row * grid.width + w.right; ++q)
-            n += count[q];
-    return {static_cast<int>(p),
-            static_cast<int>(w.top),
-            static_cast<int>(w.left),
-            static_cast<int>(w.right - w.left),
-            static_cast<int>(w.size()),
-            static_cast<float>(n),
-            1.0f / static_cast<float>(n - 1)};
+// By all threads of the block; the barrier is the caller's.
+__device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* __restrict__ count,
+                                               int first, Shared& shared) {
+    if (threadIdx.x >= kPatch * kDepth) return;
+    const int k = threadIdx.x / kDepth, d = threadIdx.x % kDepth, i = first + d;
+    const Clipped& w = shared.windows[k];
+    const bool inside = i < w.size;
+    // Where there is no neighbour, the position itself, weighing nothing.
+    const int q = inside ? (w.top + i / w.width) * grid.width + w.left + i % w.width : w.position;
+    const int64_t n = inside ? count[q] : 0;
+    shared.neighbor[k][d] = q;
+    shared.count[k][d] = n;
+    shared.weight[k][d] = static_cast<float>(n);
+    shared.root[k][d] = sqrtf(static_cast<float>(n));
+}
+
+// A tile, its row 0 and column 0 at these channels, to its place and its mirror image.
+__device__ __forceinline__ void write_tile(const float (&tile)[kRows][kStride], int top, int left,
+                                           int channels, float* __restrict__ dense) {
+    const auto write = [&](int r, int c, bool mirror) {
+        const int to = top + r, from = left + c;
+        if (from < 0 || from + mirror > to || to >= channels) return;
+        dense[mirror ? int64_t{from} * channels + to : int64_t{to} * channels + from] = tile[r][c];
+    };
+    const int t = threadIdx.x;
+#pragma unroll 4
+    for (int r = t / kColumns; r < kRows; r += kThreads / kColumns) write(r, t % kColumns, false);
+#pragma unroll 4
+    for (int c = t / kRows; c < kColumns; c += kThreads / kRows) write(t % kRows, c, true);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -82,40 +109,55 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int channels = grid.channels, pad = static_cast<int>(layout.pad);
     const int top = static_cast<int>(blockIdx.y) * kRows;
     const int left = static_cast<int>(blockIdx.z) * kColumns;
-    if (left >= top + kRows) return;      // above the diagonal
-    const auto channel = [&](int slot) {  // of a row or column of the tile
-        return (slot < kRows ? top + slot : left + slot - kRows) - pad;
-    };
-
+    if (left >= top + kRows) return;  // above the diagonal
     const int across = static_cast<int>(ceil_div(grid.width, kPatchColumns));
     const int y0 = grid.start / grid.width + static_cast<int>(blockIdx.x) / across * kPatchRows;
     const int x0 = static_cast<int>(blockIdx.x) % across * kPatchColumns;
     if (threadIdx.x < kPatch) {
         const int k = threadIdx.x;
-        shared.windows[k] =
-            find_neighbors(grid, y0 + k / kPatchColumns, x0 + k % kPatchColumns, count);
+        shared.windows[k] = Clipped(grid, y0 + k / kPatchColumns, x0 + k % kPatchColumns);
+        shared.total[k] = 0;
     }
     __syncthreads();
     int largest = 0;
     for (int k = 0; k < kPatch; ++k) largest = max(largest, shared.windows[k].size);
     if (largest == 0) return;
 
-    for (int i = threadIdx.x; i < kPatch * kSlots; i += kThreads) {
-        const int k = i / kSlots, slot = i % kSlots, c = channel(slot);
-        const Neighbors& w = shared.windows[k];
-        float mu = 0;
-        if (w.size > 0 && c >= 0 && c < channels) {
-            int64_t row = int64_t{w.top} * grid.width + w.left;
-            const float origin = mean[row * channels + c];
-            float sum = 0;
-            for (int left_over = w.size; left_over > 0; left_over -= w.width, row += grid.width)
-                for (int64_t q = row; q < row + w.width; ++q)
-                    sum = fmaf(static_cast<float>(count[q]), mean[q * channels + c] - origin, sum);
-            mu = origin + sum / w.count;
-            if (left == 0 && slot < kRows)
-                window_mean[int64_t{w.position - grid.start} * channels + c] = mu;
+    // Means: of each position's rows and columns of the tile, this thread finds every kThreads-th.
+    const auto own = [&](int j, int& k, int& slot) {  // returns the channel, or -1
+        k = (threadIdx.x + j * kThreads) / kSlots;
+        slot = (threadIdx.x + j * kThreads) % kSlots;
+        const int c = (slot < kRows ? top + slot : left + slot - kRows) - pad;
+        return c < channels ? c : -1;
+    };
+    float origin[kMeans] = {}, mu[kMeans] = {};
+    for (int first = 0; first < largest; first += kDepth) {
+        find_neighbors(grid, count, first, shared);
+        __syncthreads();
+        if (threadIdx.x < kPatch)
+            for (int d = 0; d < kDepth; ++d)
+                shared.total[threadIdx.x] += shared.count[threadIdx.x][d];
+#pragma unroll
+        for (int j = 0; j < kMeans; ++j) {
+            int k, slot;
+            const int c = own(j, k, slot);
+            if (c < 0) continue;
+            if (first == 0) origin[j] = mean[int64_t{shared.neighbor[k][0]} * channels + c];
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                const float m = mean[int64_t{shared.neighbor[k][d]} * channels + c];
+                mu[j] = fmaf(shared.weight[k][d], m - origin[j], mu[j]);
+            }
         }
-        shared.mean[k][slot] = mu;
+        __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < kMeans; ++j) {
+        int k, slot;
+        const int c = own(j, k, slot);
+        mu[j] = origin[j] + mu[j] / static_cast<float>(shared.total[k]);
+        if (left == 0 && slot < kRows && c >= 0 && shared.windows[k].size > 0)
+            window_mean[int64_t{shared.windows[k].position - grid.start} * channels + c] = mu[j];
     }
 
     // This thread owns rows r .. r + 3 in columns c and c + 16, of each position.
@@ -165,30 +207,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
     for (int first = 0; first < largest; first += kDepth) {
         const int depth = min(largest - first, kDepth);
-        if (threadIdx.x < kPatch * kDepth) {
-            const int k = threadIdx.x / kDepth, d = threadIdx.x % kDepth, i = first + d;
-            const Neighbors& w = shared.windows[k];
-            const bool inside = i < w.size;
-            // Where there is no neighbour, the position itself, weighing nothing.
-            const int q =
-                inside ? (w.top + i / w.width) * grid.width + w.left + i % w.width : w.position;
-            shared.neighbor[k][d] = q;
-            shared.root[k][d] = inside ? sqrtf(static_cast<float>(count[q])) : 0.0f;
+        if (largest > kDepth) {
+            find_neighbors(grid, count, first, shared);
+            __syncthreads();
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < kPatch * depth * kSlots; i += kThreads) {
-            const int slot = i % kSlots, k = i / kSlots % kPatch, d = i / kSlots / kPatch;
-            const int c = channel(slot);
-            float deviation = 0;
-            if (c >= 0 && c < channels)
-                deviation =
-                    shared.root[k][d] *
-                    (mean[int64_t{shared.neighbor[k][d]} * channels + c] - shared.mean[k][slot]);
-            shared.deviations[k][d][slot] = deviation;
+#pragma unroll
+        for (int j = 0; j < kMeans; ++j) {
+            int k, slot;
+            const int c = own(j, k, slot);
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                const float m = c < 0 ? mu[j] : mean[int64_t{shared.neighbor[k][d]} * channels + c];
+                shared.deviations[k][d][slot] = shared.root[k][d] * (m - mu[j]);
+            }
         }
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < kPatch; ++k)
+#pragma unroll 3
             for (int d = 0; d < depth; ++d) {
                 const float* at = shared.deviations[k][d];
                 const float4 a = load<float4>(at + row);
@@ -206,25 +242,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #pragma unroll
     for (int k = 0; k < kPatch; ++k) {
-        const Neighbors& w = shared.windows[k];
+        const Clipped& w = shared.windows[k];
+        const float scale = 1.0f / static_cast<float>(shared.total[k] - 1);
         auto& tile = shared.tiles[k % 2];  // the other one may still be read
 #pragma unroll
         for (int e = 0; e < 2; ++e)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) tile[row + i][column + 16 * e] = w.scale * sum[k][e][i];
+            for (int i = 0; i < 4; ++i) tile[row + i][column + 16 * e] = scale * sum[k][e][i];
         __syncthreads();
-        if (w.size == 0) continue;
-        float* dense = covariance + int64_t{w.position - grid.start} * channels * channels;
-        for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
-            const int r = i / kColumns, c = i % kColumns;
-            const int64_t to = top + r - pad, from = left + c - pad;
-            if (from >= 0 && from <= to && to < channels) dense[to * channels + from] = tile[r][c];
-        }
-        for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
-            const int r = i % kRows, c = i / kRows;
-            const int64_t to = top + r - pad, from = left + c - pad;
-            if (from >= 0 && from < to && to < channels) dense[from * channels + to] = tile[r][c];
-        }
+        if (w.size > 0)
+            write_tile(tile, top - pad, left - pad, channels,
+                       covariance + int64_t{w.position - grid.start} * channels * channels);
     }
 }
 
