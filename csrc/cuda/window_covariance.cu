@@ -215,11 +215,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
             const int c = own(j, k, slot);
+            float deviation[kDepth];  // all loads before the first store
 #pragma unroll
             for (int d = 0; d < kDepth; ++d) {
                 const float m = c < 0 ? mu[j] : mean[int64_t{shared.neighbor[k][d]} * channels + c];
-                shared.deviations[k][d][slot] = shared.root[k][d] * (m - mu[j]);
+                deviation[d] = shared.root[k][d] * (m - mu[j]);
             }
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) shared.deviations[k][d][slot] = deviation[d];
         }
         __syncthreads();
 #pragma unroll
