@@ -107,27 +107,23 @@ struct Problem {
     Record* records;
 };
 
-// Starts the copies of a slice of both matrices and of the mean. Rows past the end repeat the last,
-// channels past the end are zero.
+// Starts the copies of a slice of kTile rows of a matrix (rows, channels). Rows past the end repeat
+// the last, channels past the end are zero.
 template <int kBytes>
-__device__ __forceinline__ void copy_slice(const Problem& p, int64_t row, int64_t column,
-                                           int64_t channel, float* slice) {
+__device__ __forceinline__ void copy_rows(const float* matrix, int64_t rows, int64_t channels,
+                                          int64_t row, int64_t channel, float* slice) {
     constexpr int kWidth = kBytes / sizeof(float), kPieces = kDepth / kWidth;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 2 * kTile * kPieces; i += kThreads) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
         const int r = i / kPieces, c = i % kPieces * kWidth;
         float* to = slice + r * kStride + c;
-        if (channel + c < p.channels) {
-            const bool of_x = r < kTile;
-            const int64_t from = of_x ? row + r : column + r - kTile, last = (of_x ? p.n : p.k) - 1;
-            const float* matrix = of_x ? p.x : p.centroids;
-            cp_async<kBytes>(to, matrix + (from < last ? from : last) * p.channels + channel + c);
+        if (channel + c < channels) {
+            const int64_t from = row + r < rows ? row + r : rows - 1;
+            cp_async<kBytes>(to, matrix + from * channels + channel + c);
         } else {
             for (int j = 0; j < kWidth; ++j) to[j] = 0;
         }
     }
-    if (threadIdx.x < kDepth)
-        cp_async<4>(slice + 2 * kTile * kStride + threadIdx.x, p.mean + channel + threadIdx.x);
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -209,9 +205,16 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
 
     const int slices = static_cast<int>(ceil_div(p.channels, kDepth));
     const auto start = [&](int s) {
-        if (s < slices)
-            copy_slice<kBytes>(p, row, column, int64_t{s} * kDepth,
-                               shared + s % kSlices * kSliceFloats);
+        float* slice = shared + s % kSlices * kSliceFloats;
+        const int64_t channel = int64_t{s} * kDepth;
+        if (s < slices) {
+            copy_rows<kBytes>(p.x, p.n, p.channels, row, channel, slice);
+            copy_rows<kBytes>(p.centroids, p.k, p.channels, column, channel,
+                              slice + kTile * kStride);
+            if (threadIdx.x < kDepth)
+                cp_async<4>(slice + 2 * kTile * kStride + threadIdx.x,
+                            p.mean + channel + threadIdx.x);
+        }
         cp_async_commit();
     };
     Sums sum = {};
