@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -40,10 +41,83 @@ bool step(void* user, int64_t done, int64_t total) {
     return result != nullptr;
 }
 
+#if defined(NPAD_HAS_CUDA)
+namespace cuda = npad::cuda;
+
+// Runs a launcher on a device without the GIL; its error becomes a RuntimeError that names the op.
+template <class Launcher, class... Arguments>
+void launch(const char* op, int device, Launcher* launcher, Arguments... arguments) {
+    int error;
+    {
+        const py::gil_scoped_release release;
+        error = cuda::set_device(device);
+        if (error == 0) error = launcher(arguments...);
+    }
+    if (error != 0)
+        throw std::runtime_error(std::string("npad.") + op + ": " + cuda::error_name(error) + ": " +
+                                 cuda::error_text(error));
+}
+
+void define_cuda(py::module_ m) {
+    using cuda::Stream;
+    m.doc() = "CUDA kernels. Addresses are on the device, which is current; streams are the caller's.";
+    m.attr("architectures") = NPAD_CUDA_ARCHITECTURES;
+    m.def("runtime_version", cuda::runtime_version);
+    m.def("driver_version", cuda::driver_version);
+
+    m.def("neighborhood_moments",
+          [](int device, uintptr_t x, int64_t batch, int64_t positions, int64_t channels,
+             uintptr_t count, uintptr_t mean, uintptr_t scatter, uintptr_t stream) {
+              launch("neighborhood_moments", device, cuda::neighborhood_moments, pointer<float>(x),
+                     batch, positions, channels, pointer<int64_t>(count), pointer<float>(mean),
+                     pointer<float>(scatter), reinterpret_cast<Stream>(stream));
+          });
+    m.def("window_covariance",
+          [](int device, uintptr_t count, uintptr_t mean, uintptr_t scatter, int64_t height,
+             int64_t width, int64_t channels, int64_t window, int64_t start, int64_t stop,
+             uintptr_t window_mean, uintptr_t covariance, uintptr_t stream) {
+              launch("window_covariance", device, cuda::window_covariance, pointer<int64_t>(count),
+                     pointer<float>(mean), pointer<float>(scatter), height, width, channels, window,
+                     start, stop, pointer<float>(window_mean), pointer<float>(covariance),
+                     reinterpret_cast<Stream>(stream));
+          });
+    m.def("pack_factor", [](int device, uintptr_t factor, int64_t count, int64_t channels,
+                            uintptr_t packed, FactorType type, uintptr_t stream) {
+        launch("pack_factor", device, cuda::pack_factor, pointer<float>(factor), count, channels,
+               pointer<void>(packed), type, reinterpret_cast<Stream>(stream));
+    });
+    m.def("mahalanobis", [](int device, uintptr_t x, int64_t batch, int64_t height, int64_t width,
+                            int64_t channels, uintptr_t mean, uintptr_t factor, FactorType type,
+                            int64_t window, uintptr_t distance, uintptr_t stream) {
+        launch("mahalanobis", device, cuda::mahalanobis, pointer<float>(x), batch, height, width,
+               channels, pointer<float>(mean), pointer<void>(factor), type, window,
+               pointer<float>(distance), reinterpret_cast<Stream>(stream));
+    });
+    m.def("nearest_centroid_workspace", cuda::nearest_centroid_workspace);
+    m.def("nearest_centroid",
+          [](int device, uintptr_t x, int64_t n, uintptr_t centroids, int64_t k, int64_t channels,
+             uintptr_t workspace, uintptr_t distance, uintptr_t index, uintptr_t stream) {
+              launch("nearest_centroid", device, cuda::nearest_centroid, pointer<float>(x), n,
+                     pointer<float>(centroids), k, channels, pointer<void>(workspace),
+                     pointer<float>(distance), pointer<int64_t>(index),
+                     reinterpret_cast<Stream>(stream));
+          });
+    m.def("farthest_first_workspace", cuda::farthest_first_workspace);
+    m.def("farthest_first",
+          [](int device, uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids,
+             int64_t first, uintptr_t workspace, uintptr_t index, uintptr_t radius,
+             uintptr_t stream) {
+              launch("farthest_first", device, cuda::farthest_first, pointer<float>(points), n, dim,
+                     n_centroids, first, pointer<void>(workspace), pointer<int64_t>(index),
+                     pointer<float>(radius), reinterpret_cast<Stream>(stream));
+          });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "CPU kernels of npad. Use npad.ops: nothing is checked here.";
+    m.doc() = "Kernels of npad. Use npad.ops: nothing is checked here.";
 
     m.def("isas", [] {
         std::vector<std::string> names;
@@ -123,4 +197,7 @@ PYBIND11_MODULE(_core, m) {
               }
               if (!finished) throw py::error_already_set();
           });
+#if defined(NPAD_HAS_CUDA)
+    define_cuda(m.def_submodule("cuda"));
+#endif
 }

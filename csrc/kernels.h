@@ -78,6 +78,12 @@ namespace cuda {
 
 using Stream = struct CUstream_st*;
 
+int set_device(int device);
+const char* error_name(int error);
+const char* error_text(int error);
+int runtime_version();
+int driver_version();
+
 int neighborhood_moments(const float* x, int64_t batch, int64_t positions, int64_t channels,
                          int64_t* count, float* mean, float* scatter, Stream stream);
 

@@ -136,3 +136,6 @@ def register() -> None:
 
 
 register()
+
+# After the CPU kernels, whose module it takes from here.
+from npad import _native_cuda  # noqa: E402, F401

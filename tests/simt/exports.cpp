@@ -7,7 +7,10 @@ namespace npad::cuda {
 
 SIMT_EXPORT(farthest_first)
 SIMT_EXPORT(farthest_first_workspace)
+SIMT_EXPORT(mahalanobis)
 SIMT_EXPORT(nearest_centroid)
 SIMT_EXPORT(nearest_centroid_workspace)
+SIMT_EXPORT(neighborhood_moments)
+SIMT_EXPORT(pack_factor)
 
 }  // namespace npad::cuda

@@ -1,0 +1,23 @@
+# The CUDA kernels: one static library with the runtime in it, so that the module loads where there is
+# no driver. A developer names one architecture: -DCMAKE_CUDA_ARCHITECTURES=90.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(npad_all_architectures ON)
+endif()
+enable_language(CUDA)
+if(npad_all_architectures)
+  # Machine code for each, and PTX of the newest for what comes after it.
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90)
+  endif()
+endif()
+message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+
+add_library(npad_cuda STATIC ${NPAD_CUDA_KERNELS} csrc/cuda/runtime.cu)
+set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
+                                           CUDA_RUNTIME_LIBRARY Static)
+target_include_directories(npad_cuda PRIVATE csrc)
+target_compile_options(npad_cuda PRIVATE -Werror all-warnings "-Xcompiler=-Wall,-Wextra")
+target_compile_definitions(
+  npad_cuda INTERFACE NPAD_HAS_CUDA NPAD_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")

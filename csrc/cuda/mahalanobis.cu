@@ -1,0 +1,361 @@
+// Distance of each embedding to the nearest Gaussian of its window:
+//
+//   distance[n, p] = min over q in window(p) of || W_q (x[n, p] - mean_q) ||
+//
+// Windows are symmetric: a block owns one q and up to 32 of the batch * |window(q)| embeddings that
+// have q in their window, and holds z = x - mean_q of them in shared memory. It streams the packed
+// W_q from memory straight into the fragments of TF32 matrix instructions and adds the squares of
+// W_q z. Blocks that share a q are neighbours in the grid, so W_q leaves device memory about once:
+// C (C + 1) / 2 factor elements per position, which bounds small batches; large ones are bound by
+// C^2 flops per embedding, twice over for 16-bit factors and three times for float32.
+//
+// Precision. 16-bit factors are exact in TF32; z = hi + lo, and W z = W lo + W hi. Float32 factors
+// are split the same way: lo hi + hi lo + hi hi. Matrix instructions round their sums towards zero,
+// so each covers 8 or 16 columns at most, and these are added in float32.
+//
+// Order. The row sums run over columns upwards, the squares over a warp's rows, over lanes, over
+// warps. None of it depends on the batch, on the window, or on timing: the distance of an embedding
+// to a Gaussian has the same bits in any batch. The minimum is atomic, on integers that order like
+// the distances, in the distance buffer itself; window 1 needs none.
+#include "device_utils.cuh"
+#include "kernels.h"
+#include "window.h"
+
+namespace npad::cuda {
+
+namespace {
+
+constexpr int kMaxWarps = 6;  // two such blocks on a processor leave 168 registers per thread
+constexpr int kMaxTiles = 4;  // of 8 embeddings each: 64 sums per thread
+constexpr int kGroup = 8;     // panels per warp at a time, 64 rows: see multiply()
+constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor per warp and step
+
+// Steps that a warp has in flight. Sums take the registers of more where there are many; there are
+// more flops to hide the latency behind then.
+template <int kTiles>
+constexpr int kDepth = kTiles <= 2 ? 2 : 1;
+
+// Columns in a step of T: one or two times the depth of a matrix instruction.
+template <typename T>
+constexpr int kSlices = sizeof(T) == 4 ? 1 : 2;
+template <typename T>
+constexpr int kColumns = 8 * kSlices<T>;
+
+// Squared distances as integers whose order is NaN < 0 < ... < infinity < not yet written: one
+// minimum then finds the nearest Gaussian and lets NaN through.
+__device__ __forceinline__ unsigned encode(float squared) {
+    return squared != squared ? 0 : __float_as_uint(squared) + 1;
+}
+__device__ __forceinline__ float decode(unsigned key) {
+    return __uint_as_float(key == 0 ? 0x7fc00000 : key - 1);
+}
+
+// How C is cut. Columns are counted from `pad` before the first, so that panel p ends at column
+// 8 (p + 1); groups are counted so that the first is the short one. Both cost least there.
+struct Shape {
+    int panels, pad, groups, missing;  // panels that the first group lacks
+    int warps;                         // two groups each, or a larger even number
+    int stride;  // floats per z: the columns of all steps, and 4 that spread 8 rows over all banks
+
+    __host__ __device__ explicit Shape(int64_t channels) {
+        panels = static_cast<int>(PackedLayout(channels).panels);
+        pad = static_cast<int>(PackedLayout(channels).pad);
+        groups = static_cast<int>(ceil_div(panels, kGroup));
+        missing = groups * kGroup - panels;
+        warps = static_cast<int>(ceil_div(groups, 2 * ceil_div(groups, 2 * kMaxWarps)));
+        stride = static_cast<int>(ceil_div(panels, 2)) * 16 + 4;
+    }
+};
+
+// The group that a warp works on in a round, negative at the end: largest first, in alternating
+// direction, so that warps get the same bytes.
+__device__ __forceinline__ int group_of(const Shape& shape, int warp, int round) {
+    const int turn = round % 2 ? shape.warps - 1 - warp : warp;
+    return shape.groups - 1 - (round * shape.warps + turn);
+}
+
+// Steps to the end of a group's last panel.
+template <typename T>
+__device__ __forceinline__ int steps_of(const Shape& shape, int group) {
+    return group < 0 ? 0 : ((group + 1) * kGroup - shape.missing + kSlices<T> - 1) / kSlices<T>;
+}
+
+// Reads a warp's groups of W, each from its first column to its last. In a step, lane l gets
+// columns t and t + 4 of each slice of panel g of the group, where g = l / 4 and t = l % 4: four
+// lanes read 64 bytes in a row or more. Where the panel has no such column it gets zeros.
+template <typename T>
+class Reader {
+  public:
+    __device__ Reader(const Shape& shape, const T* factor, int warp)
+        : shape_(shape), factor_(factor), warp_(warp) {
+        open();
+    }
+
+    __device__ __forceinline__ void load(uint4 (&words)[kLoads]) {
+        if (left_ == 0) return;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const bool stored = static_cast<unsigned>(column_ + i / kParts * 4) < columns_;
+            words[i] = stored ? load_once<uint4>(source_ + (i / kParts * 32 + i % kParts * 4))
+                              : make_uint4(0, 0, 0, 0);
+        }
+        column_ += kColumns<T>;
+        source_ += kColumns<T> * kPanel;
+        if (--left_ > 0) return;
+        ++round_;
+        open();
+    }
+
+  private:
+    static constexpr int kParts = kLoads / (2 * kSlices<T>);  // of 16 bytes in one column
+
+    __device__ __forceinline__ void open() {
+        const int group = group_of(shape_, warp_, round_), lane = threadIdx.x % kWarp;
+        const int p = group * kGroup - shape_.missing + lane / 4;
+        left_ = steps_of<T>(shape_, group);
+        columns_ = static_cast<unsigned>(max(8 * (p + 1) - shape_.pad, 0));
+        column_ = lane % 4 - shape_.pad;
+        source_ = factor_ + 8 * p * (4 * (p + 1) - shape_.pad) + column_ * 8;
+    }
+
+    const Shape& shape_;
+    const T* factor_;
+    int warp_, round_ = 0, left_;
+    unsigned columns_;
+    int column_;  // of the panel; what is negative or too large is not stored
+    const T* source_;
+};
+
+// The 8 rows of column i of a step.
+template <typename T>
+__device__ __forceinline__ void widen(const uint4 (&words)[kLoads], int i, float (&rows)[8]) {
+    if constexpr (std::is_same_v<T, float>) {
+        const uint4 a = words[2 * i], b = words[2 * i + 1];
+        const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int r = 0; r < 8; ++r) rows[r] = __uint_as_float(bits[r]);
+    } else {
+        const uint32_t bits[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const float2 two = unpack<T>(bits[r]);
+            rows[2 * r] = two.x;
+            rows[2 * r + 1] = two.y;
+        }
+    }
+}
+
+// sums[tile][m] += W z over one step; `words` get the step that comes into flight. Which rows of W
+// make up the 16 rows of an instruction is free, since their squares are added in the end: rows g
+// and g + 8 of instruction m are rows 2 m and 2 m + 1 of panel g, so that a thread feeds four
+// instructions with the columns it has loaded.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& reader,
+                                         const float* const (&z)[kTiles], int column,
+                                         float (&sums)[kTiles][4][4]) {
+    constexpr bool kSplit = std::is_same_v<T, float>;
+    uint32_t hi[kSlices<T>][4][4], lo[kSplit ? kSlices<T> : 1][4][4];
+#pragma unroll
+    for (int i = 0; i < 2 * kSlices<T>; ++i) {
+        float rows[8];
+        widen<T>(words, i, rows);
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+            uint32_t& a = hi[i / 2][r / 2][i % 2 * 2 + r % 2];
+            if constexpr (kSplit)
+                split_tf32(rows[r], a, lo[i / 2][r / 2][i % 2 * 2 + r % 2]);
+            else
+                a = __float_as_uint(rows[r]);
+        }
+    }
+    reader.load(words);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t z_hi[kSlices<T>][2], z_lo[kSlices<T>][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kSlices<T>; ++i)
+            split_tf32(z[tile][column + 4 * i], z_hi[i / 2][i % 2], z_lo[i / 2][i % 2]);
+        float product[4][4] = {};
+        const auto add = [&](const auto& a, const auto& b) {
+#pragma unroll
+            for (int s = 0; s < kSlices<T>; ++s)
+#pragma unroll
+                for (int m = 0; m < 4; ++m) mma<Tf32>(product[m], a[s][m], b[s]);
+        };
+        if constexpr (kSplit) add(lo, z_hi);
+        add(hi, z_lo);
+        add(hi, z_hi);
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[m][i];
+    }
+}
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
+    mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
+                       int64_t channels, const float* __restrict__ mean,
+                       const T* __restrict__ factor, int64_t window, int64_t chunks, int held,
+                       float* __restrict__ distance) {
+    __shared__ int64_t owner[kMaxTiles * 8];
+    __shared__ float partial[kMaxWarps][kMaxTiles * 8];
+    float* z = dynamic_shared<float>();  // (held, stride)
+    const Shape shape(channels);
+    const int64_t q = blockIdx.x / chunks, first = blockIdx.x % chunks * held;
+    const int64_t positions = height * width;
+    const int thread = threadIdx.x, threads = shape.warps * kWarp;
+
+    const Window near(q, height, width, window);
+    const int64_t rest = batch * near.size() - first;
+    if (rest <= 0) return;  // windows are clipped at the border
+    const int count = static_cast<int>(rest < held ? rest : held);
+    if (thread < count) {
+        const int64_t n = (first + thread) / near.size(), i = (first + thread) % near.size();
+        const int64_t row = i / (near.right - near.left), col = i % (near.right - near.left);
+        owner[thread] = n * positions + (near.top + row) * width + near.left + col;
+    }
+
+    // The factor is on its way before anything waits. The shuffle tells the compiler that the whole
+    // warp takes the same turns.
+    const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
+    const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
+    Reader<T> reader(shape, factor + q * PackedLayout(channels).size(), warp);
+    uint4 ring[kDepth<kTiles>][kLoads] = {};
+#pragma unroll
+    for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
+
+    // z: copies that take no registers, so that all are in flight at once; then each thread
+    // subtracts the mean from what it has copied.
+    __syncthreads();
+    const auto stored = [&](int column) {
+        return column >= shape.pad && column - shape.pad < channels;
+    };
+    for (int e = 0; e < count; ++e) {
+        const float* source = x + owner[e] * channels - shape.pad;
+        for (int column = thread; column < shape.stride - 4; column += threads)
+            if (stored(column)) cp_async<4>(z + e * shape.stride + column, source + column);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    for (int column = thread; column < shape.stride - 4; column += threads) {
+        const float mean_c = stored(column) ? mean[q * channels + column - shape.pad] : 0;
+        for (int e = 0; e < count; ++e) {
+            float& value = z[e * shape.stride + column];
+            value = stored(column) ? value - mean_c : 0;
+        }
+    }
+    __syncthreads();
+
+    const float* z_tile[kTiles];  // embeddings that are not there repeat the last one
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+        z_tile[tile] = z + min(tile * 8 + g, count - 1) * shape.stride + t;
+    float sums[kTiles][4][4] = {}, squares[kTiles][2] = {};
+    int round = 0, column = 0, left = steps_of<T>(shape, group_of(shape, warp, 0));
+    while (left > 0) {
+#pragma unroll
+        for (int d = 0; d < kDepth<kTiles>; ++d) {
+            if (left == 0) break;
+            multiply<T, kTiles>(ring[d], reader, z_tile, column, sums);
+            column += kColumns<T>;
+            if (--left > 0) continue;
+#pragma unroll
+            for (int i = 0; i < kTiles * 16; ++i) {
+                float& sum = sums[i / 16][i / 4 % 4][i % 4];
+                squares[i / 16][i % 2] = fmaf(sum, sum, squares[i / 16][i % 2]);
+                sum = 0;
+            }
+            column = 0;
+            left = steps_of<T>(shape, group_of(shape, warp, ++round));
+        }
+    }
+
+    // Lanes of equal t hold rows of the same two embeddings.
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float sum = squares[tile][i];
+#pragma unroll
+            for (int distance = 4; distance < kWarp; distance *= 2)
+                sum += __shfl_xor_sync(kAllLanes, sum, distance);
+            if (g == 0) partial[warp][tile * 8 + 2 * t + i] = sum;
+        }
+    __syncthreads();
+    if (thread < count) {
+        float sum = 0;
+        for (int w = 0; w < shape.warps; ++w) sum += partial[w][thread];
+        float* target = distance + owner[thread];
+        if (window == 1)
+            *target = sqrtf(sum);
+        else
+            atomicMin(reinterpret_cast<unsigned*>(target), encode(sum));
+    }
+}
+
+constexpr int kDecodeThreads = 256;
+
+__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(float* distance, int64_t n) {
+    const int64_t i = int64_t{blockIdx.x} * kDecodeThreads + threadIdx.x;
+    if (i < n) distance[i] = sqrtf(decode(__float_as_uint(distance[i])));
+}
+
+template <typename T>
+cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                const float* mean, const void* factor, int64_t window, float* distance,
+                cudaStream_t stream) {
+    const int64_t positions = height * width, n = batch * positions;
+    if (n == 0) return cudaSuccess;
+    int device = 0, shared = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+
+    // As many embeddings to a block as leave room for a second one, dealt out evenly.
+    const Shape shape(channels);
+    const int64_t row_bytes = shape.stride * static_cast<int64_t>(sizeof(float));
+    const int64_t most = batch * min(window, height) * min(window, width);
+    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, shared / 2 / row_bytes));
+    const int64_t chunks = ceil_div(most, room), held = ceil_div(most, chunks);
+    const int64_t blocks = positions * chunks, decoders = ceil_div(n, kDecodeThreads);
+    if (blocks > INT32_MAX || decoders > INT32_MAX) return cudaErrorInvalidConfiguration;
+
+    using Kernel = void (*)(const float*, int64_t, int64_t, int64_t, int64_t, const float*,
+                            const T*, int64_t, int64_t, int, float*);
+    static constexpr Kernel kKernels[kMaxTiles] = {
+        mahalanobis_kernel<T, 1>, mahalanobis_kernel<T, 2>, mahalanobis_kernel<T, 3>,
+        mahalanobis_kernel<T, 4>};
+    if (window > 1) error = cudaMemsetAsync(distance, 0xff, n * sizeof(float), stream);
+    if (error == cudaSuccess)
+        error =
+            launch(kKernels[(held - 1) / 8], static_cast<unsigned>(blocks), shape.warps * kWarp,
+                   held * row_bytes, stream, x, batch, height, width, channels, mean,
+                   static_cast<const T*>(factor), window, chunks, static_cast<int>(held), distance);
+    if (error == cudaSuccess && window > 1)
+        error = launch(decode_kernel, static_cast<unsigned>(decoders), kDecodeThreads, 0, stream,
+                       distance, n);
+    return error;
+}
+
+}  // namespace
+
+int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                const float* mean, const void* factor, FactorType type, int64_t window,
+                float* distance, Stream stream) {
+    switch (type) {
+        case FactorType::kFloat32:
+            return run<float>(x, batch, height, width, channels, mean, factor, window, distance,
+                              stream);
+        case FactorType::kFloat16:
+            return run<__half>(x, batch, height, width, channels, mean, factor, window, distance,
+                               stream);
+        case FactorType::kBFloat16:
+            return run<__nv_bfloat16>(x, batch, height, width, channels, mean, factor, window,
+                                      distance, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace npad::cuda

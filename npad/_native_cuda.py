@@ -1,0 +1,139 @@
+"""Registers the CUDA kernels of the extension for the ops, where it has them and a driver runs them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npad._native import core
+from npad.reference import packed_size
+
+cuda: Any = getattr(core, "cuda", None)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def _run(op: str, x: Tensor, *arguments: Tensor | object) -> None:
+    """Launch on the device of x and the stream that is current there; tensors become addresses."""
+    with torch.cuda.device(x.device):
+        getattr(cuda, op)(
+            x.device.index,
+            *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _type(dtype: torch.dtype) -> object:
+    return getattr(core.FactorType, str(dtype).removeprefix("torch."))
+
+
+def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+    x = _dense(x)
+    _run("neighborhood_moments", x, x, len(x), len(count), x.shape[3], count, mean, scatter)
+
+
+def window_covariance(
+    count: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+    grid: list[int],
+    window: int,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    count, mean, scatter = count.contiguous(), mean.contiguous(), scatter.contiguous()
+    channels = mean.shape[1]
+    window_mean = mean.new_empty(stop - start, channels)
+    covariance = mean.new_empty(stop - start, channels, channels)
+    _run(
+        "window_covariance", mean, count, mean, scatter, *grid, channels, window, start, stop,
+        window_mean, covariance,
+    )  # fmt: skip
+    return window_mean, covariance
+
+
+def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    factor = factor.contiguous()
+    channels = factor.shape[1]
+    packed = factor.new_empty(len(factor), packed_size(channels), dtype=dtype)
+    _run("pack_factor", factor, factor, len(factor), channels, packed, _type(dtype))
+    return packed
+
+
+def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The library's batched Cholesky and triangular solve; the packing is ours."""
+    lower, info = torch.linalg.cholesky_ex(covariance)
+    identity = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+    packed = pack_factor(torch.linalg.solve_triangular(lower, identity, upper=False), dtype)
+    return packed.masked_fill_((info != 0)[:, None], torch.nan), info
+
+
+def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
+    x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
+    distance = x.new_empty(x.shape[:3])
+    _run(
+        "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, _type(factor.dtype), window,
+        distance,
+    )  # fmt: skip
+    return distance
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    x, centroids = x.contiguous(), centroids.contiguous()
+    sizes = len(x), len(centroids), x.shape[1]
+    workspace = x.new_empty(cuda.nearest_centroid_workspace(*sizes), dtype=torch.uint8)
+    distance, index = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
+    _run(
+        "nearest_centroid", x, x, len(x), centroids, len(centroids), x.shape[1], workspace,
+        distance, index,
+    )  # fmt: skip
+    return distance, index
+
+
+def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
+    points = points.contiguous()
+    workspace = points.new_empty(cuda.farthest_first_workspace(*points.shape), dtype=torch.uint8)
+    index, radius = points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
+    _run(
+        "farthest_first", points, points, *points.shape, n_centroids, first, workspace, index,
+        radius,
+    )  # fmt: skip
+    return index, radius
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def register() -> None:
+    """Register the CUDA kernels with PyTorch, unless the driver is too old for them."""
+    if cuda is None or cuda.driver_version() == 0:
+        return
+    driver, runtime = cuda.driver_version(), cuda.runtime_version()
+    if driver // 1000 < runtime // 1000:
+        warnings.warn(
+            f"npad: its CUDA kernels need a driver for CUDA {_version(runtime)}, this one is for "
+            f"{_version(driver)}; on the GPU the slower PyTorch reference runs, the CPU is not "
+            "affected. Update the driver, or build npad with an older nvcc",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    for kernel in (
+        neighborhood_moments,
+        window_covariance,
+        pack_factor,
+        inverse_cholesky,
+        mahalanobis,
+        nearest_centroid,
+        farthest_first,
+    ):
+        torch.library.impl(f"npad::{kernel.__name__}", "CUDA", kernel)
+
+
+register()

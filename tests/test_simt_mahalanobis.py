@@ -1,0 +1,108 @@
+"""mahalanobis' CUDA kernel, run on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from fitted import gaussians
+from simt_device import Simt, load
+from torch import Tensor
+
+from npad import reference
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
+
+
+@pytest.fixture(params=["simt_fast", "simt_checked"])
+def simt(request: pytest.FixtureRequest) -> Simt:
+    return load(request.param)
+
+
+def run(simt: Simt, x: Tensor, mean: Tensor, factor: Tensor, window: int) -> Tensor:
+    batch, height, width, channels = x.shape
+    distance = torch.full((batch, height, width), -1.0)
+    arguments = (mean, factor, TYPES.index(factor.dtype), window, distance)
+    simt("mahalanobis", x, batch, height, width, channels, *arguments)
+    return distance
+
+
+def check(
+    simt: Simt,
+    batch: int,
+    grid: tuple[int, int],
+    channels: int,
+    window: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    mean, dense = gaussians(grid, channels)
+    factor = reference.pack_factor(dense, dtype)
+    x = torch.randn(batch, *grid, channels)
+    actual = run(simt, x, mean, factor, window)
+    working = reference.mahalanobis(x, mean, factor, grid, window)
+    oracle = reference.mahalanobis(x.double(), mean.double(), factor.double(), grid, window)
+    assert_accurate(actual, working, oracle)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("channels", [1, 7, 8, 17, 31, 33, 100, 129])
+def test_channels(simt: Simt, channels: int, dtype: torch.dtype) -> None:
+    check(simt, 1, (1, 2), channels, 1, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_three_groups_of_panels_on_two_warps(simt: Simt, dtype: torch.dtype) -> None:
+    check(simt, 1, (1, 1), 150, 1, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("batch", "window"), [(1, 3), (2, 3), (2, 5), (4, 9)])
+def test_windows(simt: Simt, batch: int, window: int, dtype: torch.dtype) -> None:
+    """Borders; one to four tiles of embeddings, and more embeddings than one block holds."""
+    check(simt, batch, (3, 4), 17, window, dtype)
+
+
+@pytest.mark.parametrize("batch", [9, 33])
+def test_batches(simt: Simt, batch: int) -> None:
+    check(simt, batch, (1, 1), 31, 3)
+
+
+def test_the_batch_does_not_change_a_distance(simt: Simt) -> None:
+    grid = (1, 2)
+    mean, dense = gaussians(grid, 33)
+    factor = reference.pack_factor(dense, torch.float16)
+    x = torch.randn(20, *grid, 33)
+    together = run(simt, x, mean, factor, 3)
+    for n in range(0, 20, 9):
+        assert torch.equal(run(simt, x[n : n + 1], mean, factor, 3)[0], together[n])
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_nan_propagates(simt: Simt, window: int) -> None:
+    grid = (3, 3)
+    mean, dense = gaussians(grid, 10)
+    factor = reference.pack_factor(dense, torch.float32)
+    x = torch.randn(2, *grid, 10)
+    x[1, 1, 1, 4] = torch.nan
+    assert run(simt, x, mean, factor, window).isnan().nonzero().tolist() == [[1, 1, 1]]
+    factor[0] = torch.nan
+    reached = [[0, 0], [0, 1], [1, 0], [1, 1]] if window == 3 else [[0, 0]]
+    nan = run(simt, x[:1].contiguous(), mean, factor, window).isnan()
+    assert nan[0].nonzero().tolist() == reached
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_extremes(simt: Simt, window: int) -> None:
+    """Zero at the mean, of which all Gaussians here have the same; infinite, not NaN, beyond."""
+    mean = torch.randn(9).expand(4, 9).contiguous()
+    factor = reference.pack_factor(torch.eye(9).expand(4, 9, 9), torch.bfloat16)
+    x = mean.reshape(1, 2, 2, 9).clone()
+    assert (run(simt, x, mean, factor, window) == 0).all()
+    assert run(simt, x + 1e30, mean, factor, window).isinf().all()
+
+
+@pytest.mark.parametrize(("batch", "width"), [(0, 3), (2, 0)])
+def test_nothing_to_do(simt: Simt, batch: int, width: int) -> None:
+    mean, dense = gaussians((2, width), 5)
+    x = torch.empty(batch, 2, width, 5)
+    run(simt, x, mean, reference.pack_factor(dense, torch.float32), 3)
