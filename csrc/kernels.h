@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+struct CUstream_st;  // CUDA's own, not npad's: a launcher has one name with and without its headers
+
 namespace npad {
 
 enum class FactorType { kFloat32, kFloat16, kBFloat16 };
@@ -76,7 +78,7 @@ int available_isas(const Isa* isas[kMaxIsas]);
 // waited for. The result is cudaError_t.
 namespace cuda {
 
-using Stream = struct CUstream_st*;
+using Stream = CUstream_st*;
 
 int set_device(int device);
 const char* error_name(int error);

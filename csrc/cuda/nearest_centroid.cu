@@ -4,17 +4,17 @@
 //   mean)
 //
 // A block owns 128 embeddings and a group of 128 centroids. Their product on tensor cores, as three
-// products of TF32 parts, is near float32; of each embedding only the group's least s, whose it is,
-// and the second least are kept. Rounding can swap centroids in s, so all whose s may lie within
-// the error bound of the best, nearly always one or two, are then measured by differences; the
-// whole group where its second is among them. The result is that of the plain loop over
+// products of bfloat16 parts, is right to 2^-14; of each embedding only the group's least s, whose
+// it is, and the second least are kept. Rounding can swap centroids in s, so all whose s may lie
+// within the error bound of the best, nearly always one or two, are then measured by differences;
+// the whole group where its second is among them. The result is that of the plain loop over
 // differences, of equals the lowest index. NaN in x: distance NaN, index 0.
 //
-// Flops: 6 n k channels in TF32, and splitting in registers in their shadow. Bytes from the caches:
-// n k channels / 16; workspace: 12 for each embedding and group, of so many embeddings at a time
-// that they stay in the second-level cache. Sums over channels: in the product by the matrix
-// instruction, 8 at a time in ascending order; measured, by each lane over every 32nd channel, then
-// over lanes. Nothing depends on the order of blocks.
+// Flops: 6 n k channels in bfloat16, and splitting in registers in their shadow. Bytes from the
+// caches: n k channels / 16; workspace: 12 for each embedding and group, of so many embeddings at a
+// time that they stay in the second-level cache. Sums over channels: in the product by the matrix
+// instruction, 16 at a time in ascending order; measured, by each lane over every 32nd channel,
+// then over lanes. Nothing depends on the order of blocks.
 #include "device_utils.cuh"
 
 #include "kernels.h"
@@ -24,13 +24,14 @@ namespace npad::cuda {
 namespace {
 
 // 8 warps share a tile, 2 x 4, each 64 x 32: 64 sums a thread, which leaves room for two blocks on
-// a processor, and 24 loaded values for 48 matrix instructions.
+// a processor, and 13 loads for 48 matrix instructions.
 constexpr int kTile = 128, kWarpRows = 64, kWarpColumns = 32, kThreads = 256;
 constexpr int kAcross = kTile / kWarpColumns;
-// A slice of channels. The stride puts the 8 rows x 4 channels of a fragment in 32 banks. Three
-// slices need one barrier for each and fit the 64 KiB of sm_75.
-constexpr int kDepth = 16, kStride = kDepth + 4, kSlices = 3;
-constexpr int kSliceFloats = 2 * kTile * kStride + kDepth;  // x, centroids, mean
+// A slice of channels is the depth of one matrix instruction. Two rows of it fill the 32 banks, and
+// 8 lanes, which load 16 bytes each at a time, read two rows. Three slices need one barrier for
+// each and fit the 64 KiB of sm_75.
+constexpr int kDepth = 16, kSlices = 3;
+constexpr int kSliceFloats = (2 * kTile + 1) * kDepth;  // x, centroids, mean
 constexpr int kSwath = 16;  // tiles of x that pass over the centroids together: both stay in cache
 constexpr int64_t kRecordBytes = 32 << 20;  // at a time
 constexpr int kMeanRows = 64;               // centroids whose mean is the origin
@@ -52,7 +53,7 @@ __device__ __forceinline__ void merge(Record& a, const Record& b) {
 struct Workspace {
     float* mean;        // (channels), zero up to the end of the last slice
     float* half_norm;   // (k)
-    unsigned* largest;  // bits of the largest squared norm
+    unsigned* largest;  // (groups) bits of the largest squared norm
     Record* records;    // (rows, groups)
     int64_t groups, rows, bytes;
 
@@ -64,17 +65,16 @@ struct Workspace {
         mean = static_cast<float*>(memory);
         half_norm = mean + floats;
         largest = reinterpret_cast<unsigned*>(half_norm + k);
-        records = reinterpret_cast<Record*>(largest + 1);
-        bytes = (floats + k + 1) * static_cast<int64_t>(sizeof(float)) +
+        records = reinterpret_cast<Record*>(largest + groups);
+        bytes = (floats + k + groups) * static_cast<int64_t>(sizeof(float)) +
                 rows * groups * static_cast<int64_t>(sizeof(Record));
     }
 };
 
 __global__ void __launch_bounds__(kThreads)
     mean_kernel(const float* __restrict__ centroids, int64_t k, int64_t channels,
-                float* __restrict__ mean, unsigned* largest) {
+                float* __restrict__ mean) {
     const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (c == 0) *largest = 0;
     if (c >= ceil_div(channels, kDepth) * kDepth) return;
     const int64_t sample = k < kMeanRows ? k : kMeanRows;
     float sum = 0;
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
     sum = warp_reduce(sum, Sum());
     if (threadIdx.x % kWarp != 0) return;
     half_norm[j] = sum / 2;
-    atomicMax(largest, __float_as_uint(fabsf(sum)));  // as integers, and NaN above infinity
+    atomicMax(largest + j / kTile,
+              __float_as_uint(fabsf(sum)));  // as integers, and NaN above infinity
 }
 
 struct Problem {
@@ -107,27 +108,23 @@ struct Problem {
     Record* records;
 };
 
-// Starts the copies of a slice of both matrices and of the mean. Rows past the end repeat the last,
-// channels past the end are zero.
+// Starts the copies of a slice of kTile rows of a matrix (rows, channels). Rows past the end repeat
+// the last, channels past the end are zero.
 template <int kBytes>
-__device__ __forceinline__ void copy_slice(const Problem& p, int64_t row, int64_t column,
-                                           int64_t channel, float* slice) {
+__device__ __forceinline__ void copy_rows(const float* matrix, int64_t rows, int64_t channels,
+                                          int64_t row, int64_t channel, float* slice) {
     constexpr int kWidth = kBytes / sizeof(float), kPieces = kDepth / kWidth;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 2 * kTile * kPieces; i += kThreads) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
         const int r = i / kPieces, c = i % kPieces * kWidth;
-        float* to = slice + r * kStride + c;
-        if (channel + c < p.channels) {
-            const bool of_x = r < kTile;
-            const int64_t from = of_x ? row + r : column + r - kTile, last = (of_x ? p.n : p.k) - 1;
-            const float* matrix = of_x ? p.x : p.centroids;
-            cp_async<kBytes>(to, matrix + (from < last ? from : last) * p.channels + channel + c);
+        float* to = slice + r * kDepth + c;
+        if (channel + c < channels) {
+            const int64_t from = row + r < rows ? row + r : rows - 1;
+            cp_async<kBytes>(to, matrix + from * channels + channel + c);
         } else {
             for (int j = 0; j < kWidth; ++j) to[j] = 0;
         }
     }
-    if (threadIdx.x < kDepth)
-        cp_async<4>(slice + 2 * kTile * kStride + threadIdx.x, p.mean + channel + threadIdx.x);
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -138,56 +135,72 @@ constexpr bool kTensorCores = true;
 
 using Sums = float[kWarpRows / 16][kWarpColumns / 8][4];  // as mma() holds them
 
-// sum += x . c over a slice, of the warp's rows `top` and columns `left` onwards.
+__device__ __forceinline__ float4 centred(const float* p, float4 mean) {
+    const float4 v = load<float4>(p);
+    return {v.x - mean.x, v.y - mean.y, v.z - mean.z, v.w - mean.w};
+}
+
+// x, y = hi + lo to within 2^-16 |x|, 2^-16 |y|; as words of two.
+__device__ __forceinline__ void split(float x, float y, uint32_t& hi, uint32_t& lo) {
+    const auto word = [](__nv_bfloat162 v) { return *reinterpret_cast<const uint32_t*>(&v); };
+    hi = word(__floats2bfloat162_rn(x, y));
+    const float2 rounded = unpack<__nv_bfloat16>(hi);
+    lo = word(__floats2bfloat162_rn(x - rounded.x, y - rounded.y));
+}
+
+// sum += x . c over a slice, of the warp's rows `top` and columns `left` onwards. Words t and t + 4
+// of the matrix instruction are channels 4 t .. 4 t + 3: any order will do that both sides share.
 __device__ __forceinline__ void multiply(const float* slice, int top, int left, Sums& sum) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const float* x = slice + (top + g) * kStride + t;
-    const float* c = slice + (kTile + left + g) * kStride + t;
-    const float* mean = slice + 2 * kTile * kStride + t;
+    const float* x = slice + (top + g) * kDepth + 4 * t;
+    const float* c = slice + (kTile + left + g) * kDepth + 4 * t;
+    const float4 mean = load<float4>(slice + 2 * kTile * kDepth + 4 * t);
+    uint32_t c_hi[kWarpColumns / 8][2], c_lo[kWarpColumns / 8][2];
 #pragma unroll
-    for (int d = 0; d < kDepth; d += 8) {
-        const float origin[2] = {mean[d], mean[d + 4]};
-        uint32_t c_hi[kWarpColumns / 8][2], c_lo[kWarpColumns / 8][2];
+    for (int j = 0; j < kWarpColumns / 8; ++j) {
+        const float4 v = centred(c + j * 8 * kDepth, mean);
+        split(v.x, v.y, c_hi[j][0], c_lo[j][0]);
+        split(v.z, v.w, c_hi[j][1], c_lo[j][1]);
+    }
 #pragma unroll
-        for (int j = 0; j < kWarpColumns / 8; ++j)
+    for (int r = 0; r < kWarpRows / 16; ++r) {
+        uint32_t x_hi[4], x_lo[4];
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                split_tf32(c[j * 8 * kStride + d + 4 * i] - origin[i], c_hi[j][i], c_lo[j][i]);
-#pragma unroll
-        for (int r = 0; r < kWarpRows / 16; ++r) {
-            uint32_t x_hi[4], x_lo[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                split_tf32(x[(r * 16 + i % 2 * 8) * kStride + d + i / 2 * 4] - origin[i / 2],
-                           x_hi[i], x_lo[i]);
-#pragma unroll
-            for (int j = 0; j < kWarpColumns / 8; ++j) mma<Tf32>(sum[r][j], x_lo, c_hi[j]);
-#pragma unroll
-            for (int j = 0; j < kWarpColumns / 8; ++j) mma<Tf32>(sum[r][j], x_hi, c_lo[j]);
-#pragma unroll
-            for (int j = 0; j < kWarpColumns / 8; ++j) mma<Tf32>(sum[r][j], x_hi, c_hi[j]);
+        for (int i = 0; i < 2; ++i) {
+            const float4 v = centred(x + (r * 16 + i * 8) * kDepth, mean);
+            split(v.x, v.y, x_hi[i], x_lo[i]);
+            split(v.z, v.w, x_hi[i + 2], x_lo[i + 2]);
         }
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j) mma<__nv_bfloat16>(sum[r][j], x_lo, c_hi[j]);
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j) mma<__nv_bfloat16>(sum[r][j], x_hi, c_lo[j]);
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j) mma<__nv_bfloat16>(sum[r][j], x_hi, c_hi[j]);
     }
 }
 
 // The same without matrix instructions: each thread computes the sums that it holds.
 __device__ __forceinline__ void multiply_by_fma(const float* slice, int top, int left, Sums& sum) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const float* x = slice + (top + g) * kStride;
-    const float* c = slice + (kTile + left + 2 * t) * kStride;
-    const float* mean = slice + 2 * kTile * kStride;
-#pragma unroll 2
-    for (int d = 0; d < kDepth; ++d) {
-        float row[kWarpRows / 8];
+    const float* x = slice + (top + g) * kDepth;
+    const float* c = slice + (kTile + left + 2 * t) * kDepth;
+#pragma unroll 1
+    for (int d = 0; d < kDepth; d += 4) {
+        const float4 mean = load<float4>(slice + 2 * kTile * kDepth + d);
+        float4 row[kWarpRows / 8];
 #pragma unroll
-        for (int r = 0; r < kWarpRows / 8; ++r) row[r] = x[r * 8 * kStride + d] - mean[d];
+        for (int r = 0; r < kWarpRows / 8; ++r) row[r] = centred(x + r * 8 * kDepth + d, mean);
 #pragma unroll
         for (int j = 0; j < kWarpColumns / 4; ++j) {
-            const float column = c[(j / 2 * 8 + j % 2) * kStride + d] - mean[d];
+            const float4 v = centred(c + (j / 2 * 8 + j % 2) * kDepth + d, mean);
 #pragma unroll
             for (int r = 0; r < kWarpRows / 8; ++r) {
                 float& s = sum[r / 2][j / 2][r % 2 * 2 + j % 2];
-                s = fmaf(row[r], column, s);
+                s = fmaf(row[r].x, v.x, s);
+                s = fmaf(row[r].y, v.y, s);
+                s = fmaf(row[r].z, v.z, s);
+                s = fmaf(row[r].w, v.w, s);
             }
         }
     }
@@ -209,9 +222,16 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
 
     const int slices = static_cast<int>(ceil_div(p.channels, kDepth));
     const auto start = [&](int s) {
-        if (s < slices)
-            copy_slice<kBytes>(p, row, column, int64_t{s} * kDepth,
-                               shared + s % kSlices * kSliceFloats);
+        float* slice = shared + s % kSlices * kSliceFloats;
+        const int64_t channel = int64_t{s} * kDepth;
+        if (s < slices) {
+            copy_rows<kBytes>(p.x, p.n, p.channels, row, channel, slice);
+            copy_rows<kBytes>(p.centroids, p.k, p.channels, column, channel,
+                              slice + kTile * kDepth);
+            if (threadIdx.x < kDepth)
+                cp_async<4>(slice + 2 * kTile * kDepth + threadIdx.x,
+                            p.mean + channel + threadIdx.x);
+        }
         cp_async_commit();
     };
     Sums sum = {};
@@ -262,14 +282,15 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
     p.records[i * groups + group] = best;
 }
 
-// How far s of any centroid can be from its exact value, for x of this norm, in units of half a
-// squared distance, and what the measured distance adds. Matrix instructions truncate: each of 3/8
-// channels may lose 2^-24 of the sum for each of 9 terms. The last term is for subnormal products.
-__device__ __forceinline__ float error_bound(float norm, float largest_norm, float least,
+// How far s of a centroid can be from its exact value, and what the measured distance adds, in
+// units of half a squared distance. The parts of the product leave out 3 x 2^-16, and a matrix
+// instruction, of which there are 3 for 16 channels, may truncate its sum and 16 terms by 2^-24
+// each. The last term is for subnormal products.
+__device__ __forceinline__ float error_bound(float norm, float largest, float least,
                                              int64_t channels) {
-    const float rounding = (4 * static_cast<float>(channels) + 64) * 0x1p-24f;
+    const float rounding = 0x1p-14f + 4 * static_cast<float>(channels) * 0x1p-24f;
     const float half_distance = fmaxf(norm * norm / 2 + least, 0.0f);
-    return rounding * (norm * largest_norm + largest_norm * largest_norm + half_distance) +
+    return rounding * (norm * largest + largest * largest + half_distance) +
            static_cast<float>(channels) * 0x1p-120f;
 }
 
@@ -284,20 +305,23 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t groups = ceil_div(p.k, kTile);
     const Record* records = p.records + row * groups;
 
-    float square = 0, least = INFINITY;
+    float square = 0;
     bool nan = false;
     for (int64_t c = lane; c < p.channels; c += kWarp) {
         const float y = x[c] - p.mean[c];
         square = fmaf(y, y, square);
         nan |= x[c] != x[c];
     }
-    for (int64_t g = lane; g < groups; g += kWarp) least = fminf(least, records[g].least);
-    square = warp_reduce(square, Sum());
-    least = warp_reduce(least, Minimum());
+    const float norm = __fsqrt_rn(warp_reduce(square, Sum()));
+    const auto bound = [&](int64_t g) {
+        return error_bound(norm, __fsqrt_rn(__uint_as_float(largest[g])), records[g].least,
+                           p.channels);
+    };
     // Not a number after overflow: then every centroid is measured.
-    const float limit =
-        least + 2 * error_bound(__fsqrt_rn(square), __fsqrt_rn(__uint_as_float(*largest)), least,
-                                p.channels);
+    float most = INFINITY;
+    for (int64_t g = lane; g < groups; g += kWarp)
+        most = Minimum()(most, records[g].least + bound(g));
+    most = warp_reduce(most, Minimum());
 
     float nearest = INFINITY;
     int64_t winner = 0;
@@ -318,16 +342,17 @@ __global__ void __launch_bounds__(kThreads)
         nearest = NAN;
     } else {
         for (int64_t start = 0; start < groups; start += kWarp) {
-            Record mine = {};
-            if (start + lane < groups) mine = records[start + lane];
-            unsigned near =
-                __ballot_sync(kAllLanes, start + lane < groups && !(mine.least > limit));
+            const bool any = start + lane < groups;
+            const Record mine = any ? records[start + lane] : Record{};
+            const float limit = any ? most + bound(start + lane) : 0;
+            unsigned near = __ballot_sync(kAllLanes, any && !(mine.least > limit));
+            const unsigned single = __ballot_sync(kAllLanes, mine.second > limit);
             for (; near != 0; near &= near - 1) {
                 const int l = __ffs(near) - 1;
                 const int64_t first = (start + l) * kTile;
                 const int64_t stop = first + kTile < p.k ? first + kTile : p.k;
                 const int64_t one = first + __shfl_sync(kAllLanes, mine.index, l);
-                const bool alone = __shfl_sync(kAllLanes, mine.second, l) > limit;
+                const bool alone = single >> l & 1;
                 measure(alone ? one : first, alone ? one + 1 : stop);
             }
         }
@@ -357,7 +382,10 @@ int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t 
 
     cudaError_t error = launch(
         mean_kernel, static_cast<unsigned>(ceil_div(ceil_div(channels, kDepth) * kDepth, kThreads)),
-        kThreads, 0, stream, centroids, k, channels, w.mean, w.largest);
+        kThreads, 0, stream, centroids, k, channels, w.mean);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(w.largest, 0, static_cast<size_t>(w.groups) * sizeof *w.largest,
+                                stream);
     if (error == cudaSuccess)
         error = launch(norm_kernel, warp_blocks(k), kThreads, 0, stream, centroids, k, channels,
                        w.mean, w.half_norm, w.largest);
