@@ -39,7 +39,7 @@ constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor pe
 // Steps that a warp has in flight. Sums take the registers of more where there are many; there are
 // more flops to hide the latency behind then.
 template <typename T, int kTiles>
-constexpr int kDepth = kTiles <= (std::is_same_v<T, __half> ? 3 : 2) ? 2 : 1;
+constexpr int kDepth = kTiles <= 2 || std::is_same_v<T, __half> ? 2 : 1;
 
 // Columns in a step of T, in slices of 8.
 template <typename T>
@@ -112,7 +112,7 @@ class Reader {
                               : make_uint4(0, 0, 0, 0);
         }
         column_ += kColumns<T>;
-        source_ += kColumns<T> * kPanel;
+        source_ += kColumns<T> * 8;
         if (--left_ > 0) return;
         ++round_;
         open();
@@ -231,20 +231,25 @@ __device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& read
     for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t z_hi[kInstructions<T>][2], z_lo[kInstructions<T>][2];
         split_z<T>(z[tile] + column, z_hi, z_lo);
-        float product[4][4] = {};
-        const auto add = [&](const auto& a, const auto& b) {
+        constexpr int kAtOnce = kTiles * kDepth<T, kTiles> > 6 ? 2 : 4;  // by registers left
 #pragma unroll
-            for (int i = 0; i < kInstructions<T>; ++i)
+        for (int first = 0; first < 4; first += kAtOnce) {
+            float product[kAtOnce][4] = {};
+            const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-                for (int m = 0; m < 4; ++m) mma<Word<T>>(product[m], a[m][i], b[i]);
-        };
-        if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
-        add(hi, z_lo);
-        add(hi, z_hi);
+                for (int i = 0; i < kInstructions<T>; ++i)
 #pragma unroll
-        for (int m = 0; m < 4; ++m)
+                    for (int m = 0; m < kAtOnce; ++m)
+                        mma<Word<T>>(product[m], a[first + m][i], b[i]);
+            };
+            if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
+            add(hi, z_lo);
+            add(hi, z_hi);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[m][i];
+            for (int m = 0; m < kAtOnce; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[tile][first + m][i] += product[m][i];
+        }
     }
 }
 
