@@ -69,7 +69,10 @@ def test_many_tiles(fast: Simt) -> None:
 def test_counts_differ(fast: Simt) -> None:
     x = torch.randn(6, 1, 3, 20)
     state = reference_moments(x[:3], torch.float32)
-    single, oracle = [t.clone() for t in state], [state[0].clone(), *(t.double() for t in state[1:])]
+    single, oracle = (
+        [t.clone() for t in state],
+        [state[0].clone(), *(t.double() for t in state[1:])],
+    )
     for counts in (state[0], single[0], oracle[0]):
         counts.copy_(torch.tensor([3, 0, 2**31]))
     update(fast, x[3:], state)
