@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from fitted import Moments, reference_moments, zeros
-from simt_device import Simt, load
+from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
 from npad import reference
@@ -109,3 +109,8 @@ def test_nothing_to_do(simt: Simt) -> None:
     update(simt, torch.empty(0, 1, 2, 5), state)
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
     update(simt, torch.empty(3, 0, 2, 5), zeros(0, 5))
+
+
+def test_more_blocks_than_a_grid_has(fast: Simt) -> None:
+    with pytest.raises(LaunchError, match="cudaError 9"):
+        fast("neighborhood_moments", torch.zeros(1), 1, 2**30, 65, *zeros(1, 1))
