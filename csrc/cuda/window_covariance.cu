@@ -65,13 +65,14 @@ struct Shared {
     int64_t total[kPatch];  // samples in the window
     // Of each window, kDepth neighbours at a time.
     int64_t count[kPatch][kDepth];
-    int neighbor[kPatch][kDepth];
+    const float* mean[kPatch][kDepth];
     float weight[kPatch][kDepth], root[kPatch][kDepth];
 };
 
 // By all threads of the block; the barrier is the caller's.
 __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* __restrict__ count,
-                                               int first, Shared& shared) {
+                                               const float* __restrict__ mean, int first,
+                                               Shared& shared) {
     if (threadIdx.x >= kPatch * kDepth) return;
     const int k = threadIdx.x / kDepth, d = threadIdx.x % kDepth, i = first + d;
     const Clipped& w = shared.windows[k];
@@ -79,7 +80,7 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
     // Where there is no neighbour, the position itself, weighing nothing.
     const int q = inside ? (w.top + i / w.width) * grid.width + w.left + i % w.width : w.position;
     const int64_t n = inside ? count[q] : 0;
-    shared.neighbor[k][d] = q;
+    shared.mean[k][d] = mean + int64_t{q} * grid.channels;
     shared.count[k][d] = n;
     shared.weight[k][d] = static_cast<float>(n);
     shared.root[k][d] = sqrtf(static_cast<float>(n));
@@ -88,16 +89,23 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
 // A tile, its row 0 and column 0 at these channels, to its place and its mirror image.
 __device__ __forceinline__ void write_tile(const float (&tile)[kRows][kStride], int top, int left,
                                            int channels, float* __restrict__ dense) {
-    const auto write = [&](int r, int c, bool mirror) {
-        const int to = top + r, from = left + c;
-        if (from < 0 || from + mirror > to || to >= channels) return;
-        dense[mirror ? int64_t{from} * channels + to : int64_t{to} * channels + from] = tile[r][c];
-    };
-    const int t = threadIdx.x;
-#pragma unroll 4
-    for (int r = t / kColumns; r < kRows; r += kThreads / kColumns) write(r, t % kColumns, false);
-#pragma unroll 4
-    for (int c = t / kRows; c < kColumns; c += kThreads / kRows) write(t % kRows, c, true);
+    const int t = static_cast<int>(threadIdx.x);
+    {
+        constexpr int kStep = kThreads / kColumns;
+        const int r = t / kColumns, c = t % kColumns, row = top + r, column = left + c;
+        float* to = dense + int64_t{row} * channels + column;
+#pragma unroll
+        for (int i = 0; i < kRows; i += kStep)
+            if (column >= 0 && column <= row + i && row + i < channels)
+                to[i * channels] = tile[r + i][c];
+    }
+    constexpr int kStep = kThreads / kRows;
+    const int r = t % kRows, c = t / kRows, row = top + r, column = left + c;
+    float* to = dense + int64_t{column} * channels + row;
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kStep)
+        if (column + i >= 0 && column + i < row && row < channels)
+            to[i * channels] = tile[r][c + i];
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -124,15 +132,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (largest == 0) return;
 
     // Means: of each position's rows and columns of the tile, this thread finds every kThreads-th.
-    const auto own = [&](int j, int& k, int& slot) {  // returns the channel, or -1
+    const auto own = [&](int j, int& k, int& slot) {  // returns the channel
         k = (threadIdx.x + j * kThreads) / kSlots;
         slot = (threadIdx.x + j * kThreads) % kSlots;
-        const int c = (slot < kRows ? top + slot : left + slot - kRows) - pad;
-        return c < channels ? c : -1;
+        return (slot < kRows ? top + slot : left + slot - kRows) - pad;
     };
+    const auto stand_in = [&](int c) { return c >= 0 && c < channels ? c : 0; };  // for padding
     float origin[kMeans] = {}, mu[kMeans] = {};
     for (int first = 0; first < largest; first += kDepth) {
-        find_neighbors(grid, count, first, shared);
+        find_neighbors(grid, count, mean, first, shared);
         __syncthreads();
         if (threadIdx.x < kPatch)
             for (int d = 0; d < kDepth; ++d)
@@ -140,14 +148,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
-            const int c = own(j, k, slot);
-            if (c < 0) continue;
-            if (first == 0) origin[j] = mean[int64_t{shared.neighbor[k][0]} * channels + c];
+            const int c = stand_in(own(j, k, slot));
+            if (first == 0) origin[j] = shared.mean[k][0][c];
 #pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const float m = mean[int64_t{shared.neighbor[k][d]} * channels + c];
-                mu[j] = fmaf(shared.weight[k][d], m - origin[j], mu[j]);
-            }
+            for (int d = 0; d < kDepth; ++d)
+                mu[j] = fmaf(shared.weight[k][d], shared.mean[k][d][c] - origin[j], mu[j]);
         }
         __syncthreads();
     }
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         int k, slot;
         const int c = own(j, k, slot);
         mu[j] = origin[j] + mu[j] / static_cast<float>(shared.total[k]);
-        if (left == 0 && slot < kRows && c >= 0 && shared.windows[k].size > 0)
+        if (left == 0 && slot < kRows && c >= 0 && c < channels && shared.windows[k].size > 0)
             window_mean[int64_t{shared.windows[k].position - grid.start} * channels + c] = mu[j];
     }
 
@@ -208,19 +213,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int first = 0; first < largest; first += kDepth) {
         const int depth = min(largest - first, kDepth);
         if (largest > kDepth) {
-            find_neighbors(grid, count, first, shared);
+            find_neighbors(grid, count, mean, first, shared);
             __syncthreads();
         }
 #pragma unroll
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
-            const int c = own(j, k, slot);
+            const int c = stand_in(own(j, k, slot));
             float deviation[kDepth];  // all loads before the first store
 #pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const float m = c < 0 ? mu[j] : mean[int64_t{shared.neighbor[k][d]} * channels + c];
-                deviation[d] = shared.root[k][d] * (m - mu[j]);
-            }
+            for (int d = 0; d < kDepth; ++d)
+                deviation[d] = shared.root[k][d] * (shared.mean[k][d][c] - mu[j]);
 #pragma unroll
             for (int d = 0; d < kDepth; ++d) shared.deviations[k][d][slot] = deviation[d];
         }
