@@ -63,16 +63,16 @@ struct Shared {
     };
     Clipped windows[kPatch];
     int64_t total[kPatch];  // samples in the window
+    float scale[kPatch];    // 1 / (total - 1)
     // Of each window, kDepth neighbours at a time.
     int64_t count[kPatch][kDepth];
-    const float* mean[kPatch][kDepth];
+    int64_t offset[kPatch][kDepth];  // of its mean
     float weight[kPatch][kDepth], root[kPatch][kDepth];
 };
 
 // By all threads of the block; the barrier is the caller's.
 __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* __restrict__ count,
-                                               const float* __restrict__ mean, int first,
-                                               Shared& shared) {
+                                               int first, Shared& shared) {
     if (threadIdx.x >= kPatch * kDepth) return;
     const int k = threadIdx.x / kDepth, d = threadIdx.x % kDepth, i = first + d;
     const Clipped& w = shared.windows[k];
@@ -80,7 +80,7 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
     // Where there is no neighbour, the position itself, weighing nothing.
     const int q = inside ? (w.top + i / w.width) * grid.width + w.left + i % w.width : w.position;
     const int64_t n = inside ? count[q] : 0;
-    shared.mean[k][d] = mean + int64_t{q} * grid.channels;
+    shared.offset[k][d] = int64_t{q} * grid.channels;
     shared.count[k][d] = n;
     shared.weight[k][d] = static_cast<float>(n);
     shared.root[k][d] = sqrtf(static_cast<float>(n));
@@ -90,22 +90,23 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
 __device__ __forceinline__ void write_tile(const float (&tile)[kRows][kStride], int top, int left,
                                            int channels, float* __restrict__ dense) {
     const int t = static_cast<int>(threadIdx.x);
+    // One unsigned comparison stands for both ends of a range; 0 where the range is empty.
     {
         constexpr int kStep = kThreads / kColumns;
         const int r = t / kColumns, c = t % kColumns, row = top + r, column = left + c;
+        const unsigned below = column < 0 ? 0 : max(channels - column, 0);  // rows on and below
         float* to = dense + int64_t{row} * channels + column;
 #pragma unroll
         for (int i = 0; i < kRows; i += kStep)
-            if (column >= 0 && column <= row + i && row + i < channels)
-                to[i * channels] = tile[r + i][c];
+            if (static_cast<unsigned>(row + i - column) < below) to[i * channels] = tile[r + i][c];
     }
     constexpr int kStep = kThreads / kRows;
     const int r = t % kRows, c = t / kRows, row = top + r, column = left + c;
+    const unsigned before = row < channels ? max(row, 0) : 0;  // columns left of the diagonal
     float* to = dense + int64_t{column} * channels + row;
 #pragma unroll
     for (int i = 0; i < kColumns; i += kStep)
-        if (column + i >= 0 && column + i < row && row < channels)
-            to[i * channels] = tile[r][c + i];
+        if (static_cast<unsigned>(column + i) < before) to[i * channels] = tile[r][c + i];
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto stand_in = [&](int c) { return c >= 0 && c < channels ? c : 0; };  // for padding
     float origin[kMeans] = {}, mu[kMeans] = {};
     for (int first = 0; first < largest; first += kDepth) {
-        find_neighbors(grid, count, mean, first, shared);
+        find_neighbors(grid, count, first, shared);
         __syncthreads();
         if (threadIdx.x < kPatch)
             for (int d = 0; d < kDepth; ++d)
@@ -148,14 +149,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
-            const int c = stand_in(own(j, k, slot));
-            if (first == 0) origin[j] = shared.mean[k][0][c];
+            const float* mean_c = mean + stand_in(own(j, k, slot));
+            if (first == 0) origin[j] = mean_c[shared.offset[k][0]];
 #pragma unroll
             for (int d = 0; d < kDepth; ++d)
-                mu[j] = fmaf(shared.weight[k][d], shared.mean[k][d][c] - origin[j], mu[j]);
+                mu[j] = fmaf(shared.weight[k][d], mean_c[shared.offset[k][d]] - origin[j], mu[j]);
         }
         __syncthreads();
     }
+    if (threadIdx.x < kPatch)
+        shared.scale[threadIdx.x] = 1.0f / static_cast<float>(shared.total[threadIdx.x] - 1);
 #pragma unroll
     for (int j = 0; j < kMeans; ++j) {
         int k, slot;
@@ -213,17 +216,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int first = 0; first < largest; first += kDepth) {
         const int depth = min(largest - first, kDepth);
         if (largest > kDepth) {
-            find_neighbors(grid, count, mean, first, shared);
+            find_neighbors(grid, count, first, shared);
             __syncthreads();
         }
 #pragma unroll
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
-            const int c = stand_in(own(j, k, slot));
+            const float* mean_c = mean + stand_in(own(j, k, slot));
             float deviation[kDepth];  // all loads before the first store
 #pragma unroll
             for (int d = 0; d < kDepth; ++d)
-                deviation[d] = shared.root[k][d] * (shared.mean[k][d][c] - mu[j]);
+                deviation[d] = shared.root[k][d] * (mean_c[shared.offset[k][d]] - mu[j]);
 #pragma unroll
             for (int d = 0; d < kDepth; ++d) shared.deviations[k][d][slot] = deviation[d];
         }
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int k = 0; k < kPatch; ++k) {
         const Clipped& w = shared.windows[k];
-        const float scale = 1.0f / static_cast<float>(shared.total[k] - 1);
+        const float scale = shared.scale[k];
         auto& tile = shared.tiles[k % 2];  // the other one may still be read
 #pragma unroll
         for (int e = 0; e < 2; ++e)
