@@ -89,24 +89,31 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
 // A tile, its row 0 and column 0 at these channels, to its place and its mirror image.
 __device__ __forceinline__ void write_tile(const float (&tile)[kRows][kStride], int top, int left,
                                            int channels, float* __restrict__ dense) {
+    constexpr int kRowStep = kThreads / kColumns, kColumnStep = kThreads / kRows;
     const int t = static_cast<int>(threadIdx.x);
-    // One unsigned comparison stands for both ends of a range; 0 where the range is empty.
+    // One unsigned comparison stands for both ends of a range; a limit of 0 for an empty one.
     {
-        constexpr int kStep = kThreads / kColumns;
         const int r = t / kColumns, c = t % kColumns, row = top + r, column = left + c;
-        const unsigned below = column < 0 ? 0 : max(channels - column, 0);  // rows on and below
+        const unsigned limit = column < 0 ? 0 : max(channels - column, 0);
+        float values[kRows / kRowStep];
+#pragma unroll
+        for (int i = 0; i < kRows / kRowStep; ++i) values[i] = tile[r + i * kRowStep][c];
         float* to = dense + int64_t{row} * channels + column;
+        const int64_t step = int64_t{kRowStep} * channels;
 #pragma unroll
-        for (int i = 0; i < kRows; i += kStep)
-            if (static_cast<unsigned>(row + i - column) < below) to[i * channels] = tile[r + i][c];
+        for (int i = 0; i < kRows / kRowStep; ++i, to += step)
+            if (static_cast<unsigned>(row - column + i * kRowStep) < limit) *to = values[i];
     }
-    constexpr int kStep = kThreads / kRows;
     const int r = t % kRows, c = t / kRows, row = top + r, column = left + c;
-    const unsigned before = row < channels ? max(row, 0) : 0;  // columns left of the diagonal
-    float* to = dense + int64_t{column} * channels + row;
+    const unsigned limit = row < channels ? max(row, 0) : 0;
+    float values[kColumns / kColumnStep];
 #pragma unroll
-    for (int i = 0; i < kColumns; i += kStep)
-        if (static_cast<unsigned>(column + i) < before) to[i * channels] = tile[r][c + i];
+    for (int i = 0; i < kColumns / kColumnStep; ++i) values[i] = tile[r][c + i * kColumnStep];
+    float* to = dense + int64_t{column} * channels + row;
+    const int64_t step = int64_t{kColumnStep} * channels;
+#pragma unroll
+    for (int i = 0; i < kColumns / kColumnStep; ++i, to += step)
+        if (static_cast<unsigned>(column + i * kColumnStep) < limit) *to = values[i];
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
