@@ -108,19 +108,18 @@ struct Problem {
     Record* records;
 };
 
-// Starts the copies of a slice of kTile rows of a matrix (rows, channels). Rows past the end repeat
-// the last, channels past the end are zero.
+// Starts the copies of a slice of kTile rows of a matrix. Rows past the last repeat it, channels
+// past the end are zero.
 template <int kBytes>
-__device__ __forceinline__ void copy_rows(const float* matrix, int64_t rows, int64_t channels,
-                                          int64_t row, int64_t channel, float* slice) {
+__device__ __forceinline__ void copy_rows(const float* rows, int last, int channels, int channel,
+                                          float* slice) {
     constexpr int kWidth = kBytes / sizeof(float), kPieces = kDepth / kWidth;
 #pragma unroll 2
     for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
         const int r = i / kPieces, c = i % kPieces * kWidth;
         float* to = slice + r * kDepth + c;
         if (channel + c < channels) {
-            const int64_t from = row + r < rows ? row + r : rows - 1;
-            cp_async<kBytes>(to, matrix + from * channels + channel + c);
+            cp_async<kBytes>(to, rows + min(r, last) * channels + channel + c);
         } else {
             for (int j = 0; j < kWidth; ++j) to[j] = 0;
         }
@@ -220,14 +219,16 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
     const int across = static_cast<int>(threadIdx.x) / kWarp % kAcross;
     const int top = static_cast<int>(threadIdx.x) / kWarp / kAcross * kWarpRows;
 
-    const int slices = static_cast<int>(ceil_div(p.channels, kDepth));
+    const float *x = p.x + row * p.channels, *centroids = p.centroids + column * p.channels;
+    const int last_row = static_cast<int>(min(p.n - row, int64_t{kTile})) - 1;
+    const int last_column = static_cast<int>(min(p.k - column, int64_t{kTile})) - 1;
+    const int channels = static_cast<int>(p.channels);
     const auto start = [&](int s) {
         float* slice = shared + s % kSlices * kSliceFloats;
-        const int64_t channel = int64_t{s} * kDepth;
-        if (s < slices) {
-            copy_rows<kBytes>(p.x, p.n, p.channels, row, channel, slice);
-            copy_rows<kBytes>(p.centroids, p.k, p.channels, column, channel,
-                              slice + kTile * kDepth);
+        const int channel = s * kDepth;
+        if (channel < channels) {
+            copy_rows<kBytes>(x, last_row, channels, channel, slice);
+            copy_rows<kBytes>(centroids, last_column, channels, channel, slice + kTile * kDepth);
             if (threadIdx.x < kDepth)
                 cp_async<4>(slice + 2 * kTile * kDepth + threadIdx.x,
                             p.mean + channel + threadIdx.x);
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
     };
     Sums sum = {};
     for (int s = 0; s < kSlices - 1; ++s) start(s);
-    for (int s = 0; s < slices; ++s) {
+    for (int s = 0; s * kDepth < channels; ++s) {
         cp_async_wait<kSlices - 2>();
         __syncthreads();
         start(s + kSlices - 1);
