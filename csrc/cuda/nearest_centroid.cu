@@ -32,7 +32,8 @@ constexpr int kAcross = kTile / kWarpColumns;
 // each and fit the 64 KiB of sm_75.
 constexpr int kDepth = 16, kSlices = 3;
 constexpr int kSliceFloats = (2 * kTile + 1) * kDepth;  // x, centroids, mean
-constexpr int kSwath = 16;  // tiles of x that pass over the centroids together: both stay in cache
+constexpr unsigned kSwath =
+    16;  // tiles of x that pass over the centroids together: both stay in cache
 constexpr int64_t kRecordBytes = 32 << 20;  // at a time
 constexpr int kMeanRows = 64;               // centroids whose mean is the origin
 
@@ -209,11 +210,9 @@ __device__ __forceinline__ void multiply_by_fma(const float* slice, int top, int
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
     float* shared = dynamic_shared<float>();  // (kSlices, kSliceFloats)
-    const int64_t groups = ceil_div(p.k, kTile), tiles = ceil_div(p.n, kTile);
-    const int64_t swath = blockIdx.x / (kSwath * groups), place = blockIdx.x % (kSwath * groups);
-    const int64_t left = tiles - swath * kSwath, wide = left < kSwath ? left : kSwath;
-    const int64_t group = place / wide;
-    const int64_t row = (swath * kSwath + place % wide) * kTile, column = group * kTile;
+    const int64_t row = (int64_t{blockIdx.y} * kSwath + blockIdx.x % kSwath) * kTile;
+    const int64_t group = blockIdx.x / kSwath, column = group * kTile;
+    if (row >= p.n) return;
 
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const int across = static_cast<int>(threadIdx.x) / kWarp % kAcross;
@@ -252,21 +251,22 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
 
     Record* partial = dynamic_shared<Record>();  // (kTile, kAcross), in place of the slices
     float half_norm[kWarpColumns / 8][2];
-    const int64_t mine = column + across * kWarpColumns + 2 * t;
+    const int mine = across * kWarpColumns + 2 * t;  // of the group
 #pragma unroll
     for (int j = 0; j < kWarpColumns / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            half_norm[j][i] = mine + 8 * j + i < p.k ? p.half_norm[mine + 8 * j + i] : INFINITY;
+            half_norm[j][i] =
+                mine + 8 * j + i <= last_column ? p.half_norm[column + mine + 8 * j + i] : INFINITY;
 #pragma unroll
     for (int r = 0; r < kWarpRows / 8; ++r) {
-        Record best = {INFINITY, INFINITY, static_cast<int32_t>(mine - column)};
+        Record best = {INFINITY, INFINITY, mine};
 #pragma unroll
         for (int j = 0; j < kWarpColumns / 8; ++j)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                merge(best, {half_norm[j][i] - sum[r / 2][j][r % 2 * 2 + i], INFINITY,
-                             static_cast<int32_t>(mine - column) + 8 * j + i});
+                merge(best,
+                      {half_norm[j][i] - sum[r / 2][j][r % 2 * 2 + i], INFINITY, mine + 8 * j + i});
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2)
             merge(best, {__shfl_xor_sync(kAllLanes, best.least, distance),
@@ -275,12 +275,12 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
         if (t == 0) partial[(top + r * 8 + g) * kAcross + across] = best;
     }
     __syncthreads();
-    const int64_t i = row + threadIdx.x;
-    if (threadIdx.x >= kTile || i >= p.n) return;
-    Record best = partial[threadIdx.x * kAcross];
+    const int i = static_cast<int>(threadIdx.x);
+    if (i > last_row) return;
+    Record best = partial[i * kAcross];
 #pragma unroll
-    for (int a = 1; a < kAcross; ++a) merge(best, partial[threadIdx.x * kAcross + a]);
-    p.records[i * groups + group] = best;
+    for (int a = 1; a < kAcross; ++a) merge(best, partial[i * kAcross + a]);
+    p.records[(row + i) * ceil_div(p.k, kTile) + group] = best;
 }
 
 // How far s of a centroid can be from its exact value, and what the measured distance adds, in
@@ -394,8 +394,9 @@ int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t 
         const int64_t rows = n - start < w.rows ? n - start : w.rows;
         const Problem p = {
             x + start * channels, centroids, w.mean, w.half_norm, rows, k, channels, w.records};
-        error = launch(vectors ? product_kernel<16> : product_kernel<4>,
-                       static_cast<unsigned>(ceil_div(rows, kTile) * w.groups), kThreads,
+        const dim3 grid(static_cast<unsigned>(kSwath * w.groups),
+                        static_cast<unsigned>(ceil_div(rows, kSwath * kTile)));
+        error = launch(vectors ? product_kernel<16> : product_kernel<4>, grid, kThreads,
                        kSlices * kSliceFloats * sizeof(float), stream, p);
         if (error == cudaSuccess)
             error = launch(measure_kernel, warp_blocks(rows), kThreads, 0, stream, p, w.largest,
