@@ -1,6 +1,6 @@
 # The CUDA kernels: one static library with the runtime in it, so that the module loads where there is
-# no driver. A developer names one architecture: -DCMAKE_CUDA_ARCHITECTURES=90.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+# no driver. A developer names one architecture: CUDAARCHS=90 in the environment.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   set(npad_all_architectures ON)
 endif()
 enable_language(CUDA)

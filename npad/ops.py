@@ -31,6 +31,7 @@ __all__ = [
 
 FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 4096
+MAX_POINTS = 2**32 - 2  # of farthest_first, which numbers them in 32 bits
 
 # Called as progress(done, total) by ops that take long; see report_progress.
 progress: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress", default=None)
@@ -404,7 +405,7 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
 
     Parameters
     ----------
-    points : (N, D) float32, finite
+    points : (N, D) float32, finite; N at most 2^32 - 2
     n_centroids : 1 to N
     first : index of the first centre
 
@@ -432,6 +433,8 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
         raise ValueError(
             f"npad.{op}: points must have shape (N, D) with N, D >= 1, got {tuple(points.shape)}"
         )
+    if len(points) > MAX_POINTS:
+        raise ValueError(f"npad.{op}: at most {MAX_POINTS} points, got {len(points)}; sample them")
     if not 1 <= n_centroids <= len(points):
         raise ValueError(
             f"npad.{op}: n_centroids must be 1 to the number of points {len(points)}, got {n_centroids}"

@@ -148,6 +148,11 @@ def test_ctrl_c_stops_it() -> None:
     assert time.monotonic() - start < 20
 
 
+def test_too_many_points() -> None:
+    with pytest.raises(ValueError, match="at most 4294967294 points, got 4294967296"):
+        ops.farthest_first(torch.zeros(1, 1).expand(2**32, 1), 1)
+
+
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.npad.farthest_first.default, (torch.randn(40, 5), 7, 3))
 

@@ -4,14 +4,20 @@
 //
 // Windows are symmetric: a block owns one q and up to 32 of the batch * |window(q)| embeddings that
 // have q in their window, and holds z = x - mean_q of them in shared memory. It streams the packed
-// W_q from memory straight into the fragments of TF32 matrix instructions and adds the squares of
-// W_q z. Blocks that share a q are neighbours in the grid, so W_q leaves device memory about once:
+// W_q from memory straight into the fragments of matrix instructions and adds the squares of W_q z.
+// Blocks that share a q are neighbours in the grid, so W_q leaves device memory about once:
 // C (C + 1) / 2 factor elements per position, which bounds small batches; large ones are bound by
-// C^2 flops per embedding, twice over for 16-bit factors and three times for float32.
+// C^2 flops per embedding, two or three times over for the sake of precision.
 //
-// Precision. 16-bit factors are exact in TF32; z = hi + lo, and W z = W lo + W hi. Float32 factors
-// are split the same way: lo hi + hi lo + hi hi. Matrix instructions round their sums towards zero,
-// so each covers 8 or 16 columns at most, and these are added in float32.
+// Precision. All products are exact and near float32 together, z = hi + lo:
+//
+//   bfloat16   W lo + W hi in TF32
+//   float16    the same in float16, z scaled by a power of two so that its largest |z_i| is near
+//              2^14; what is lost is at most 2^-40 of that
+//   float32    W is split as well; W_lo hi + W_hi lo + W_hi hi in TF32
+//
+// Matrix instructions round their sums towards zero, so each covers 8 or 16 columns at most, and
+// these are added in float32.
 //
 // Order. The row sums run over columns upwards, the squares over a warp's rows, over lanes, over
 // warps. None of it depends on the batch, on the window, or on timing: the distance of an embedding
@@ -32,14 +38,20 @@ constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor pe
 
 // Steps that a warp has in flight. Sums take the registers of more where there are many; there are
 // more flops to hide the latency behind then.
-template <int kTiles>
-constexpr int kDepth = kTiles <= 2 ? 2 : 1;
+template <typename T, int kTiles>
+constexpr int kDepth = kTiles <= 2 || std::is_same_v<T, __half> ? 2 : 1;
 
-// Columns in a step of T: one or two times the depth of a matrix instruction.
+// Columns in a step of T, in slices of 8.
 template <typename T>
 constexpr int kSlices = sizeof(T) == 4 ? 1 : 2;
 template <typename T>
 constexpr int kColumns = 8 * kSlices<T>;
+
+// What the matrix instruction takes, and how many of them follow one another along a step.
+template <typename T>
+using Word = std::conditional_t<std::is_same_v<T, __half>, __half, Tf32>;
+template <typename T>
+constexpr int kInstructions = std::is_same_v<T, __half> ? 1 : kSlices<T>;
 
 // Squared distances as integers whose order is NaN < 0 < ... < infinity < not yet written: one
 // minimum then finds the nearest Gaussian and lets NaN through.
@@ -57,7 +69,7 @@ struct Shape {
     int warps;                         // two groups each, or a larger even number
     int stride;  // floats per z: the columns of all steps, and 4 that spread 8 rows over all banks
 
-    __host__ __device__ explicit Shape(int64_t channels) {
+    explicit Shape(int64_t channels) {
         panels = static_cast<int>(PackedLayout(channels).panels);
         pad = static_cast<int>(PackedLayout(channels).pad);
         groups = static_cast<int>(ceil_div(panels, kGroup));
@@ -126,23 +138,81 @@ class Reader {
     const T* source_;
 };
 
-// The 8 rows of column i of a step.
+// Two 16-bit words of x and y in one: the lower halves, or the upper ones.
+__device__ __forceinline__ uint32_t lower(uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; }
+__device__ __forceinline__ uint32_t upper(uint32_t x, uint32_t y) {
+    return x >> 16 | (y & 0xffff0000);
+}
+
+// Rows 2 m and 2 m + 1 of what a step holds of W, as fragments of instruction m; `lo` of float
+// only.
 template <typename T>
-__device__ __forceinline__ void widen(const uint4 (&words)[kLoads], int i, float (&rows)[8]) {
-    if constexpr (std::is_same_v<T, float>) {
-        const uint4 a = words[2 * i], b = words[2 * i + 1];
-        const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+__device__ __forceinline__ void split_factor(const uint4 (&words)[kLoads], int m,
+                                             uint32_t (&hi)[kInstructions<T>][4],
+                                             uint32_t (&lo)[kInstructions<T>][4]) {
+    const auto at = [&](int i, int part) {
+        return part == 0   ? words[i].x
+               : part == 1 ? words[i].y
+               : part == 2 ? words[i].z
+                           : words[i].w;
+    };
 #pragma unroll
-        for (int r = 0; r < 8; ++r) rows[r] = __uint_as_float(bits[r]);
-    } else {
-        const uint32_t bits[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const float2 two = unpack<T>(bits[r]);
-            rows[2 * r] = two.x;
-            rows[2 * r + 1] = two.y;
+    for (int i = 0; i < 2 * kSlices<T>; ++i) {  // column 4 i + t
+        if constexpr (std::is_same_v<T, float>) {
+            split_tf32(__uint_as_float(at(2 * i + m / 2, m % 2 * 2)), hi[0][2 * i], lo[0][2 * i]);
+            split_tf32(__uint_as_float(at(2 * i + m / 2, m % 2 * 2 + 1)), hi[0][2 * i + 1],
+                       lo[0][2 * i + 1]);
+        } else if constexpr (std::is_same_v<T, __half>) {
+            if (i % 2 == 1) continue;  // columns t and t + 4 of a slice are the halves of a word
+            hi[0][i] = lower(at(i, m), at(i + 1, m));
+            hi[0][i + 1] = upper(at(i, m), at(i + 1, m));
+        } else {
+            const float2 rows = unpack<T>(at(i, m));
+            hi[i / 2][i % 2 * 2] = __float_as_uint(rows.x);
+            hi[i / 2][i % 2 * 2 + 1] = __float_as_uint(rows.y);
         }
     }
+}
+
+// What a step needs of one z, as fragments.
+template <typename T>
+__device__ __forceinline__ void split_z(const float* z, uint32_t (&hi)[kInstructions<T>][2],
+                                        uint32_t (&lo)[kInstructions<T>][2]) {
+#pragma unroll
+    for (int s = 0; s < kSlices<T>; ++s)
+        if constexpr (std::is_same_v<T, __half>) {  // see halve()
+            hi[0][s] = __float_as_uint(z[8 * s]);
+            lo[0][s] = __float_as_uint(z[8 * s + 4]);
+        } else {
+            split_tf32(z[8 * s], hi[s][0], lo[s][0]);
+            split_tf32(z[8 * s + 4], hi[s][1], lo[s][1]);
+        }
+}
+
+// A warp turns z, in place, into pairs of float16: the places of columns c and c + 4 of a slice get
+// the upper parts of both columns and the lower ones. Returns what undoes the scale.
+__device__ __forceinline__ float halve(float* z, int columns) {
+    const int lane = threadIdx.x % kWarp;
+    float most = 0;
+    for (int c = lane; c < columns; c += kWarp) most = Maximum()(most, fabsf(z[c]));
+    const int exponent = __float_as_int(warp_reduce(most, Maximum())) >> 23;
+    const int scale = min(127 + 14 + 127 - exponent, 253);
+    __syncwarp();  // all have read
+    for (int i = lane; i < columns / 2; i += kWarp) {
+        float* place = z + i / 4 * 8 + i % 4;
+        uint32_t hi = 0, lo = 0;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            const float value = place[4 * part] * __int_as_float(scale << 23);
+            const __half top = __float2half_rn(value);
+            const __half rest = __float2half_rn(value - __half2float(top));
+            hi |= static_cast<uint32_t>(__half_as_ushort(top)) << 16 * part;
+            lo |= static_cast<uint32_t>(__half_as_ushort(rest)) << 16 * part;
+        }
+        place[0] = __uint_as_float(hi);
+        place[4] = __uint_as_float(lo);
+    }
+    return __int_as_float((254 - scale) << 23);
 }
 
 // sums[tile][m] += W z over one step; `words` get the step that comes into flight. Which rows of W
@@ -153,55 +223,46 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& reader,
                                          const float* const (&z)[kTiles], int column,
                                          float (&sums)[kTiles][4][4]) {
-    constexpr bool kSplit = std::is_same_v<T, float>;
-    uint32_t hi[kSlices<T>][4][4], lo[kSplit ? kSlices<T> : 1][4][4];
+    uint32_t hi[4][kInstructions<T>][4], lo[4][kInstructions<T>][4];
 #pragma unroll
-    for (int i = 0; i < 2 * kSlices<T>; ++i) {
-        float rows[8];
-        widen<T>(words, i, rows);
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-            uint32_t& a = hi[i / 2][r / 2][i % 2 * 2 + r % 2];
-            if constexpr (kSplit)
-                split_tf32(rows[r], a, lo[i / 2][r / 2][i % 2 * 2 + r % 2]);
-            else
-                a = __float_as_uint(rows[r]);
-        }
-    }
+    for (int m = 0; m < 4; ++m) split_factor<T>(words, m, hi[m], lo[m]);
     reader.load(words);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t z_hi[kSlices<T>][2], z_lo[kSlices<T>][2];
+        uint32_t z_hi[kInstructions<T>][2], z_lo[kInstructions<T>][2];
+        split_z<T>(z[tile] + column, z_hi, z_lo);
+        constexpr int kAtOnce = kTiles == kMaxTiles ? 2 : 4;  // registers against independent sums
 #pragma unroll
-        for (int i = 0; i < 2 * kSlices<T>; ++i)
-            split_tf32(z[tile][column + 4 * i], z_hi[i / 2][i % 2], z_lo[i / 2][i % 2]);
-        float product[4][4] = {};
-        const auto add = [&](const auto& a, const auto& b) {
+        for (int first = 0; first < 4; first += kAtOnce) {
+            float product[kAtOnce][4] = {};
+            const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-            for (int s = 0; s < kSlices<T>; ++s)
+                for (int i = 0; i < kInstructions<T>; ++i)
 #pragma unroll
-                for (int m = 0; m < 4; ++m) mma<Tf32>(product[m], a[s][m], b[s]);
-        };
-        if constexpr (kSplit) add(lo, z_hi);
-        add(hi, z_lo);
-        add(hi, z_hi);
+                    for (int m = 0; m < kAtOnce; ++m)
+                        mma<Word<T>>(product[m], a[first + m][i], b[i]);
+            };
+            if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
+            add(hi, z_lo);
+            add(hi, z_hi);
 #pragma unroll
-        for (int m = 0; m < 4; ++m)
+            for (int m = 0; m < kAtOnce; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[m][i];
+                for (int i = 0; i < 4; ++i) sums[tile][first + m][i] += product[m][i];
+        }
     }
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
                        int64_t channels, const float* __restrict__ mean,
                        const T* __restrict__ factor, int64_t window, int64_t chunks, int held,
-                       float* __restrict__ distance) {
+                       Shape shape, float* __restrict__ distance) {
     __shared__ int64_t owner[kMaxTiles * 8];
     __shared__ float partial[kMaxWarps][kMaxTiles * 8];
-    float* z = dynamic_shared<float>();  // (held, stride)
-    const Shape shape(channels);
+    __shared__ float unscale[kMaxTiles * 8];  // of float16
+    float* z = dynamic_shared<float>();       // (held + 1, stride)
     const int64_t q = blockIdx.x / chunks, first = blockIdx.x % chunks * held;
     const int64_t positions = height * width;
     const int thread = threadIdx.x, threads = shape.warps * kWarp;
@@ -221,31 +282,38 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
     const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
     const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
     Reader<T> reader(shape, factor + q * PackedLayout(channels).size(), warp);
-    uint4 ring[kDepth<kTiles>][kLoads] = {};
+    uint4 ring[kDepth<T, kTiles>][kLoads] = {};
 #pragma unroll
-    for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
+    for (int d = 0; d < kDepth<T, kTiles>; ++d) reader.load(ring[d]);
 
-    // z: copies that take no registers, so that all are in flight at once; then each thread
-    // subtracts the mean from what it has copied.
+    // Copies that take no registers, so that all are in flight at once, the mean as one row more;
+    // then each thread subtracts what it has copied itself.
     __syncthreads();
-    const auto stored = [&](int column) {
-        return column >= shape.pad && column - shape.pad < channels;
-    };
-    for (int e = 0; e < count; ++e) {
-        const float* source = x + owner[e] * channels - shape.pad;
-        for (int column = thread; column < shape.stride - 4; column += threads)
-            if (stored(column)) cp_async<4>(z + e * shape.stride + column, source + column);
+    const int columns = shape.stride - 4, skip = shape.pad;
+    for (int e = 0; e <= count; ++e) {
+        const float* source = e < count ? x + owner[e] * channels : mean + q * channels;
+        for (int c = thread; c < columns; c += threads)
+            if (c >= skip && c - skip < channels)
+                cp_async<4>(z + e * shape.stride + c, source + c - skip);
     }
     cp_async_commit();
     cp_async_wait<0>();
-    for (int column = thread; column < shape.stride - 4; column += threads) {
-        const float mean_c = stored(column) ? mean[q * channels + column - shape.pad] : 0;
+    for (int c = thread; c < columns; c += threads) {
+        const bool stored = c >= skip && c - skip < channels;
+        const float mean_c = stored ? z[count * shape.stride + c] : 0;
         for (int e = 0; e < count; ++e) {
-            float& value = z[e * shape.stride + column];
-            value = stored(column) ? value - mean_c : 0;
+            float& z_c = z[e * shape.stride + c];
+            z_c = stored ? z_c - mean_c : 0;
         }
     }
     __syncthreads();
+    if constexpr (std::is_same_v<T, __half>) {
+        for (int e = warp; e < count; e += shape.warps) {
+            const float factor_e = halve(z + e * shape.stride, columns);
+            if (lane == 0) unscale[e] = factor_e;
+        }
+        __syncthreads();
+    }
 
     const float* z_tile[kTiles];  // embeddings that are not there repeat the last one
 #pragma unroll
@@ -255,7 +323,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
     int round = 0, column = 0, left = steps_of<T>(shape, group_of(shape, warp, 0));
     while (left > 0) {
 #pragma unroll
-        for (int d = 0; d < kDepth<kTiles>; ++d) {
+        for (int d = 0; d < kDepth<T, kTiles>; ++d) {
             if (left == 0) break;
             multiply<T, kTiles>(ring[d], reader, z_tile, column, sums);
             column += kColumns<T>;
@@ -286,6 +354,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kTiles == 1 ? 3 : 2)
     if (thread < count) {
         float sum = 0;
         for (int w = 0; w < shape.warps; ++w) sum += partial[w][thread];
+        if constexpr (std::is_same_v<T, __half>) sum = sum * unscale[thread] * unscale[thread];
         float* target = distance + owner[thread];
         if (window == 1)
             *target = sqrtf(sum);
@@ -313,26 +382,26 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
         error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
 
-    // As many embeddings to a block as leave room for a second one, dealt out evenly.
+    // As many embeddings to a block as leave room for a second one, dealt out evenly; and the mean.
     const Shape shape(channels);
     const int64_t row_bytes = shape.stride * static_cast<int64_t>(sizeof(float));
     const int64_t most = batch * min(window, height) * min(window, width);
-    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, shared / 2 / row_bytes));
+    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, shared / 2 / row_bytes - 1));
     const int64_t chunks = ceil_div(most, room), held = ceil_div(most, chunks);
     const int64_t blocks = positions * chunks, decoders = ceil_div(n, kDecodeThreads);
     if (blocks > INT32_MAX || decoders > INT32_MAX) return cudaErrorInvalidConfiguration;
 
     using Kernel = void (*)(const float*, int64_t, int64_t, int64_t, int64_t, const float*,
-                            const T*, int64_t, int64_t, int, float*);
+                            const T*, int64_t, int64_t, int, Shape, float*);
     static constexpr Kernel kKernels[kMaxTiles] = {
         mahalanobis_kernel<T, 1>, mahalanobis_kernel<T, 2>, mahalanobis_kernel<T, 3>,
         mahalanobis_kernel<T, 4>};
     if (window > 1) error = cudaMemsetAsync(distance, 0xff, n * sizeof(float), stream);
     if (error == cudaSuccess)
-        error =
-            launch(kKernels[(held - 1) / 8], static_cast<unsigned>(blocks), shape.warps * kWarp,
-                   held * row_bytes, stream, x, batch, height, width, channels, mean,
-                   static_cast<const T*>(factor), window, chunks, static_cast<int>(held), distance);
+        error = launch(kKernels[(held - 1) / 8], static_cast<unsigned>(blocks), shape.warps * kWarp,
+                       (held + 1) * row_bytes, stream, x, batch, height, width, channels, mean,
+                       static_cast<const T*>(factor), window, chunks, static_cast<int>(held), shape,
+                       distance);
     if (error == cudaSuccess && window > 1)
         error = launch(decode_kernel, static_cast<unsigned>(decoders), kDecodeThreads, 0, stream,
                        distance, n);

@@ -12,5 +12,6 @@ SIMT_EXPORT(nearest_centroid)
 SIMT_EXPORT(nearest_centroid_workspace)
 SIMT_EXPORT(neighborhood_moments)
 SIMT_EXPORT(pack_factor)
+SIMT_EXPORT(window_covariance)
 
 }  // namespace npad::cuda
