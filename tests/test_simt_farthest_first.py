@@ -97,7 +97,7 @@ def test_covering_radius(simt: Simt, scale: float) -> None:
 
 def test_several_launches() -> None:
     """The state of one launch is where the next begins."""
-    assert_same_sequence(load("simt_fast"), integers(600, 2, 1000), 520)
+    assert_same_sequence(load("simt_fast"), integers(280, 2, 1000), 270)
 
 
 def test_no_centres(simt: Simt) -> None:

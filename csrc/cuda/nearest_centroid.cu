@@ -15,7 +15,7 @@
 // time that they stay in the second-level cache. Sums over channels: in the product by the matrix
 // instruction, 16 at a time in ascending order; measured, by each lane over every 32nd channel,
 // then over lanes. Nothing depends on the order of blocks.
-#include "device_utils.cuh"
+#include "tile_product.cuh"
 
 #include "kernels.h"
 
@@ -23,16 +23,7 @@ namespace npad::cuda {
 
 namespace {
 
-// 8 warps share a tile, 2 x 4, each 64 x 32: 64 sums a thread, which leaves room for two blocks on
-// a processor, and 13 loads for 48 matrix instructions.
-constexpr int kTile = 128, kWarpRows = 64, kWarpColumns = 32, kThreads = 256;
-constexpr int kAcross = kTile / kWarpColumns;
-// A slice of channels is the depth of one matrix instruction. Two rows of it fill the 32 banks, and
-// 8 lanes, which load 16 bytes each at a time, read two rows. Three slices need one barrier for
-// each and fit the 64 KiB of sm_75.
-constexpr int kDepth = 16, kSlices = 3;
-constexpr int kSliceFloats = (2 * kTile + 1) * kDepth;  // x, centroids, mean
-constexpr int kSwath = 16;  // tiles of x that pass over the centroids together: both stay in cache
+constexpr int kSwath = 16;  // tiles of x that meet the centroids together: both stay in cache
 constexpr int64_t kRecordBytes = 32 << 20;  // at a time
 constexpr int kMeanRows = 64;               // centroids whose mean is the origin
 
@@ -108,178 +99,53 @@ struct Problem {
     Record* records;
 };
 
-// Starts the copies of a slice of kTile rows of a matrix (rows, channels). Rows past the end repeat
-// the last, channels past the end are zero.
-template <int kBytes>
-__device__ __forceinline__ void copy_rows(const float* matrix, int64_t rows, int64_t channels,
-                                          int64_t row, int64_t channel, float* slice) {
-    constexpr int kWidth = kBytes / sizeof(float), kPieces = kDepth / kWidth;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
-        const int r = i / kPieces, c = i % kPieces * kWidth;
-        float* to = slice + r * kDepth + c;
-        if (channel + c < channels) {
-            const int64_t from = row + r < rows ? row + r : rows - 1;
-            cp_async<kBytes>(to, matrix + from * channels + channel + c);
-        } else {
-            for (int j = 0; j < kWidth; ++j) to[j] = 0;
-        }
-    }
-}
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kTensorCores = false;
-#else
-constexpr bool kTensorCores = true;
-#endif
-
-using Sums = float[kWarpRows / 16][kWarpColumns / 8][4];  // as mma() holds them
-
-__device__ __forceinline__ float4 centred(const float* p, float4 mean) {
-    const float4 v = load<float4>(p);
-    return {v.x - mean.x, v.y - mean.y, v.z - mean.z, v.w - mean.w};
-}
-
-// x, y = hi + lo to within 2^-16 |x|, 2^-16 |y|; as words of two.
-__device__ __forceinline__ void split(float x, float y, uint32_t& hi, uint32_t& lo) {
-    const auto word = [](__nv_bfloat162 v) { return *reinterpret_cast<const uint32_t*>(&v); };
-    hi = word(__floats2bfloat162_rn(x, y));
-    const float2 rounded = unpack<__nv_bfloat16>(hi);
-    lo = word(__floats2bfloat162_rn(x - rounded.x, y - rounded.y));
-}
-
-// sum += x . c over a slice, of the warp's rows `top` and columns `left` onwards. Words t and t + 4
-// of the matrix instruction are channels 4 t .. 4 t + 3: any order will do that both sides share.
-__device__ __forceinline__ void multiply(const float* slice, int top, int left, Sums& sum) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const float* x = slice + (top + g) * kDepth + 4 * t;
-    const float* c = slice + (kTile + left + g) * kDepth + 4 * t;
-    const float4 mean = load<float4>(slice + 2 * kTile * kDepth + 4 * t);
-    uint32_t c_hi[kWarpColumns / 8][2], c_lo[kWarpColumns / 8][2];
-#pragma unroll
-    for (int j = 0; j < kWarpColumns / 8; ++j) {
-        const float4 v = centred(c + j * 8 * kDepth, mean);
-        split(v.x, v.y, c_hi[j][0], c_lo[j][0]);
-        split(v.z, v.w, c_hi[j][1], c_lo[j][1]);
-    }
-#pragma unroll
-    for (int r = 0; r < kWarpRows / 16; ++r) {
-        uint32_t x_hi[4], x_lo[4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float4 v = centred(x + (r * 16 + i * 8) * kDepth, mean);
-            split(v.x, v.y, x_hi[i], x_lo[i]);
-            split(v.z, v.w, x_hi[i + 2], x_lo[i + 2]);
-        }
-#pragma unroll
-        for (int j = 0; j < kWarpColumns / 8; ++j) mma<__nv_bfloat16>(sum[r][j], x_lo, c_hi[j]);
-#pragma unroll
-        for (int j = 0; j < kWarpColumns / 8; ++j) mma<__nv_bfloat16>(sum[r][j], x_hi, c_lo[j]);
-#pragma unroll
-        for (int j = 0; j < kWarpColumns / 8; ++j) mma<__nv_bfloat16>(sum[r][j], x_hi, c_hi[j]);
-    }
-}
-
-// The same without matrix instructions: each thread computes the sums that it holds.
-__device__ __forceinline__ void multiply_by_fma(const float* slice, int top, int left, Sums& sum) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const float* x = slice + (top + g) * kDepth;
-    const float* c = slice + (kTile + left + 2 * t) * kDepth;
-#pragma unroll 1
-    for (int d = 0; d < kDepth; d += 4) {
-        const float4 mean = load<float4>(slice + 2 * kTile * kDepth + d);
-        float4 row[kWarpRows / 8];
-#pragma unroll
-        for (int r = 0; r < kWarpRows / 8; ++r) row[r] = centred(x + r * 8 * kDepth + d, mean);
-#pragma unroll
-        for (int j = 0; j < kWarpColumns / 4; ++j) {
-            const float4 v = centred(c + (j / 2 * 8 + j % 2) * kDepth + d, mean);
-#pragma unroll
-            for (int r = 0; r < kWarpRows / 8; ++r) {
-                float& s = sum[r / 2][j / 2][r % 2 * 2 + j % 2];
-                s = fmaf(row[r].x, v.x, s);
-                s = fmaf(row[r].y, v.y, s);
-                s = fmaf(row[r].z, v.z, s);
-                s = fmaf(row[r].w, v.w, s);
-            }
-        }
-    }
-}
-
 // kBytes: of one copy to shared memory, to which rows are aligned.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Problem p) {
-    float* shared = dynamic_shared<float>();  // (kSlices, kSliceFloats)
-    const int64_t groups = ceil_div(p.k, kTile), tiles = ceil_div(p.n, kTile);
-    const int64_t swath = blockIdx.x / (kSwath * groups), place = blockIdx.x % (kSwath * groups);
-    const int64_t left = tiles - swath * kSwath, wide = left < kSwath ? left : kSwath;
-    const int64_t group = place / wide;
-    const int64_t row = (swath * kSwath + place % wide) * kTile, column = group * kTile;
+    const int64_t row = (int64_t{blockIdx.y} * kSwath + blockIdx.x % kSwath) * kTile;
+    const int64_t group = blockIdx.x / kSwath, column = group * kTile;
+    if (row >= p.n) return;
 
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const int across = static_cast<int>(threadIdx.x) / kWarp % kAcross;
-    const int top = static_cast<int>(threadIdx.x) / kWarp / kAcross * kWarpRows;
-
-    const int slices = static_cast<int>(ceil_div(p.channels, kDepth));
-    const auto start = [&](int s) {
-        float* slice = shared + s % kSlices * kSliceFloats;
-        const int64_t channel = int64_t{s} * kDepth;
-        if (s < slices) {
-            copy_rows<kBytes>(p.x, p.n, p.channels, row, channel, slice);
-            copy_rows<kBytes>(p.centroids, p.k, p.channels, column, channel,
-                              slice + kTile * kDepth);
-            if (threadIdx.x < kDepth)
-                cp_async<4>(slice + 2 * kTile * kDepth + threadIdx.x,
-                            p.mean + channel + threadIdx.x);
-        }
-        cp_async_commit();
-    };
+    const int last_row = static_cast<int>(min(p.n - row, int64_t{kTile})) - 1;
+    const int last_column = static_cast<int>(min(p.k - column, int64_t{kTile})) - 1;
     Sums sum = {};
-    for (int s = 0; s < kSlices - 1; ++s) start(s);
-    for (int s = 0; s < slices; ++s) {
-        cp_async_wait<kSlices - 2>();
-        __syncthreads();
-        start(s + kSlices - 1);
-        const float* slice = shared + s % kSlices * kSliceFloats;
-        if (kTensorCores)
-            multiply(slice, top, across * kWarpColumns, sum);
-        else
-            multiply_by_fma(slice, top, across * kWarpColumns, sum);
-    }
-    cp_async_wait<0>();
-    __syncthreads();
+    add_product<kBytes>(p.x + row * p.channels, last_row, p.centroids + column * p.channels,
+                        last_column, p.mean, static_cast<int>(p.channels), sum);
 
+    const WarpTile w;
+    const int g = w.lane / 4, t = w.lane % 4, across = w.left / kWarpColumns;
     Record* partial = dynamic_shared<Record>();  // (kTile, kAcross), in place of the slices
     float half_norm[kWarpColumns / 8][2];
-    const int64_t mine = column + across * kWarpColumns + 2 * t;
+    const int mine = w.left + 2 * t;  // of the group
 #pragma unroll
     for (int j = 0; j < kWarpColumns / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            half_norm[j][i] = mine + 8 * j + i < p.k ? p.half_norm[mine + 8 * j + i] : INFINITY;
+            half_norm[j][i] =
+                mine + 8 * j + i <= last_column ? p.half_norm[column + mine + 8 * j + i] : INFINITY;
 #pragma unroll
     for (int r = 0; r < kWarpRows / 8; ++r) {
-        Record best = {INFINITY, INFINITY, static_cast<int32_t>(mine - column)};
+        Record best = {INFINITY, INFINITY, mine};
 #pragma unroll
         for (int j = 0; j < kWarpColumns / 8; ++j)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                merge(best, {half_norm[j][i] - sum[r / 2][j][r % 2 * 2 + i], INFINITY,
-                             static_cast<int32_t>(mine - column) + 8 * j + i});
+                merge(best,
+                      {half_norm[j][i] - sum[r / 2][j][r % 2 * 2 + i], INFINITY, mine + 8 * j + i});
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2)
             merge(best, {__shfl_xor_sync(kAllLanes, best.least, distance),
                          __shfl_xor_sync(kAllLanes, best.second, distance),
                          __shfl_xor_sync(kAllLanes, best.index, distance)});
-        if (t == 0) partial[(top + r * 8 + g) * kAcross + across] = best;
+        if (t == 0) partial[(w.top + r * 8 + g) * kAcross + across] = best;
     }
     __syncthreads();
-    const int64_t i = row + threadIdx.x;
-    if (threadIdx.x >= kTile || i >= p.n) return;
-    Record best = partial[threadIdx.x * kAcross];
+    const int i = static_cast<int>(threadIdx.x);
+    if (i > last_row) return;
+    Record best = partial[i * kAcross];
 #pragma unroll
-    for (int a = 1; a < kAcross; ++a) merge(best, partial[threadIdx.x * kAcross + a]);
-    p.records[i * groups + group] = best;
+    for (int a = 1; a < kAcross; ++a) merge(best, partial[i * kAcross + a]);
+    p.records[(row + i) * ceil_div(p.k, kTile) + group] = best;
 }
 
 // How far s of a centroid can be from its exact value, and what the measured distance adds, in
@@ -393,9 +259,10 @@ int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t 
         const int64_t rows = n - start < w.rows ? n - start : w.rows;
         const Problem p = {
             x + start * channels, centroids, w.mean, w.half_norm, rows, k, channels, w.records};
-        error = launch(vectors ? product_kernel<16> : product_kernel<4>,
-                       static_cast<unsigned>(ceil_div(rows, kTile) * w.groups), kThreads,
-                       kSlices * kSliceFloats * sizeof(float), stream, p);
+        const dim3 grid(static_cast<unsigned>(kSwath * w.groups),
+                        static_cast<unsigned>(ceil_div(rows, kSwath * kTile)));
+        error = launch(vectors ? product_kernel<16> : product_kernel<4>, grid, kThreads,
+                       kProductShared, stream, p);
         if (error == cudaSuccess)
             error = launch(measure_kernel, warp_blocks(rows), kThreads, 0, stream, p, w.largest,
                            distance + start, index + start);
