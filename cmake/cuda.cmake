@@ -19,9 +19,10 @@ endif()
 message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
 add_library(npad_cuda STATIC ${NPAD_CUDA_KERNELS} csrc/cuda/runtime.cu)
-set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
-                                           CUDA_RUNTIME_LIBRARY Static)
+set_target_properties(npad_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_include_directories(npad_cuda PRIVATE csrc)
-target_compile_options(npad_cuda PRIVATE -Werror all-warnings "-Xcompiler=-Wall,-Wextra")
+# The standard as an option: a CMake older than the nvcc does not know its dialects.
+target_compile_options(npad_cuda PRIVATE -std=c++20 -Werror all-warnings
+                                         "-Xcompiler=-Wall,-Wextra")
 target_compile_definitions(
   npad_cuda INTERFACE NPAD_HAS_CUDA NPAD_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")
