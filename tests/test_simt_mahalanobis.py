@@ -57,7 +57,7 @@ def test_several_groups_of_panels_per_warp(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("batch", "window"), [(1, 3), (2, 3), (2, 5), (4, 9)])
+@pytest.mark.parametrize(("batch", "window"), [(1, 3), (2, 3), (8, 3), (2, 5), (4, 9)])
 def test_windows(simt: Simt, batch: int, window: int, dtype: torch.dtype) -> None:
     """Borders; one to four tiles of embeddings, and more embeddings than one block holds."""
     check(simt, batch, (3, 4), 17, window, dtype)

@@ -9,7 +9,7 @@
 // C (C + 1) / 2 factor elements per position, which bounds small batches; large ones are bound by
 // C^2 flops per embedding, two or three times over for the sake of precision.
 //
-// Precision. All products are exact and near float32 together, z = hi + lo:
+// Precision. z = hi + lo; the products below are exact, and their sum is near that of float32:
 //
 //   bfloat16   W lo + W hi in TF32
 //   float16    the same in float16, z scaled by a power of two so that its largest |z_i| is near
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
 #pragma unroll
     for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
 
-    // Copies that take no registers, so that all are in flight at once, the mean as one row more;
-    // then each thread subtracts what it has copied itself.
+    // Copies that take no registers, so that all are in flight at once; the mean is one row more.
+    // Then each thread subtracts the part of it that it has copied itself.
     __syncthreads();
     const int columns = shape.stride - 4, skip = shape.pad;
     for (int e = 0; e <= count; ++e) {
