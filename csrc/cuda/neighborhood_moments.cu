@@ -17,7 +17,8 @@
 // cores and what is left in FMA units, then added to S: the tensor cores do not round their sums to
 // nearest, and over S itself or over many rows that would be a drift.
 //
-// m and n change in a second kernel, after all blocks have read them.
+// m and n change in a second kernel, after all blocks have read them. Limits: batches of fewer than
+// 2^30 rows, 2^31 blocks.
 #include "device_utils.cuh"
 #include "kernels.h"
 #include "packed.h"

@@ -12,7 +12,7 @@
 // Order: scatters are summed over the window row by row, then the products of the deviations are
 // added in the same order, all in float32; the result does not depend on `start` and `stop`. The
 // mean is summed as differences from the window's first mean, which loses nothing to a common
-// offset.
+// offset. Limits: fewer than 2^31 positions.
 #include <algorithm>
 
 #include "device_utils.cuh"
