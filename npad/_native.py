@@ -30,7 +30,12 @@ def info() -> dict[str, Any]:
     """What the extension was built with and what it uses here."""
     if core is None:
         return {"kernels": "PyTorch reference"}
-    return {"kernels": "native", "isa": core.isa(), "isas": core.isas()}
+    return {
+        "kernels": "native",
+        "isa": core.isa(),
+        "isas": core.isas(),
+        "cuda": core.cuda.architectures if hasattr(core, "cuda") else None,
+    }
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -78,28 +78,61 @@ def test_the_batch_does_not_change_a_distance(simt: Simt) -> None:
         assert torch.equal(run(simt, x[n : n + 1], mean, factor, 3)[0], together[n])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("window", [1, 3])
-def test_nan_propagates(simt: Simt, window: int) -> None:
+def test_nan_propagates(simt: Simt, window: int, dtype: torch.dtype) -> None:
     grid = (3, 3)
     mean, dense = gaussians(grid, 10)
-    factor = reference.pack_factor(dense, torch.float32)
-    x = torch.randn(2, *grid, 10)
+    factor = reference.pack_factor(dense, dtype)
+    x = torch.randn(3, *grid, 10)
     x[1, 1, 1, 4] = torch.nan
-    assert run(simt, x, mean, factor, window).isnan().nonzero().tolist() == [[1, 1, 1]]
+    x[2, 0, 2, 9] = torch.inf  # times the zeros beside it
+    nan = run(simt, x, mean, factor, window).isnan().nonzero().tolist()
+    assert nan == [[1, 1, 1], [2, 0, 2]]
     factor[0] = torch.nan
     reached = [[0, 0], [0, 1], [1, 0], [1, 1]] if window == 3 else [[0, 0]]
     nan = run(simt, x[:1].contiguous(), mean, factor, window).isnan()
     assert nan[0].nonzero().tolist() == reached
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("window", [1, 3])
-def test_extremes(simt: Simt, window: int) -> None:
-    """Zero at the mean, of which all Gaussians here have the same; infinite, not NaN, beyond."""
+def test_extremes(simt: Simt, window: int, dtype: torch.dtype) -> None:
+    """Zero at the mean, which all Gaussians share here; infinite, not NaN, beyond range."""
     mean = torch.randn(9).expand(4, 9).contiguous()
-    factor = reference.pack_factor(torch.eye(9).expand(4, 9, 9), torch.bfloat16)
+    factor = reference.pack_factor(torch.eye(9).expand(4, 9, 9), dtype)
     x = mean.reshape(1, 2, 2, 9).clone()
     assert (run(simt, x, mean, factor, window) == 0).all()
     assert run(simt, x + 1e30, mean, factor, window).isinf().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_channels_of_different_scales(simt: Simt, size: float, dtype: torch.dtype) -> None:
+    """Deviations from 2^-20 to 1 in one embedding, each as far in standard deviations."""
+    channels = 21
+    deviation = 2.0 ** -torch.arange(channels)
+    mean, dense = gaussians((1, 1), channels)
+    factor = reference.pack_factor(2.0**-10 * dense / deviation, dtype)
+    x = size * deviation * (1 + torch.rand(1, 1, 1, channels))
+    mean.zero_()
+    actual = run(simt, x, mean, factor, 1)
+    working = reference.mahalanobis(x, mean, factor, (1, 1))
+    oracle = reference.mahalanobis(x.double(), mean.double(), factor.double(), (1, 1))
+    assert_accurate(actual, working, oracle)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_16_bit_factor_values(dtype: torch.dtype) -> None:
+    """Of every kind, subnormals and zeros of both signs too, exactly."""
+    values = torch.arange(-(2**15), 2**15, 31).to(torch.int16).view(dtype)
+    values = values[values.isfinite() & (values.float().abs() < 1e18)]  # its square stays finite
+    values = values[(values == 0) | (values.float().abs() > 1e-18)]  # and normal
+    factor = torch.zeros(len(values), 8, dtype=dtype)
+    factor[:, -1] = values  # 1 x 1 factors: seven rows of padding, then the value
+    x = torch.ones(1, 1, len(values), 1)
+    distance = run(load("simt_fast"), x, torch.zeros(len(values), 1), factor, 1)
+    assert torch.equal(distance.flatten(), values.float().abs())
 
 
 @pytest.mark.parametrize(("batch", "width"), [(0, 3), (2, 0)])

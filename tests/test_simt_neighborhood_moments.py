@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from fitted import Moments, reference_moments, zeros
-from simt_device import Simt, load
+from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
 from npad import reference
@@ -69,7 +69,10 @@ def test_many_tiles(fast: Simt) -> None:
 def test_counts_differ(fast: Simt) -> None:
     x = torch.randn(6, 1, 3, 20)
     state = reference_moments(x[:3], torch.float32)
-    single, oracle = [t.clone() for t in state], [state[0].clone(), *(t.double() for t in state[1:])]
+    single, oracle = (
+        [t.clone() for t in state],
+        [state[0].clone(), *(t.double() for t in state[1:])],
+    )
     for counts in (state[0], single[0], oracle[0]):
         counts.copy_(torch.tensor([3, 0, 2**31]))
     update(fast, x[3:], state)
@@ -106,3 +109,8 @@ def test_nothing_to_do(simt: Simt) -> None:
     update(simt, torch.empty(0, 1, 2, 5), state)
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
     update(simt, torch.empty(3, 0, 2, 5), zeros(0, 5))
+
+
+def test_more_blocks_than_a_grid_has(fast: Simt) -> None:
+    with pytest.raises(LaunchError, match="cudaError 9"):
+        fast("neighborhood_moments", torch.zeros(1), 1, 2**30, 65, *zeros(1, 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from fitted import Moments, reference_moments
-from simt_device import Simt, load
+from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
 from npad import reference
@@ -102,3 +102,8 @@ def test_nan_stays_in_its_windows(simt: Simt) -> None:
     state[1][8, 3] = torch.nan
     state[2][12, 20] = torch.nan
     check(simt, state, grid, 3)
+
+
+def test_more_positions_than_a_grid_has(fast: Simt) -> None:
+    with pytest.raises(LaunchError, match="cudaError 9"):
+        run(fast, fitted(torch.randn(2, 1, 1, 1)), (2**20, 2**12), 3, 0, 1)

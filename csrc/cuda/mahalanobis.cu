@@ -31,15 +31,15 @@ namespace npad::cuda {
 
 namespace {
 
-constexpr int kMaxWarps = 6;  // two such blocks on a processor leave 168 registers per thread
+constexpr int kMaxWarps = 5;  // two such blocks on a processor leave 168 registers per thread
 constexpr int kMaxTiles = 4;  // of 8 embeddings each: 64 sums per thread
 constexpr int kGroup = 8;     // panels per warp at a time, 64 rows: see multiply()
 constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor per warp and step
 
-// Steps that a warp has in flight. Sums take the registers of more where there are many; there are
-// more flops to hide the latency behind then.
-template <typename T, int kTiles>
-constexpr int kDepth = kTiles <= 2 || std::is_same_v<T, __half> ? 2 : 1;
+// Steps that a warp has in flight: fewer where more flops hide the latency and the sums take the
+// registers.
+template <int kTiles>
+constexpr int kDepth = kTiles == 1 ? 3 : (kTiles == 2 ? 2 : 1);
 
 // Columns in a step of T, in slices of 8.
 template <typename T>
@@ -112,7 +112,7 @@ class Reader {
                               : make_uint4(0, 0, 0, 0);
         }
         column_ += kColumns<T>;
-        source_ += kColumns<T> * kPanel;
+        source_ += kColumns<T> * 8;
         if (--left_ > 0) return;
         ++round_;
         open();
@@ -231,25 +231,20 @@ __device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& read
     for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t z_hi[kInstructions<T>][2], z_lo[kInstructions<T>][2];
         split_z<T>(z[tile] + column, z_hi, z_lo);
-        constexpr int kAtOnce = kTiles == kMaxTiles ? 2 : 4;  // registers against independent sums
+        float product[4][4] = {};
+        const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-        for (int first = 0; first < 4; first += kAtOnce) {
-            float product[kAtOnce][4] = {};
-            const auto add = [&](const auto& a, const auto& b) {
+            for (int i = 0; i < kInstructions<T>; ++i)
 #pragma unroll
-                for (int i = 0; i < kInstructions<T>; ++i)
+                for (int m = 0; m < 4; ++m) mma<Word<T>>(product[m], a[m][i], b[i]);
+        };
+        if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
+        add(hi, z_lo);
+        add(hi, z_hi);
 #pragma unroll
-                    for (int m = 0; m < kAtOnce; ++m)
-                        mma<Word<T>>(product[m], a[first + m][i], b[i]);
-            };
-            if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
-            add(hi, z_lo);
-            add(hi, z_hi);
+        for (int m = 0; m < 4; ++m)
 #pragma unroll
-            for (int m = 0; m < kAtOnce; ++m)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sums[tile][first + m][i] += product[m][i];
-        }
+            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[m][i];
     }
 }
 
@@ -282,9 +277,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
     const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
     Reader<T> reader(shape, factor + q * PackedLayout(channels).size(), warp);
-    uint4 ring[kDepth<T, kTiles>][kLoads] = {};
+    uint4 ring[kDepth<kTiles>][kLoads] = {};
 #pragma unroll
-    for (int d = 0; d < kDepth<T, kTiles>; ++d) reader.load(ring[d]);
+    for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
 
     // Copies that take no registers, so that all are in flight at once, the mean as one row more;
     // then each thread subtracts what it has copied itself.
@@ -323,7 +318,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     int round = 0, column = 0, left = steps_of<T>(shape, group_of(shape, warp, 0));
     while (left > 0) {
 #pragma unroll
-        for (int d = 0; d < kDepth<T, kTiles>; ++d) {
+        for (int d = 0; d < kDepth<kTiles>; ++d) {
             if (left == 0) break;
             multiply<T, kTiles>(ring[d], reader, z_tile, column, sums);
             column += kColumns<T>;

@@ -46,9 +46,9 @@ struct Centre {
 // The batch at one position.
 struct Batch {
     const float* x;
-    const float* mean;    // before the update
-    int64_t size, image;  // rows; floats from one to the next
-    int channels;
+    const float* mean;  // before the update
+    int64_t image;      // floats from one row to the next
+    int size, channels;
     float scale;  // of the correction
 };
 
@@ -58,12 +58,11 @@ __device__ __forceinline__ int slot() { return static_cast<int>(threadIdx.x) % k
 __device__ __forceinline__ int odd() { return static_cast<int>(threadIdx.x) / kTile; }
 
 // This thread's part of the kDepth rows from `first` on; zeros past the last row or channel.
-__device__ __forceinline__ void load_rows(const Batch& batch, int channel, int64_t first,
+__device__ __forceinline__ void load_rows(const Batch& batch, int channel, int first,
                                           float (&values)[kLoads]) {
     const bool inside = channel >= 0 && channel < batch.channels;
-    const int rows =
-        inside ? static_cast<int>(min(batch.size - first, int64_t{kDepth})) - odd() : 0;
-    const float* x = batch.x + (first + odd()) * batch.image + channel;
+    const int rows = inside ? min(batch.size - first, kDepth) - odd() : 0;
+    const float* x = batch.x + int64_t{first + odd()} * batch.image + channel;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, x += 2 * batch.image) values[i] = 2 * i < rows ? *x : 0.0f;
 }
@@ -75,7 +74,7 @@ __device__ __forceinline__ void find_centre(const Batch& batch, int channel,
     const bool inside = channel >= 0 && channel < batch.channels;
     const float old_mean = inside ? batch.mean[channel] : 0.0f;
     float sum = 0;
-    for (int64_t first = 0; first < batch.size; first += kDepth) {
+    for (int first = 0; first < batch.size; first += kDepth) {
         load_rows(batch, channel, first, values);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) sum += values[i];
@@ -158,7 +157,7 @@ __device__ __forceinline__ void add_products(const Deviations& d_columns, int co
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    scatter_kernel(const float* __restrict__ x, int64_t size, int64_t positions, int channels,
+    scatter_kernel(const float* __restrict__ x, int size, int64_t positions, int channels,
                    const int64_t* __restrict__ count, const float* __restrict__ mean,
                    float* __restrict__ scatter) {
     __shared__ __align__(16) Deviations d_rows, d_columns;
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     scatter += position * layout.size();
     const float n = static_cast<float>(count[position]), b = static_cast<float>(size);
     const Batch batch{
-        x + position * channels, mean + position * channels, size, positions * channels, channels,
+        x + position * channels, mean + position * channels, positions * channels, size, channels,
         sqrtf(n / (n + b) * b)};
 
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
@@ -201,13 +200,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 if (stored(i, j))
-                    s[i][j] = load_once<float4>(vectors + place[i] + (left + 8 * j) * kVectors);
+                    s[i][j] = load_once<float4>(vectors + place[i] + 8 * j * kVectors);
 
         const bool diagonal = left == top;
         if (!diagonal) find_centre(batch, left + channel, values, partial, column_centre);
-        for (int64_t first = 0; first < size; first += kDepth) {
+        for (int first = 0; first < size; first += kDepth) {
             const bool last = size - first <= kDepth;
-            const int rows = static_cast<int>(last ? size - first : kDepth);
+            const int rows = min(size - first, kDepth);
             if (!diagonal) {
                 if (size > kDepth) load_rows(batch, left + channel, first, values);
                 store_deviations(values, column_centre, rows, last, d_columns);
@@ -241,29 +240,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int i = 0; i < 2; ++i)
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                if (stored(i, j)) vectors[place[i] + (left + 8 * j) * kVectors] = s[i][j];
+                if (stored(i, j)) vectors[place[i] + 8 * j * kVectors] = s[i][j];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) place[i] += kTile * kVectors;
     }
 }
 
 // One block per position; the batch's mean in the order of find_centre().
 __global__ void __launch_bounds__(kMeanThreads)
-    mean_kernel(const float* __restrict__ x, int64_t batch, int64_t positions, int channels,
+    mean_kernel(const float* __restrict__ x, int size, int64_t positions, int channels,
                 int64_t* __restrict__ count, float* __restrict__ mean) {
     const int64_t position = blockIdx.x, image = positions * channels;
-    const float n = static_cast<float>(count[position]), b = static_cast<float>(batch);
+    const float n = static_cast<float>(count[position]), b = static_cast<float>(size);
     const float weight = b / (n + b);
     for (int c = threadIdx.x; c < channels; c += kMeanThreads) {
         const int64_t i = position * channels + c;
         float even = 0, odd = 0;
 #pragma unroll 8
-        for (int64_t k = 0; k < batch; k += 2) {
+        for (int k = 0; k < size; k += 2) {
             even += x[k * image + i];
-            if (k + 1 < batch) odd += x[(k + 1) * image + i];
+            if (k + 1 < size) odd += x[(k + 1) * image + i];
         }
         mean[i] += weight * ((even + odd) / b - mean[i]);
     }
     __syncthreads();
-    if (threadIdx.x == 0) count[position] += batch;
+    if (threadIdx.x == 0) count[position] += size;
 }
 
 }  // namespace
@@ -272,12 +273,12 @@ int neighborhood_moments(const float* x, int64_t batch, int64_t positions, int64
                          int64_t* count, float* mean, float* scatter, Stream stream) {
     if (batch == 0 || positions == 0) return cudaSuccess;
     const int64_t blocks = positions * ceil_div(channels, kTile);  // padding adds less than a tile
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    const int c = static_cast<int>(channels);
+    if (blocks > INT32_MAX || batch > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+    const int b = static_cast<int>(batch), c = static_cast<int>(channels);
     const cudaError_t error = launch(scatter_kernel, static_cast<unsigned>(blocks), kThreads, 0,
-                                     stream, x, batch, positions, c, count, mean, scatter);
+                                     stream, x, b, positions, c, count, mean, scatter);
     if (error != cudaSuccess) return error;
-    return launch(mean_kernel, static_cast<unsigned>(positions), kMeanThreads, 0, stream, x, batch,
+    return launch(mean_kernel, static_cast<unsigned>(positions), kMeanThreads, 0, stream, x, b,
                   positions, c, count, mean);
 }
 

@@ -63,9 +63,10 @@ struct Shared {
     };
     Clipped windows[kPatch];
     int64_t total[kPatch];  // samples in the window
+    float scale[kPatch];    // 1 / (total - 1)
     // Of each window, kDepth neighbours at a time.
     int64_t count[kPatch][kDepth];
-    int neighbor[kPatch][kDepth];
+    int64_t offset[kPatch][kDepth];  // of its mean
     float weight[kPatch][kDepth], root[kPatch][kDepth];
 };
 
@@ -79,7 +80,7 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
     // Where there is no neighbour, the position itself, weighing nothing.
     const int q = inside ? (w.top + i / w.width) * grid.width + w.left + i % w.width : w.position;
     const int64_t n = inside ? count[q] : 0;
-    shared.neighbor[k][d] = q;
+    shared.offset[k][d] = int64_t{q} * grid.channels;
     shared.count[k][d] = n;
     shared.weight[k][d] = static_cast<float>(n);
     shared.root[k][d] = sqrtf(static_cast<float>(n));
@@ -88,16 +89,31 @@ __device__ __forceinline__ void find_neighbors(const Grid& grid, const int64_t* 
 // A tile, its row 0 and column 0 at these channels, to its place and its mirror image.
 __device__ __forceinline__ void write_tile(const float (&tile)[kRows][kStride], int top, int left,
                                            int channels, float* __restrict__ dense) {
-    const auto write = [&](int r, int c, bool mirror) {
-        const int to = top + r, from = left + c;
-        if (from < 0 || from + mirror > to || to >= channels) return;
-        dense[mirror ? int64_t{from} * channels + to : int64_t{to} * channels + from] = tile[r][c];
-    };
-    const int t = threadIdx.x;
-#pragma unroll 4
-    for (int r = t / kColumns; r < kRows; r += kThreads / kColumns) write(r, t % kColumns, false);
-#pragma unroll 4
-    for (int c = t / kRows; c < kColumns; c += kThreads / kRows) write(t % kRows, c, true);
+    constexpr int kRowStep = kThreads / kColumns, kColumnStep = kThreads / kRows;
+    const int t = static_cast<int>(threadIdx.x);
+    // One unsigned comparison stands for both ends of a range; a limit of 0 for an empty one.
+    {
+        const int r = t / kColumns, c = t % kColumns, row = top + r, column = left + c;
+        const unsigned limit = column < 0 ? 0 : max(channels - column, 0);
+        float values[kRows / kRowStep];
+#pragma unroll
+        for (int i = 0; i < kRows / kRowStep; ++i) values[i] = tile[r + i * kRowStep][c];
+        float* to = dense + int64_t{row} * channels + column;
+        const int64_t step = int64_t{kRowStep} * channels;
+#pragma unroll
+        for (int i = 0; i < kRows / kRowStep; ++i, to += step)
+            if (static_cast<unsigned>(row - column + i * kRowStep) < limit) *to = values[i];
+    }
+    const int r = t % kRows, c = t / kRows, row = top + r, column = left + c;
+    const unsigned limit = row < channels ? max(row, 0) : 0;
+    float values[kColumns / kColumnStep];
+#pragma unroll
+    for (int i = 0; i < kColumns / kColumnStep; ++i) values[i] = tile[r][c + i * kColumnStep];
+    float* to = dense + int64_t{column} * channels + row;
+    const int64_t step = int64_t{kColumnStep} * channels;
+#pragma unroll
+    for (int i = 0; i < kColumns / kColumnStep; ++i, to += step)
+        if (static_cast<unsigned>(column + i * kColumnStep) < limit) *to = values[i];
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -124,12 +140,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (largest == 0) return;
 
     // Means: of each position's rows and columns of the tile, this thread finds every kThreads-th.
-    const auto own = [&](int j, int& k, int& slot) {  // returns the channel, or -1
+    const auto own = [&](int j, int& k, int& slot) {  // returns the channel
         k = (threadIdx.x + j * kThreads) / kSlots;
         slot = (threadIdx.x + j * kThreads) % kSlots;
-        const int c = (slot < kRows ? top + slot : left + slot - kRows) - pad;
-        return c < channels ? c : -1;
+        return (slot < kRows ? top + slot : left + slot - kRows) - pad;
     };
+    const auto stand_in = [&](int c) { return c >= 0 && c < channels ? c : 0; };  // for padding
     float origin[kMeans] = {}, mu[kMeans] = {};
     for (int first = 0; first < largest; first += kDepth) {
         find_neighbors(grid, count, first, shared);
@@ -140,23 +156,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
-            const int c = own(j, k, slot);
-            if (c < 0) continue;
-            if (first == 0) origin[j] = mean[int64_t{shared.neighbor[k][0]} * channels + c];
+            const float* mean_c = mean + stand_in(own(j, k, slot));
+            if (first == 0) origin[j] = mean_c[shared.offset[k][0]];
 #pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const float m = mean[int64_t{shared.neighbor[k][d]} * channels + c];
-                mu[j] = fmaf(shared.weight[k][d], m - origin[j], mu[j]);
-            }
+            for (int d = 0; d < kDepth; ++d)
+                mu[j] = fmaf(shared.weight[k][d], mean_c[shared.offset[k][d]] - origin[j], mu[j]);
         }
         __syncthreads();
     }
+    if (threadIdx.x < kPatch)
+        shared.scale[threadIdx.x] = 1.0f / static_cast<float>(shared.total[threadIdx.x] - 1);
 #pragma unroll
     for (int j = 0; j < kMeans; ++j) {
         int k, slot;
         const int c = own(j, k, slot);
         mu[j] = origin[j] + mu[j] / static_cast<float>(shared.total[k]);
-        if (left == 0 && slot < kRows && c >= 0 && shared.windows[k].size > 0)
+        if (left == 0 && slot < kRows && c >= 0 && c < channels && shared.windows[k].size > 0)
             window_mean[int64_t{shared.windows[k].position - grid.start} * channels + c] = mu[j];
     }
 
@@ -214,13 +229,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < kMeans; ++j) {
             int k, slot;
-            const int c = own(j, k, slot);
+            const float* mean_c = mean + stand_in(own(j, k, slot));
             float deviation[kDepth];  // all loads before the first store
 #pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const float m = c < 0 ? mu[j] : mean[int64_t{shared.neighbor[k][d]} * channels + c];
-                deviation[d] = shared.root[k][d] * (m - mu[j]);
-            }
+            for (int d = 0; d < kDepth; ++d)
+                deviation[d] = shared.root[k][d] * (mean_c[shared.offset[k][d]] - mu[j]);
 #pragma unroll
             for (int d = 0; d < kDepth; ++d) shared.deviations[k][d][slot] = deviation[d];
         }
@@ -246,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int k = 0; k < kPatch; ++k) {
         const Clipped& w = shared.windows[k];
-        const float scale = 1.0f / static_cast<float>(shared.total[k] - 1);
+        const float scale = shared.scale[k];
         auto& tile = shared.tiles[k % 2];  // the other one may still be read
 #pragma unroll
         for (int e = 0; e < 2; ++e)
