@@ -112,6 +112,14 @@ def test_nan_and_infinity(simt: Simt) -> None:
     assert torch.equal(distance[keep], expected[keep])
 
 
+def test_infinite_centroid(simt: Simt) -> None:
+    x, centroids = torch.randn(10, 12), torch.randn(40, 12)
+    centroids[:9, 3] = torch.inf
+    _, index = run(simt, x, centroids)
+    _, expected = reference.nearest_centroid(x.double(), centroids.double())
+    assert torch.equal(index, expected)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e15])
 def test_extreme_scales(simt: Simt, scale: float) -> None:
     x, centroids = scale * torch.randn(9, 12), scale * torch.randn(40, 12)

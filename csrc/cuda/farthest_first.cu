@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     int* visit_list = visits[threadIdx.x / kWarp];
     const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
     const int64_t warp = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+    const int64_t batches = (ceil_div(n, kWarp) - warp + warps - 1) / warps;  // of this warp
     const bool leader = blockIdx.x == 0 && threadIdx.x == 0;
 
     for (int64_t k = begin; k < end; ++k) {
@@ -104,7 +105,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (k > 0) grid_barrier();
 
         unsigned long long best = 0;
-        for (int64_t start = warp * kWarp; start < n; start += warps * kWarp) {
+        for (int64_t b = 0; b < batches; ++b) {
+            // There and back, so that a pass begins with what the last one left in the cache.
+            const int64_t start = (warp + (k % 2 == 0 ? b : batches - 1 - b) * warps) * kWarp;
             const int64_t i = start + lane;
             float nearest = -1;
             bool visit = false;

@@ -70,8 +70,8 @@ __device__ __forceinline__ void split(float x, float y, uint32_t& hi, uint32_t& 
     lo = word(__floats2bfloat162_rn(x - rounded.x, y - rounded.y));
 }
 
-// sum += x . c over a slice, of the warp's tile. Words t and t + 4
-// of the matrix instruction are channels 4 t .. 4 t + 3: any order will do that both sides share.
+// sum += x . c over a slice, of the warp's tile. Words t and t + 4 of the matrix instruction are
+// channels 4 t .. 4 t + 3: any order will do that both sides share.
 __device__ __forceinline__ void multiply(const float* slice, WarpTile w, Sums& sum) {
     const int g = w.lane / 4, t = w.lane % 4;
     const float* x = slice + (w.top + g) * kDepth + 4 * t;
