@@ -21,7 +21,9 @@ message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHI
 add_library(npad_cuda STATIC ${NPAD_CUDA_KERNELS} csrc/cuda/runtime.cu)
 set_target_properties(npad_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_include_directories(npad_cuda PRIVATE csrc)
-# The standard as an option: a CMake older than the nvcc does not know its dialects.
+# The standard as an option and not as a property, which CMake would take from that of C++: a CMake
+# older than the nvcc does not know its dialects.
+set_property(TARGET npad_cuda PROPERTY CXX_STANDARD)
 target_compile_options(npad_cuda PRIVATE -std=c++20 -Werror all-warnings
                                          "-Xcompiler=-Wall,-Wextra")
 target_compile_definitions(
