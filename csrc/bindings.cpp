@@ -60,7 +60,8 @@ void launch(const char* op, int device, Launcher* launcher, Arguments... argumen
 
 void define_cuda(py::module_ m) {
     using cuda::Stream;
-    m.doc() = "CUDA kernels. Addresses are on the device, which is current; streams are the caller's.";
+    m.doc() =
+        "CUDA kernels. Addresses are on the device, which is current; streams are the caller's.";
     m.attr("architectures") = NPAD_CUDA_ARCHITECTURES;
     m.def("runtime_version", cuda::runtime_version);
     m.def("driver_version", cuda::driver_version);
@@ -94,23 +95,21 @@ void define_cuda(py::module_ m) {
                pointer<float>(distance), reinterpret_cast<Stream>(stream));
     });
     m.def("nearest_centroid_workspace", cuda::nearest_centroid_workspace);
-    m.def("nearest_centroid",
-          [](int device, uintptr_t x, int64_t n, uintptr_t centroids, int64_t k, int64_t channels,
-             uintptr_t workspace, uintptr_t distance, uintptr_t index, uintptr_t stream) {
-              launch("nearest_centroid", device, cuda::nearest_centroid, pointer<float>(x), n,
-                     pointer<float>(centroids), k, channels, pointer<void>(workspace),
-                     pointer<float>(distance), pointer<int64_t>(index),
-                     reinterpret_cast<Stream>(stream));
-          });
+    m.def("nearest_centroid", [](int device, uintptr_t x, int64_t n, uintptr_t centroids, int64_t k,
+                                 int64_t channels, uintptr_t workspace, uintptr_t distance,
+                                 uintptr_t index, uintptr_t stream) {
+        launch("nearest_centroid", device, cuda::nearest_centroid, pointer<float>(x), n,
+               pointer<float>(centroids), k, channels, pointer<void>(workspace),
+               pointer<float>(distance), pointer<int64_t>(index), reinterpret_cast<Stream>(stream));
+    });
     m.def("farthest_first_workspace", cuda::farthest_first_workspace);
-    m.def("farthest_first",
-          [](int device, uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids,
-             int64_t first, uintptr_t workspace, uintptr_t index, uintptr_t radius,
-             uintptr_t stream) {
-              launch("farthest_first", device, cuda::farthest_first, pointer<float>(points), n, dim,
-                     n_centroids, first, pointer<void>(workspace), pointer<int64_t>(index),
-                     pointer<float>(radius), reinterpret_cast<Stream>(stream));
-          });
+    m.def("farthest_first", [](int device, uintptr_t points, int64_t n, int64_t dim,
+                               int64_t n_centroids, int64_t first, uintptr_t workspace,
+                               uintptr_t index, uintptr_t radius, uintptr_t stream) {
+        launch("farthest_first", device, cuda::farthest_first, pointer<float>(points), n, dim,
+               n_centroids, first, pointer<void>(workspace), pointer<int64_t>(index),
+               pointer<float>(radius), reinterpret_cast<Stream>(stream));
+    });
 }
 #endif
 
