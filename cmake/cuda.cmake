@@ -21,10 +21,14 @@ message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHI
 add_library(npad_cuda STATIC ${NPAD_CUDA_KERNELS} csrc/cuda/runtime.cu)
 set_target_properties(npad_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_include_directories(npad_cuda PRIVATE csrc)
-# The standard as an option and not as a property, which CMake would take from that of C++: a CMake
-# older than the nvcc does not know its dialects.
-set_property(TARGET npad_cuda PROPERTY CXX_STANDARD)
-target_compile_options(npad_cuda PRIVATE -std=c++20 -Werror all-warnings
-                                         "-Xcompiler=-Wall,-Wextra")
+if("cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
+  set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 20)
+else()
+  # A CMake older than the nvcc does not know its dialects, and would ask for that of C++.
+  set_property(TARGET npad_cuda PROPERTY CXX_STANDARD)
+  target_compile_options(npad_cuda PRIVATE -std=c++20)
+endif()
+target_compile_options(npad_cuda PRIVATE -Werror all-warnings "-Xcompiler=-Wall,-Wextra")
+list(JOIN CMAKE_CUDA_ARCHITECTURES "," architectures)
 target_compile_definitions(
-  npad_cuda INTERFACE NPAD_HAS_CUDA NPAD_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")
+  npad_cuda INTERFACE NPAD_HAS_CUDA NPAD_CUDA_ARCHITECTURES="${architectures}")
