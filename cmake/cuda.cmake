@@ -11,10 +11,12 @@ endif()
 if(npad_all_architectures)
   # Machine code for each, and PTX of the newest for what comes after it.
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+    set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
   else()
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90)
+    set(architectures 75-real 80-real 86-real 89-real 90)
   endif()
+  # In the cache, where CMake's own default would be found the next time.
+  set(CMAKE_CUDA_ARCHITECTURES ${architectures} CACHE STRING "CUDA architectures" FORCE)
 endif()
 message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
