@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import torch
-
-__all__ = ["at_most", "choice", "device", "eps", "height_width", "odd"]
+__all__ = ["at_most", "choice", "eps", "height_width", "odd"]
 
 
 def height_width(size: Any) -> tuple[int, int]:
@@ -24,25 +21,6 @@ def height_width(size: Any) -> tuple[int, int]:
             f"NPad: image_size must be a positive int or (height, width), got {size!r}"
         )
     return height, width
-
-
-def device(value: Any) -> torch.device:
-    """Check that a torch device is one, and that tensors can be made on it."""
-    try:
-        found = torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"NPad: device must be a torch device such as 'cpu' or 'cuda:0', got {value!r}"
-        ) from error
-    try:
-        torch.empty(0, device=found)
-    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
-        first_sentence = re.split(r"\n|\. ", str(error).strip())[0]
-        raise ValueError(
-            f"NPad: device='{found}' cannot be used here ({first_sentence}); "
-            "give device='cpu', or one that `npad info` shows"
-        ) from error
-    return found
 
 
 def odd(name: str, value: int) -> int:

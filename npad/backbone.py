@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from npad.backbone_weights import BackboneError, first_line, load_weights, weights_hash
+from npad.batch_norm import fold_batch_norm
 from npad.filter_bank import N_LEVELS, FilterBank
 
-__all__ = ["Backbone", "BackboneError"]
+__all__ = ["Backbone", "BackboneError", "shared_backbone"]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
 _REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
@@ -40,18 +44,26 @@ class Backbone(nn.Module):
     weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
         timm checkpoint of the whole model or a state dict of its ``features_only`` form. Default:
         timm's own pre-trained weights, from its cache or downloaded.
+    dtype : float32, float16 or bfloat16: in which the network computes. The filter bank, whose
+        variances float16 would not hold, stays in float32.
+    compile : run the network through ``torch.compile``, which takes a minute at the first batch of
+        each size.
 
     Attributes
     ----------
     name, layers : as chosen; layers in increasing order.
     channels : channels of the embedding, all layers together.
-    weights_hash : SHA-256 in hex over name, dtype, shape and bytes of all weights in use; it does
-        not depend on the file they came from.
+    weights_hash : SHA-256 in hex over name, dtype, shape and bytes of all weights in use, as they
+        were loaded; it does not depend on the file they came from.
 
     Raises
     ------
     BackboneError  unknown name, no download, or weights that do not fit.
     ValueError     layers that the network does not have; weights for the filter bank.
+
+    Notes
+    -----
+    Batch normalisations are folded into the convolutions before them (see `fold_batch_norm`).
     """
 
     mean: Tensor
@@ -62,6 +74,8 @@ class Backbone(nn.Module):
         name: str,
         layers: Sequence[int] | None = None,
         weights: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__()
         self.name = name
@@ -76,6 +90,7 @@ class Backbone(nn.Module):
             self.net, self._reductions = bank, bank.reductions
             self.channels = bank.n_channels * len(self.layers)
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+            dtype = torch.float32
         else:
             outline = _timm_outline(name)
             reductions = [int(level["reduction"]) for level in outline.feature_info.info]
@@ -96,7 +111,11 @@ class Backbone(nn.Module):
         self.weights_hash = weights_hash(self.net.state_dict())
         self.requires_grad_(False)
         self.eval()
-        self.to(memory_format=torch.channels_last)
+        fold_batch_norm(self.net)
+        self.net.to(dtype).to(memory_format=torch.channels_last)
+        self.dtype = dtype
+        # A function, not a module: that would be a second entry for the same weights.
+        self._compiled = torch.compile(self._features) if compile else None
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen."""
@@ -136,8 +155,11 @@ class Backbone(nn.Module):
         if images.dtype != torch.float32:
             raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
         grid = self.grid((images.shape[2], images.shape[3]))
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        levels = [F.avg_pool2d(level, 3, stride=1, padding=1) for level in self._features(x)]
+        x = (images - self.mean) / self.std
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        with _exact_convolutions(x.device):
+            features = (self._compiled or self._features)(x)
+        levels = [F.avg_pool2d(level.float(), 3, stride=1, padding=1) for level in features]
         aligned = [
             level
             if level.shape[2:] == grid
@@ -171,7 +193,7 @@ class Backbone(nn.Module):
         """Run on tensors without data: only shapes are computed."""
         state = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         meta = {key: value.to("meta") for key, value in state.items()}
-        x = torch.empty(1, 3, *image_size, device="meta")
+        x = torch.empty(1, 3, *image_size, device="meta", dtype=self.dtype)
         features = torch.func.functional_call(self.net, meta, (x,))
         height, width = (
             features[0].shape[1:3] if self._channels_last_output else features[0].shape[2:]
@@ -186,6 +208,57 @@ class Backbone(nn.Module):
             except (RuntimeError, AssertionError, ValueError):
                 continue
         return "no square image of at most 1024 pixels works"
+
+
+_backbones: WeakValueDictionary[tuple[object, ...], Backbone] = WeakValueDictionary()
+_backbones_lock = threading.Lock()
+
+
+def shared_backbone(
+    name: str,
+    layers: Sequence[int] | None,
+    weights: str | Path | None,
+    dtype: torch.dtype,
+    compile: bool,  # noqa: A002
+    device: torch.device,
+) -> Backbone:
+    """A backbone on a device, the same object for the same arguments as long as one is in use.
+
+    A line with forty parts has forty models and one network. A file of weights that has been
+    replaced is read again.
+    """
+    file: tuple[object, ...] | None = None
+    if weights is not None and Path(weights).exists():
+        state = Path(weights).stat()
+        file = Path(weights).resolve(), state.st_mtime_ns, state.st_size
+    key = name, tuple(layers) if layers is not None else None, file, dtype, compile, device
+    with _backbones_lock:
+        backbone = _backbones.get(key)
+        if backbone is None:
+            backbone = Backbone(name, layers, weights, dtype, compile).to(device)
+            _backbones[key] = backbone
+    return backbone
+
+
+_exact_lock = threading.Lock()
+
+
+@contextmanager
+def _exact_convolutions(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 convolutions without TF32, and the same algorithm on every run.
+
+    The settings are the process's, so one thread at a time has them; it only queues work meanwhile.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with (
+        _exact_lock,
+        torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ),
+    ):
+        yield
 
 
 def _checked_layers(

@@ -52,6 +52,10 @@ def _eps(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
+def _switch(text: str) -> bool:
+    return {"on": True, "off": False}[text]
+
+
 def _weights(text: str) -> Path:
     if not Path(text).is_file():
         raise typer.BadParameter(f"there is no file {text!r}")
@@ -84,7 +88,13 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "reduction": (str, "pca|random", "How embeddings are reduced, with --n-features."),
     "holdout": (float, "X", "Fraction of the images on which eps is chosen, 0 to 0.5."),
     "seed": (int, "N", "Seed of every random choice."),
-    "device": (str, "DEVICE", "Torch device, such as cpu or cuda:0."),
+    "device": (str, "DEVICE", "Torch device, such as cpu, cuda:0 or auto."),
+    "backbone_dtype": (
+        str,
+        "float32|float16|bfloat16",
+        "In which the backbone computes. [default: float16 on a GPU, else float32]",
+    ),
+    "compile": (_switch, "on|off", "Run the backbone through torch.compile."),
     "batch_size": (int, "N", "Images that go through the backbone together."),
 }
 
@@ -110,7 +120,10 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
     defaults = _defaults() | overrides
     parameters = []
     for name, (parse, metavar, text) in OPTIONS.items():
-        default = "" if defaults[name] is None else f" [default: {defaults[name]}]"
+        value = defaults[name]
+        if isinstance(value, bool):
+            value = "on" if value else "off"
+        default = "" if value is None else f" [default: {value}]"
         option = typer.Option(
             "--" + name.replace("_", "-"),
             parser=_parsed(parse),
@@ -133,7 +146,7 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     def value(text: str) -> Any:
         try:
             return parse(text)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise typer.BadParameter(f"{text!r} cannot be understood") from error
 
     return value
@@ -154,10 +167,10 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
 
 def check_device(name: str) -> None:
     """Say before the work that a device is not there."""
-    from npad import arguments  # noqa: PLC0415
+    from npad import devices  # noqa: PLC0415
 
     try:
-        arguments.device(name)
+        devices.resolve(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import anomaly_map, arguments, model_file, ops, progress
+from npad import arguments, devices, model_file, ops, progress
 from npad._version import __version__
 from npad.anomaly_map import FUSIONS, Standardization
-from npad.backbone import Backbone
+from npad.backbone import Backbone, shared_backbone
+from npad.cuda_graphs import Graphs
 from npad.gaussian import NeighborhoodGaussian
 from npad.holdout import Reservoir
 from npad.images import Batch, ImageSource
 from npad.model_file import ModelFileError
 from npad.nominal_set import NominalSet
 from npad.projection import principal_axes, random_axes
+from npad.scoring import Run, Scorer, started_ahead
 
 MIN_IMAGES = 2
 PCA_IMAGES = 64  # images whose embeddings choose the principal axes
 TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
+LESS_MEMORY = (
+    "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
+)
 
+_lock = threading.Lock()  # of what models make at first use; not an attribute, so that they copy
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.FACTOR_DTYPES}
 
 
@@ -76,7 +83,10 @@ class NPad:
     holdout : fraction of the images (at most 64 images) kept from the fit while eps and
         standardisation are chosen; they are fitted afterwards
     seed : of every random choice
-    device : torch device
+    device : torch device, or "auto": a GPU if there is one
+    backbone_dtype : "float32", "float16" or "bfloat16", in which the backbone computes; None is
+        float16 on a GPU and float32 elsewhere
+    compile : run the backbone through ``torch.compile``
     batch_size : images that go through the backbone together
     progress : True, False, or None: bars for what takes over two seconds, on a terminal only
 
@@ -118,6 +128,8 @@ class NPad:
         holdout: float = 0.1,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        backbone_dtype: str | None = None,
+        compile: bool = False,  # noqa: A002
         batch_size: int = 8,
         progress: bool | None = None,
     ) -> None:
@@ -139,10 +151,13 @@ class NPad:
         self.reduction = arguments.choice("reduction", reduction, ("pca", "random"))
         self.holdout = arguments.at_most("holdout", holdout, 0.5)
         self.seed = seed
-        self.device = arguments.device(device)
+        self.device = devices.resolve(device)
+        self.backbone_dtype = arguments.choice("backbone_dtype", backbone_dtype, (*DTYPES, None))
+        self.compile = compile
         self.batch_size = batch_size
         self.progress = progress
         self._backbone: Backbone | None = None
+        self._graphs: tuple[object, Graphs] | None = None
         if self.fusion in ("product", "sum", "euclidean") and nominal_set is None:
             raise ValueError(
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
@@ -177,10 +192,14 @@ class NPad:
         ------
         ValueError : too few images, images that cannot be read (ImageError), an argument that does
             not fit the data.
+        MemoryError : what is needed, what is free, and what lowers it. A batch that does not fit is
+            halved first, once, with a warning.
+        RuntimeError : the GPU has failed.
         """
         before = self._learned()
         try:
-            self._fit(self._open(source, skip_bad))
+            with devices.explained("NPad.fit", self.device, LESS_MEMORY):
+                self._fit(self._open(source, skip_bad))
         except BaseException:  # also Ctrl-C: what was fitted before stays as it was
             for name in self._learned():
                 delattr(self, name)
@@ -196,11 +215,7 @@ class NPad:
         self.grid_ = network.grid(self.image_size)
         self.projection_, batches = self._projection(images)
         channels = network.channels if self.projection_ is None else self.projection_.shape[1]
-        gaussian = (
-            NeighborhoodGaussian(self.grid_, channels, window=self.window, device=self.device)
-            if self._uses_gaussian
-            else None
-        )
+        gaussian = self._new_gaussian(channels) if self._uses_gaussian else None
         nominal = (
             NominalSet(self.nominal_set, self.n_centroids, seed=self.seed)
             if self.nominal_set is not None and self._uses_nominal_set
@@ -213,11 +228,12 @@ class NPad:
             if nominal is not None:
                 nominal.update(x)
 
+        embed = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
         held_out = Reservoir(self.holdout, self.seed)
         n_images = 0
         with progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance:
             for batch in batches:
-                x = self._embed(batch.images)
+                (x,) = embed(batch.images)
                 fitted = held_out.take(x)
                 if len(fitted):
                     add(fitted)
@@ -237,13 +253,24 @@ class NPad:
                 self.eps_ = gaussian.choose_eps(x)
             if self.fusion == "sum":
                 self._finalize(gaussian, nominal)
-                mahalanobis, euclidean = self._distances(x)
+                mahalanobis, euclidean = self._scorer().distances(x)
                 if mahalanobis is not None and euclidean is not None:
                     self.standardization_ = Standardization.of(mahalanobis, euclidean)
             add(x)
         self._finalize(gaussian, nominal)
         self.n_images_ = n_images
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if the sample met it too
+
+    def _new_gaussian(self, channels: int) -> NeighborhoodGaussian:
+        positions, packed = self.grid_[0] * self.grid_[1], ops.packed_size(channels)
+        devices.require(
+            positions * packed * (4 + DTYPES[self.factor_dtype].itemsize),
+            self.device,
+            "NPad.fit",
+            f"a Gaussian of {channels} channels at each of {positions} positions",
+            "lower n_features or image_size, or choose fewer layers",
+        )
+        return NeighborhoodGaussian(self.grid_, channels, window=self.window, device=self.device)
 
     def _finalize(self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None) -> None:
         self.mean_ = self.factor_ = self.centroids_ = None
@@ -300,47 +327,108 @@ class NPad:
         )
 
     def predict_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Prediction]:
-        """Score images batch by batch, in memory that does not grow with their number."""
+        """Score images batch by batch, in memory that does not grow with their number.
+
+        On a GPU the next batch is under way while one is fetched, unless the source is a stream of
+        unknown length, whose every image is answered at once. May run in several threads.
+
+        Raises
+        ------
+        ValueError : images that cannot be read (ImageError).
+        MemoryError, RuntimeError : as ``fit``.
+        """
         self._check_fitted()
         images = self._open(source, skip_bad)
-        sigma = anomaly_map.smoothing_sigma(self.image_size)
+        run = Run(self._on_device(), self.device)
+        depth = 2 if self.device.type == "cuda" and images.n_images is not None else 1
         told = 0
-        with progress.task("predict", images.n_images, self.progress, "images") as advance:
-            for batch in images.batches():
-                mahalanobis, euclidean = self._distances(self._embed(batch.images))
-                fused = anomaly_map.fuse(
-                    mahalanobis,
-                    euclidean,
-                    self.fusion,
-                    self.fusion_weight,
-                    self.standardization_,
-                )
-                maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
+        with (
+            progress.task("predict", images.n_images, self.progress, "images") as advance,
+            devices.explained("NPad.predict", self.device, LESS_MEMORY),
+        ):
+            for flight in started_ahead(images.batches(), run.start, depth):
+                scores, maps = flight.finish()
                 skipped, told = images.skipped[told:], len(images.skipped)
-                yield Prediction(
-                    maps.amax((1, 2)).double().cpu().numpy(),
-                    [
-                        anomaly_map.resize_map(map_, size).cpu().numpy()
-                        for map_, size in zip(maps, batch.sizes, strict=True)
-                    ],
-                    batch.names,
-                    skipped,
-                )
-                advance(len(batch.names))
+                yield Prediction(scores, maps, flight.batch.names, skipped)
+                advance(len(scores))
         if images.skipped[told:]:
             yield Prediction(np.empty(0), [], [], images.skipped[told:])
 
-    def _distances(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mahalanobis and Euclidean maps of embeddings, each (N, H, W), or None where not in use."""
-        mahalanobis = euclidean = None
-        if self.mean_ is not None and self.factor_ is not None:
-            mahalanobis = ops.mahalanobis(
-                x, self.mean_, self.factor_, self.grid_, self.score_window
+    @torch.no_grad()
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Score images that are on the device and of the model's size already; nothing waits.
+
+        Parameters
+        ----------
+        images : (B, 3, H, W) float32 in [0, 1] on ``device``, (H, W) = ``image_size``
+
+        Returns
+        -------
+        scores : (B,) float32
+        maps : (B, H, W) float32, at the model's size; both on the device
+
+        Raises
+        ------
+        TypeError : dtype.
+        ValueError : shape or device.
+        MemoryError, RuntimeError : as ``fit``.
+        """
+        self._check_fitted()
+        if images.dtype != torch.float32:
+            raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"NPad.score: images must have shape (B, 3, H, W) = (B, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}), got {tuple(images.shape)}"
             )
-        if self.centroids_ is not None:
-            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids_)
-            euclidean = distance.reshape(x.shape[:3])
-        return mahalanobis, euclidean
+        if images.device != self.device:
+            raise ValueError(
+                f"NPad.score: images are on {images.device} but the model is on {self.device}; "
+                "move one with .to(device)"
+            )
+        with devices.explained("NPad.score", self.device, LESS_MEMORY):
+            scores, maps = devices.Halving(self._on_device(), "NPad.score")(images)
+        return scores, maps
+
+    def _on_device(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """From images to scores and maps; on a GPU as CUDA graphs, which are kept."""
+        scorer = self._scorer()
+        if self.device.type != "cuda":
+            return scorer
+        with _lock:
+            if self._graphs is None or self._graphs[0] != scorer.key:
+                self._graphs = scorer.key, Graphs(scorer)
+            return self._graphs[1]
+
+    def _scorer(self) -> Scorer:
+        return Scorer(
+            network=self._network(),
+            projection=self.projection_,
+            mean=self.mean_,
+            factor=self.factor_,
+            centroids=self.centroids_,
+            image_size=self.image_size,
+            grid=self.grid_,
+            score_window=self.score_window,
+            fusion=self.fusion,
+            fusion_weight=self.fusion_weight,
+            standardization=self.standardization_,
+        )
+
+    def to(self, device: str | torch.device) -> NPad:
+        """Move the model to a torch device, or to a GPU if there is one ("auto"); returns the model.
+
+        Raises
+        ------
+        ValueError : the device cannot be used.
+        """
+        self.device = devices.resolve(device)
+        self._backbone = self._graphs = None
+        for name in TENSORS:
+            tensor = getattr(self, f"{name}_", None)
+            if tensor is not None:
+                setattr(self, f"{name}_", tensor.to(self.device))
+        return self
 
     # ----------------------------------------------------------------------------------------------
     # Model files.
@@ -364,6 +452,8 @@ class NPad:
             "reduction": self.reduction,
             "holdout": self.holdout,
             "seed": self.seed,
+            "backbone_dtype": self.backbone_dtype,
+            "compile": self.compile,
             "batch_size": self.batch_size,
         }
 
@@ -409,7 +499,7 @@ class NPad:
         Parameters
         ----------
         path : the model file
-        device : torch device
+        device : torch device, or "auto": a GPU if there is one
         weights : where the backbone's weights are, if not where they were when the model was fitted
         progress : as for ``NPad``
 
@@ -419,7 +509,7 @@ class NPad:
         BackboneError : the backbone's weights cannot be had.
         ValueError : the device cannot be used.
         """
-        device = arguments.device(device)
+        device = devices.resolve(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
             settings = header["settings"]
@@ -495,16 +585,25 @@ class NPad:
 
     def _open(self, source: Any, skip_bad: bool) -> ImageSource:
         return ImageSource(
-            source, image_size=self.image_size, batch_size=self.batch_size, skip_bad=skip_bad
+            source,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            skip_bad=skip_bad,
+            page_locked=self.device.type == "cuda",
         )
 
     def _network(self) -> Backbone:
-        if self._backbone is None:
-            self._backbone = Backbone(self.backbone, self.layers, self.weights).to(self.device)
-        return self._backbone
+        with _lock:
+            if self._backbone is None:
+                default = torch.float16 if self.device.type == "cuda" else torch.float32
+                dtype = DTYPES[self.backbone_dtype] if self.backbone_dtype else default
+                self._backbone = shared_backbone(
+                    self.backbone, self.layers, self.weights, dtype, self.compile, self.device
+                )
+            return self._backbone
 
     def _embed(self, images: Tensor) -> Tensor:
-        x = self._network()(images.to(self.device))
+        x = self._network()(images.to(self.device, non_blocking=True))
         return x if self.projection_ is None else x @ self.projection_
 
     @property

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from npad import ops
+from npad import devices, ops
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
-# again, where above it every chunk would fault them in anew.
+# again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices
+# to be busy, takes a share of what is free, the rest being for what a chunk becomes.
 CHUNK_BYTES = 16 << 20
+CHUNK_SHARE = 1 / 6
 EPS_CANDIDATES = torch.logspace(-6, 1, 57)  # eps="auto" tries these multiples of the mean variance
 
 
@@ -154,7 +156,7 @@ class NeighborhoodGaussian:
         positions, channels = self.mean.shape
         means = torch.empty_like(self.mean)
         factors = self.scatter.new_empty(self.scatter.shape, dtype=dtype)
-        step = max(torch.get_num_threads(), CHUNK_BYTES // (4 * channels**2))
+        step = max(torch.get_num_threads(), self._chunk_bytes() // (4 * channels**2))
         for start in range(0, positions, step):
             stop = min(start + step, positions)
             means[start:stop], covariance = self._window(start, stop)
@@ -173,6 +175,10 @@ class NeighborhoodGaussian:
             if advance is not None:
                 advance(stop - start)
         return means, factors
+
+    def _chunk_bytes(self) -> int:
+        free = devices.free_bytes(self.mean.device) if self.mean.device.type == "cuda" else None
+        return max(CHUNK_BYTES, int(CHUNK_SHARE * (free or 0)))
 
     def _window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         mean, covariance = ops.window_covariance(

@@ -85,6 +85,8 @@ class ImageSource:
         Decoding threads; by default one for each available core, at most 8.
     skip_bad : bool
         Leave out images that raise `ImageError` and list them in ``skipped``.
+    page_locked : bool
+        Put the batches in memory from which a GPU copies while the CPU goes on.
 
     Attributes
     ----------
@@ -118,6 +120,7 @@ class ImageSource:
         batch_size: int = 8,
         workers: int | None = None,
         skip_bad: bool = False,
+        page_locked: bool = False,
     ) -> None:
         if workers is None:
             workers = min(8, _available_cores())
@@ -129,6 +132,7 @@ class ImageSource:
         self.batch_size = batch_size
         self.workers = workers
         self.skip_bad = skip_bad
+        self.page_locked = page_locked
         self.skipped = []
         self.reiterable = not isinstance(source, Iterator)
         self._entries: Sequence[StrPath | Array] = ()  # paths and (H, W, C) arrays, or
@@ -203,13 +207,17 @@ class ImageSource:
                 good = self._good(self._ahead(pool, tasks))
                 while rows := list(islice(good, self.batch_size)):
                     yield Batch(
-                        images=torch.stack([image for _, (image, _) in rows]),
+                        images=self._stack([image for _, (image, _) in rows]),
                         sizes=[size for _, (_, size) in rows],
                         names=[name for (_, name, _), _ in rows],
                         indices=[index for (index, _, _), _ in rows],
                     )
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _stack(self, images: list[Tensor]) -> Tensor:
+        out = torch.empty(len(images), *images[0].shape, pin_memory=self.page_locked)
+        return torch.stack(images, out=out)
 
     def _ahead(
         self, pool: ThreadPoolExecutor, tasks: Iterable[Task]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from npad.backbone import Backbone, BackboneError
+from npad.backbone import Backbone, BackboneError, shared_backbone
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +32,9 @@ def checkpoint(folder: Path, name: str, **options: Any) -> Path:
     if not path.exists():
         state = timm.create_model(name, **options).state_dict()
         for key, value in state.items():
-            if key.endswith(("running_mean", "running_var")):
+            if key.endswith("running_mean"):
+                value.uniform_(-0.2, 0.2)
+            elif key.endswith("running_var"):
                 value.uniform_(0.5, 1.5)
         save_file(state, path)
     return path
@@ -46,12 +50,13 @@ def resnet(resnet_file: Path) -> Backbone:
     return Backbone("resnet18", weights=resnet_file)
 
 
-def reference_embedding(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
+def reference_embedding(backbone: Backbone, file: Path, images: torch.Tensor) -> torch.Tensor:
     """Written from the definition, in float64: every patch divided by 9, borders too."""
     mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(1, 3, 1, 1)
     net = timm.create_model("resnet18", features_only=True, out_indices=backbone.layers)
-    net.load_state_dict(backbone.net.state_dict())
+    state = load_file(file)
+    net.load_state_dict({key: state[key] for key in net.state_dict()})
     with torch.no_grad():
         levels = net.double().eval()((images.double() - mean) / std)
     pooled = []
@@ -69,14 +74,17 @@ def reference_embedding(backbone: Backbone, images: torch.Tensor) -> torch.Tenso
 
 
 @pytest.mark.parametrize("size", [(96, 96), (97, 131)])
-def test_embedding_is_its_definition(resnet: Backbone, size: tuple[int, int]) -> None:
+def test_embedding_is_its_definition(
+    resnet: Backbone, resnet_file: Path, size: tuple[int, int]
+) -> None:
     images = torch.rand(2, 3, *size)
     x = resnet(images)
     assert x.dtype == torch.float32
     assert x.is_contiguous()
     assert x.shape == (2, *resnet.grid(size), resnet.channels)
     assert not x.requires_grad
-    expected = reference_embedding(resnet, images)
+    expected = reference_embedding(resnet, resnet_file, images)
+    assert (expected > 0).double().mean() > 0.5
     torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -97,6 +105,52 @@ def test_layers_are_sorted_and_set_the_grid(resnet_file: Path) -> None:
     assert backbone.layers == (1, 3)
     assert backbone.grid((64, 96)) == (16, 24)
     assert backbone.channels == 64 + 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_near_float32(
+    resnet: Backbone, resnet_file: Path, dtype: torch.dtype
+) -> None:
+    half = Backbone("resnet18", weights=resnet_file, dtype=dtype)
+    assert half.weights_hash == resnet.weights_hash
+    assert half.grid((64, 96)) == resnet.grid((64, 96))
+    images = torch.rand(1, 3, 64, 96)
+    x, expected = half(images), resnet(images)
+    assert x.dtype == torch.float32
+    error = (x - expected).norm() / expected.norm()
+    assert 0 < error < 8 * torch.finfo(dtype).eps
+
+
+def test_the_filter_bank_stays_in_float32() -> None:
+    images = torch.rand(1, 3, 32, 32)
+    half = Backbone("filterbank", dtype=torch.float16)
+    assert torch.equal(half(images), Backbone("filterbank")(images))
+
+
+def test_compiled_it_gives_the_same(resnet: Backbone, resnet_file: Path) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    compiled = Backbone("resnet18", layers=[0], weights=resnet_file, compile=True)
+    expected = Backbone("resnet18", layers=[0], weights=resnet_file)(images)
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_models_share_a_backbone_while_one_is_in_use(resnet_file: Path, folder: Path) -> None:
+    cpu = torch.device("cpu")
+
+    def get(weights: Path = resnet_file, dtype: torch.dtype = torch.float32) -> Backbone:
+        return shared_backbone("resnet18", None, weights, dtype, False, cpu)
+
+    first = get()
+    assert get() is first
+    assert get(dtype=torch.bfloat16) is not first
+    copy = folder / "copy.safetensors"
+    shutil.copy(resnet_file, copy)
+    second = get(copy)
+    save_file({k: v * 1.01 for k, v in load_file(resnet_file).items()}, copy)
+    assert get(copy).weights_hash != second.weights_hash
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
 
 
 def test_it_stays_frozen(resnet: Backbone) -> None:
@@ -178,7 +232,7 @@ def test_hash_does_not_depend_on_the_file(
     resnet: Backbone, resnet_file: Path, folder: Path
 ) -> None:
     state = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3)).state_dict()
-    whole = {key: value.contiguous() for key, value in resnet.net.state_dict().items()}
+    whole = load_file(resnet_file)
     part = {key: whole[key] for key in state}
     torch.save(part, folder / "part.pth")
     torch.save(
@@ -205,8 +259,8 @@ def test_filter_bank_hash_sees_its_filters() -> None:
         Backbone("filterbank", weights="some.safetensors")
 
 
-def test_weights_that_do_not_fit(resnet: Backbone, folder: Path) -> None:
-    state = {key: value.contiguous() for key, value in resnet.net.state_dict().items()}
+def test_weights_that_do_not_fit(resnet_file: Path, folder: Path) -> None:
+    state = load_file(resnet_file)
     missing = {k: v for k, v in state.items() if not k.startswith("layer3")}
     save_file(missing, folder / "missing.safetensors")
     with pytest.raises(BackboneError, match=r"missing\.safetensors: .*missing \(layer3\.0\.conv1"):

@@ -1,0 +1,157 @@
+"""Devices: which one is meant, how much memory is free on it, what its failures mean."""
+
+from __future__ import annotations
+
+import gc
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Halving", "explained", "free_bytes", "require", "resolve"]
+
+_MEMINFO = Path("/proc/meminfo")
+_LOST = re.compile(r"CUDA error|cudaError(?!MemoryAllocation)|device-side assert|Xid")
+
+
+def resolve(value: Any) -> torch.device:
+    """The torch device that is meant, on which tensors can be made; "auto" is a GPU if there is one.
+
+    Raises
+    ------
+    ValueError : no device, or one that cannot be used here.
+    """
+    if value == "auto":
+        value = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            "NPad: device must be a torch device such as 'cpu' or 'cuda:0', or 'auto', "
+            f"got {value!r}"
+        ) from error
+    try:
+        return torch.empty(0, device=found).device  # with its index
+    except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
+        first_sentence = re.split(r"\n|\. ", str(error).strip())[0]
+        raise ValueError(
+            f"NPad: device='{found}' cannot be used here ({first_sentence}); "
+            "give device='cpu', or one that `npad info` shows"
+        ) from error
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on a device, or None where that cannot be known."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type != "cpu" or not _MEMINFO.exists():
+        return None
+    found = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    return sum(1024 * int(found[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
+
+
+def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy: str) -> None:
+    """Refuse before the work what cannot fit: Linux would promise the memory and kill us later.
+
+    Raises
+    ------
+    MemoryError : what was asked for, what is free, and what lowers it.
+    """
+    free = free_bytes(device)
+    if free is not None and n_bytes > free:
+        raise MemoryError(
+            f"{call}: {purpose} needs {_size(n_bytes)}, {_size(free)} are free on {device}; {remedy}"
+        )
+
+
+@contextmanager
+def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory and a lost GPU into errors that say what to do.
+
+    Raises
+    ------
+    MemoryError : what was asked for, what is free, and what lowers it.
+    RuntimeError : the GPU has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_shortage(error):
+            asked = re.search(r"allocate (\d+(?:\.\d+)?)\s*(bytes|[KMGT]iB)", str(error))
+            wanted = "memory"
+            if asked is not None:
+                unit = ("bytes", "KiB", "MiB", "GiB", "TiB").index(asked[2])
+                wanted = _size(float(asked[1]) * 1024**unit)
+            free = free_bytes(device)
+            left = f", {_size(free)} are free" if free is not None else ""
+            raise MemoryError(
+                f"{call}: {wanted} more was asked for on {device}{left}; {remedy}"
+            ) from error
+        if device.type == "cuda" and _LOST.search(str(error)):
+            first_line = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"{call}: {device} has failed ({first_line}); no result of this call is lost to a "
+                "file, but the process cannot use the GPU any more: start it again, and if that "
+                "recurs look at the driver's log"
+            ) from error
+        raise
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, on any device."""
+    text = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("DefaultCPUAllocator" in text or "cudaErrorMemoryAllocation" in text)
+    )
+
+
+class Halving:
+    """A function of a batch that is given half as many images at a time once memory is short.
+
+    Parameters
+    ----------
+    function : of a batch (B, ...), returning tensors whose first axis is the batch
+    call : what a warning names
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], call: str) -> None:
+        self._function = function
+        self._call = call
+        self._most: int | None = None  # images at a time
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Call the function; the error of a second shortage is the caller's."""
+        if self._most is None:
+            try:
+                return self._function(x)
+            except RuntimeError as error:
+                if not is_shortage(error) or len(x) == 1:
+                    raise
+            # Here, where the error and the tensors that its traceback holds are gone.
+            self._most = -(-len(x) // 2)
+            gc.collect()
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"{self._call}: the memory of {x.device} is too short for batch_size={len(x)}; going "
+                f"on with {self._most} at a time",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        parts = [self._function(part) for part in x.split(self._most)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} GB"

@@ -1,0 +1,145 @@
+"""Scoring: from images to anomaly maps and scores, on one device and without waiting for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npad import anomaly_map, devices, ops
+from npad.anomaly_map import Standardization
+from npad.backbone import Backbone
+from npad.images import Batch, ImageError
+
+__all__ = ["Run", "Scorer", "started_ahead"]
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """What a fitted model does with a batch of images. See ``NPad`` for the fields."""
+
+    network: Backbone
+    projection: Tensor | None
+    mean: Tensor | None
+    factor: Tensor | None
+    centroids: Tensor | None
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    score_window: int
+    fusion: str
+    fusion_weight: float
+    standardization: Standardization | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for scorers that do the same, by the same tensors."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return tuple(id(v) if isinstance(v, (Tensor, Backbone)) else v for v in values)
+
+    def distances(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mahalanobis and Euclidean maps of embeddings, each (N, H, W), or None where not in use."""
+        mahalanobis = euclidean = None
+        if self.mean is not None and self.factor is not None:
+            mahalanobis = ops.mahalanobis(x, self.mean, self.factor, self.grid, self.score_window)
+        if self.centroids is not None:
+            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids)
+            euclidean = distance.reshape(x.shape[:3])
+        return mahalanobis, euclidean
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
+        x = self.network(images)
+        if self.projection is not None:
+            x = x @ self.projection
+        fused = anomaly_map.fuse(
+            *self.distances(x), self.fusion, self.fusion_weight, self.standardization
+        )
+        sigma = anomaly_map.smoothing_sigma(self.image_size)
+        maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
+        return maps.amax((1, 2)), maps
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A batch whose results are on their way."""
+
+    batch: Batch
+    scores: Tensor
+    maps: list[Tensor]
+    landed: Any  # the event of a CUDA stream, or None
+
+    def finish(self) -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
+        """Wait for the scores and the maps, each at its image's own size."""
+        if self.landed is None:
+            return self.scores.double().numpy(), [map_.numpy() for map_ in self.maps]
+        self.landed.synchronize()
+        # Page-locked memory is for copies; results, which the user may keep, are not.
+        return self.scores.double().numpy(), [map_.numpy().copy() for map_ in self.maps]
+
+
+class Run:
+    """Takes batches to a device, has them scored there, and brings the results back.
+
+    Parameters
+    ----------
+    score : (B, 3, H, W) on the device -> scores (B,) and maps (B, H, W)
+    device : torch device
+    """
+
+    def __init__(self, score: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> None:
+        self._score = devices.Halving(score, "NPad.predict")
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, batch: Batch) -> Flight:
+        """Queue everything that a batch needs; on a GPU, nothing waits."""
+        scores, maps = self._score(self._take(batch.images))
+        own = [
+            anomaly_map.resize_map(map_, size) for map_, size in zip(maps, batch.sizes, strict=True)
+        ]
+        if self._copies is None:
+            return Flight(batch, scores.cpu(), [map_.cpu() for map_ in own], None)
+        host = [_to_host(x) for x in (scores, *own)]
+        landed = torch.cuda.Event()
+        landed.record()
+        return Flight(batch, host[0], host[1:], landed)
+
+    def _take(self, images: Tensor) -> Tensor:
+        if self._copies is None:
+            return images.to(self._device)
+        with torch.cuda.stream(self._copies):
+            there = images.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        there.record_stream(current)
+        return there
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> Iterator[S]:
+    """Start up to `depth` items before the first of them is taken.
+
+    What has been started comes even if a later item is an image that cannot be read.
+    """
+    pending: deque[S] = deque()
+    try:
+        for item in items:
+            pending.append(start(item))
+            if len(pending) >= depth:
+                yield pending.popleft()
+    except ImageError:
+        yield from pending
+        raise
+    yield from pending
