@@ -96,9 +96,8 @@ def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
         if device.type == "cuda" and _LOST.search(str(error)):
             first_line = str(error).strip().splitlines()[0]
             raise RuntimeError(
-                f"{call}: {device} has failed ({first_line}); no result of this call is lost to a "
-                "file, but the process cannot use the GPU any more: start it again, and if that "
-                "recurs look at the driver's log"
+                f"{call}: {device} has failed ({first_line}) and cannot be used by this process any "
+                "more: start it again; if that recurs, look at the driver's log. No file was changed"
             ) from error
         raise
 

@@ -1,0 +1,166 @@
+"""Devices: names, free memory, and what becomes of a lack of it and of a lost GPU."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from npad import NPad, devices
+
+SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def model(images: np.ndarray) -> NPad:
+    return NPad("filterbank", **SMALL).fit(images)
+
+
+def short(asked: str = "12.00 GiB") -> torch.cuda.OutOfMemoryError:
+    return torch.cuda.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {asked}. GPU 0 has a total capacity of 79.10 GiB"
+    )
+
+
+class Short:
+    """Stands in for a function of a batch: memory is short for more than `most` images."""
+
+    def __init__(self, function: Any, most: int, error: Exception | None = None) -> None:
+        self.function, self.most, self.error = function, most, error or short()
+        self.batches: list[int] = []
+
+    def __call__(self, x: Tensor, *more: Any) -> Any:
+        self.batches.append(len(x))
+        if len(x) > self.most:
+            raise self.error
+        return self.function(x, *more)
+
+
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.resolve("auto") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="device='cuda' cannot be used here"):
+        if not torch.cuda.device_count():
+            devices.resolve("auto")
+        raise ValueError("device='cuda' cannot be used here")  # there is one, and it was found
+
+
+def test_free_memory_is_what_the_system_says() -> None:
+    free = devices.free_bytes(CPU)
+    assert free is not None
+    assert 10**7 < free < 10**14
+    assert devices.free_bytes(torch.device("meta")) is None
+
+
+def test_what_cannot_fit_is_refused_before_the_work(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 100_000)
+    with pytest.raises(
+        MemoryError,
+        match=r"^NPad\.fit: a Gaussian of 51 channels at each of 64 positions needs 581 KB, 100 KB "
+        r"are free on cpu; lower n_features or image_size",
+    ):
+        NPad("filterbank", **SMALL).fit(images)
+
+
+def test_the_cpu_is_short_of_memory(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own words, from an allocation that cannot succeed."""
+    model = NPad("filterbank", **SMALL)
+    monkeypatch.setattr(model, "_embed", lambda images: torch.empty(10**14))
+    with (
+        pytest.warns(RuntimeWarning, match="too short for batch_size=8; going on with 4 at a time"),
+        pytest.raises(
+            MemoryError,
+            match=r"^NPad\.fit: 400000\.0 GB more was asked for on cpu, [\d.]+ GB are free; lower batch_s",
+        ),
+    ):
+        model.fit(images)
+
+
+@pytest.mark.parametrize("call", ["fit", "predict", "score"])
+def test_a_batch_that_does_not_fit_is_halved_once(
+    call: str, model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.predict(images)
+    network = Short(model._network().forward, most=4)
+    monkeypatch.setattr(model._network(), "forward", network)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)[:8].float() / 255
+    warning = rf"^NPad\.{call}: the memory of cpu is too short for batch_size=8; going on with 4"
+    with pytest.warns(RuntimeWarning, match=warning) as caught:
+        if call == "fit":
+            model.fit(images)
+        elif call == "predict":
+            result = model.predict(images)
+            np.testing.assert_allclose(result.scores, expected.scores, rtol=1e-5)
+            assert len(result.maps) == 10
+        else:
+            scores, maps = model.score(x)
+            np.testing.assert_allclose(scores.numpy(), expected.scores[:8], rtol=1e-5)
+            assert maps.shape == (8, 32, 32)
+    assert len(caught) == 1
+    assert network.batches[:3] == [8, 4, 4]
+    assert network.batches.count(8) == 1  # it is not tried again
+
+
+def test_a_second_shortage_is_an_error_and_keeps_the_model(
+    model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model.mean_
+    monkeypatch.setattr(model._network(), "forward", Short(None, most=0))
+    message = r"12\.9 GB more was asked for on cpu, .* are free; lower batch_size, image_size, n_fe"
+    for call in (model.fit, model.predict):
+        with pytest.warns(RuntimeWarning, match="going on with 4"), pytest.raises(
+            MemoryError, match=message
+        ) as caught:
+            call(images)
+        assert isinstance(caught.value.__cause__, torch.cuda.OutOfMemoryError)
+    assert model.mean_ is before
+
+
+def test_one_image_cannot_be_halved(
+    model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model._network(), "forward", Short(None, most=0))
+    with warnings.catch_warnings(), pytest.raises(MemoryError, match="lower batch_size"):
+        warnings.simplefilter("error")
+        model.predict(images[:1])
+
+
+def test_other_errors_pass_unchanged(
+    model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("a bug")
+    monkeypatch.setattr(model._network(), "forward", Short(None, most=0, error=error))
+    with pytest.raises(RuntimeError) as caught:
+        model.predict(images)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`",
+        "npad.mahalanobis: cudaErrorIllegalAddress: an illegal memory access was encountered",
+    ],
+)
+def test_a_lost_gpu_is_one_clear_error(text: str) -> None:
+    first_line = re.escape(text.splitlines()[0])
+    message = rf"^NPad\.predict: cuda:0 has failed \({first_line}\) .*start it again"
+    with (
+        pytest.raises(RuntimeError, match=message),
+        devices.explained("NPad.predict", torch.device("cuda:0"), ""),
+    ):
+        raise RuntimeError(text)

@@ -1,0 +1,192 @@
+"""The run of a prediction: batches in flight, several threads and models, faults of the source."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from npad import NPad
+from npad.images import ImageError
+from npad.scoring import started_ahead
+
+SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(images: np.ndarray) -> NPad:
+    return NPad("filterbank", **SMALL).fit(images)
+
+
+@pytest.mark.parametrize(("depth", "order"), [(1, "aAbBcC"), (2, "abAcBC"), (9, "abcABC")])
+def test_items_are_started_ahead(depth: int, order: str) -> None:
+    seen = []
+
+    def start(item: str) -> str:
+        seen.append(item)
+        return item.upper()
+
+    for result in started_ahead("abc", start, depth):
+        seen.append(result)
+    assert "".join(seen) == order
+
+
+def test_what_was_started_comes_before_a_bad_image() -> None:
+    def items() -> Iterator[int]:
+        yield from (1, 2, 3)
+        raise ImageError("x.png", "cut short")
+
+    found = []
+    with pytest.raises(ImageError, match=r"x\.png"):
+        for item in started_ahead(items(), lambda item: item, 3):
+            found.append(item)
+    assert found == [1, 2, 3]
+
+
+def test_a_stream_is_answered_image_by_image(model: NPad, images: np.ndarray) -> None:
+    """A camera that waits for the answer before it takes the next image must get it."""
+    answered = 0
+
+    def camera() -> Iterator[np.ndarray]:
+        for i, image in enumerate(images):
+            assert answered == i
+            yield image
+
+    for prediction in model.predict_batches(camera()):
+        answered += len(prediction.scores)
+    assert answered == len(images)
+
+
+def test_many_threads_and_models_at_once(model: NPad, images: np.ndarray) -> None:
+    other = NPad("filterbank", **SMALL, fusion="mahalanobis").fit(images)
+    assert other._network() is model._network()
+    expected = {m: m.predict(images) for m in (model, other)}
+    with ThreadPoolExecutor(6) as pool:
+        results = [(m, pool.submit(m.predict, images)) for m in (model, other) * 6]
+        for m, result in results:
+            assert np.array_equal(result.result().scores, expected[m].scores)
+            assert np.array_equal(result.result().maps, expected[m].maps)
+
+
+def test_a_batch_on_the_device(model: NPad, images: np.ndarray) -> None:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    scores, maps = model.score(x)
+    expected = model.predict(images)
+    np.testing.assert_allclose(scores.numpy(), expected.scores, rtol=1e-5)
+    np.testing.assert_allclose(maps.numpy(), np.stack(expected.maps), rtol=1e-4)
+    assert not scores.requires_grad
+    with pytest.raises(TypeError, match="images must be float32"):
+        model.score(x.half())
+    with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\), got \(10, 3, 31, 32\)"):
+        model.score(x[:, :, 1:])
+    with pytest.raises(ValueError, match="images are on meta but the model is on cpu"):
+        model.score(x.to("meta"))
+
+
+def test_an_empty_batch_on_the_device(model: NPad) -> None:
+    scores, maps = model.score(torch.empty(0, 3, 32, 32))
+    assert scores.shape == (0,)
+    assert maps.shape == (0, 32, 32)
+
+
+def test_models_can_be_copied_and_moved(model: NPad, images: np.ndarray) -> None:
+    twin = copy.deepcopy(model).to("cpu")
+    assert np.array_equal(twin.predict(images).scores, model.predict(images).scores)
+    with pytest.raises(ValueError, match="device='cuda:77' cannot be used here"):
+        twin.to("cuda:77")
+    assert np.array_equal(twin.predict(images).scores, model.predict(images).scores)
+
+
+class Killed(torch.utils.data.Dataset):
+    """Its worker process is killed at the fourth image."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork in a process with threads
+def test_a_killed_worker_of_a_loader_is_an_error(model: NPad, images: np.ndarray) -> None:
+    loader = torch.utils.data.DataLoader(Killed(images), batch_size=2, num_workers=1)
+    before = model.mean_
+    with pytest.raises(RuntimeError, match="worker.* is killed|exited unexpectedly"):
+        model.fit(loader)
+    assert model.mean_ is before
+
+
+def test_ctrl_c_leaves_no_process(images: np.ndarray, tmp_path: Path) -> None:
+    """While loader processes and decoding threads run."""
+    np.save(tmp_path / "images.npy", images)
+    code = f"""
+import sys, time, numpy as np, torch
+from npad import NPad
+images = torch.from_numpy(np.load({str(tmp_path / "images.npy")!r})).permute(0, 3, 1, 2)
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            time.sleep(0.01)
+            yield images[0]
+if __name__ == "__main__":
+    model = NPad("filterbank", image_size=32, n_centroids=50, progress=False).fit(images)
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=2, num_workers=2)
+    for prediction in model.predict_batches(loader):
+        print("scored", flush=True)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "scored\n"
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    _, errors = child.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+
+
+def test_memory_stays_flat_over_ten_thousand_images(model: NPad, images: np.ndarray) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def endless() -> Iterator[np.ndarray]:
+        for _ in range(1050):
+            yield images
+
+    sizes = []
+    for i, prediction in enumerate(model.predict_batches(endless())):
+        if i % 100 == 0:
+            sizes.append(resident())
+        assert len(prediction.scores)
+    assert i * 5 > 10_000 / 2
+    assert sizes[-1] - sizes[3] < 8 << 20
+
+
+def test_threads_end_with_the_run(model: NPad, images: np.ndarray) -> None:
+    before = threading.active_count()
+    batches = model.predict_batches(images)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
