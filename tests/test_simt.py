@@ -81,7 +81,27 @@ def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
     expected = c.double() + exact[0] @ exact[1].T
     which = [torch.float32, torch.float16, torch.bfloat16].index(type_)
     simt("product", which, int(shuffles), a, b, depth * type_.itemsize // 4, c)
-    torch.testing.assert_close(c.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("factor", "total"),
+    [
+        (2.0**-13, 0.0),  # sixteen or eight times 2^-26: each is cut
+        (2.0**-12, 1.0),  # each stays, and so does their sum
+    ],
+)
+def test_mma_truncates(simt: Simt, type_: torch.dtype, factor: float, total: float) -> None:
+    depth = 32 // type_.itemsize
+    a, b = torch.full((16, depth), factor).to(type_), torch.full((8, depth), factor).to(type_)
+    a[8:] *= -1
+    c = torch.ones(16, 8)
+    c[8:] = -1
+    which = [torch.float32, torch.float16, torch.bfloat16].index(type_)
+    expected = c * (1 + total * depth * factor**2)
+    simt("product", which, 0, a, b, 8, c)
+    assert torch.equal(c, expected)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 7])

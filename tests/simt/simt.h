@@ -13,8 +13,8 @@
 //
 // Only the part of CUDA that npad's kernels use is here. A kernel may not use volatile variables or
 // spinning to pass data on: nothing ever runs at the same time. Numbers are those of the host:
-// products and sums are fused only where the code says fmaf, and a matrix instruction rounds its
-// sum once.
+// products and sums are fused only where the code says fmaf. A matrix instruction truncates its sum
+// as tensor cores do.
 #pragma once
 
 #include <algorithm>
