@@ -69,9 +69,7 @@ def test_warp_functions(simt: Simt) -> None:
         assert actual.tolist() == wanted.tolist(), row
 
 
-@pytest.mark.parametrize("shuffles", [False, True], ids=["instruction", "shuffles"])
-@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
-def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
+def check_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
     depth = 48
     a, b = torch.randn(16, depth).to(type_), torch.randn(8, depth).to(type_)
     c = torch.randn(16, 8)
@@ -82,6 +80,17 @@ def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
     which = [torch.float32, torch.float16, torch.bfloat16].index(type_)
     simt("product", which, int(shuffles), a, b, depth * type_.itemsize // 4, c)
     torch.testing.assert_close(c.double(), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("shuffles", [False, True], ids=["instruction", "shuffles"])
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
+    check_mma(simt, type_, shuffles)
+
+
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+def test_mma_of_sm_75(type_: torch.dtype) -> None:
+    check_mma(load("simt_sm75"), type_, shuffles=False)
 
 
 @pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])

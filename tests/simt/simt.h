@@ -327,6 +327,10 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
                               SIMT_WHERE) {
     simt::mma(simt::Element::kBFloat16, c, a, b, where);
 }
+// The upper half of the depth is zero.
+inline void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, SIMT_WHERE) {
+    simt::mma(simt::Element::kFloat16, c, {a0, a1, 0, 0}, {b, 0}, where);
+}
 
 }  // namespace npad::cuda::ptx
 
