@@ -202,16 +202,11 @@ inline grid_group this_grid() { return {}; }
 
 // ---- Memory ------------------------------------------------------------------------------------
 
-template <typename T>
-T __ldg(const T* p) {
-    return *p;
-}
+// There is no __ldg: nobody would notice if a kernel wrote what it loads past the coherent caches.
+// nvcc makes that load of `const T* __restrict__`, too; a kernel with a grid barrier gives it only
+// to what no block writes.
 template <typename T>
 T __ldcs(const T* p) {
-    return *p;
-}
-template <typename T>
-T __ldcg(const T* p) {
     return *p;
 }
 
