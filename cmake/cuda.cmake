@@ -23,6 +23,7 @@ message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHI
 add_library(npad_cuda STATIC ${NPAD_CUDA_KERNELS} csrc/cuda/runtime.cu)
 set_target_properties(npad_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_include_directories(npad_cuda PRIVATE csrc)
+target_link_libraries(npad_cuda PRIVATE ${CMAKE_DL_LIBS})
 if("cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
   set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 20)
 else()

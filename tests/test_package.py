@@ -1,11 +1,14 @@
 """The package itself: what `import npad` gives, when, and that the kernels come with the ops."""
 
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import npad
+from npad._native import core
 
 
 def run(code):
@@ -59,3 +62,36 @@ def test_whoever_imports_the_ops_gets_the_kernels(import_):
     ops = ("neighborhood_moments", "mahalanobis", "farthest_first")
     checks = ", ".join(has_kernel.format(op) for op in ops)
     assert run(f"{import_}; import torch; print({checks})") == ["True"] * 3
+
+
+DRIVER = """
+#include <stdio.h>
+#include <string.h>
+int cuDriverGetVersion(int* version) { *version = 99000; return 0; }
+int cuInit(unsigned flags) { puts("initialised"); return 100; }
+static int nothing(void) { return 100; }
+int cuGetProcAddress_v2(const char* name, void** function) {
+    *function = !strcmp(name, "cuInit") ? (void*)cuInit
+                : !strcmp(name, "cuDriverGetVersion") ? (void*)cuDriverGetVersion : (void*)nothing;
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(not hasattr(core, "cuda"), reason="built without CUDA kernels")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_import_does_not_initialise_the_driver(tmp_path):
+    """Or else CUDA_VISIBLE_DEVICES would not be read later, and forked processes had no GPU."""
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = ["-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
+    subprocess.run(["cc", *library], check=True)
+    code = "import npad._native_cuda as native; print(native.cuda.driver_version())"
+    path = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LD_LIBRARY_PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["99000"], done.stderr

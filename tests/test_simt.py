@@ -69,9 +69,7 @@ def test_warp_functions(simt: Simt) -> None:
         assert actual.tolist() == wanted.tolist(), row
 
 
-@pytest.mark.parametrize("shuffles", [False, True], ids=["instruction", "shuffles"])
-@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
-def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
+def check_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
     depth = 48
     a, b = torch.randn(16, depth).to(type_), torch.randn(8, depth).to(type_)
     c = torch.randn(16, 8)
@@ -81,7 +79,38 @@ def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
     expected = c.double() + exact[0] @ exact[1].T
     which = [torch.float32, torch.float16, torch.bfloat16].index(type_)
     simt("product", which, int(shuffles), a, b, depth * type_.itemsize // 4, c)
-    torch.testing.assert_close(c.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("shuffles", [False, True], ids=["instruction", "shuffles"])
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
+    check_mma(simt, type_, shuffles)
+
+
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+def test_mma_of_sm_75(type_: torch.dtype) -> None:
+    check_mma(load("simt_sm75"), type_, shuffles=False)
+
+
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("factor", "total"),
+    [
+        (2.0**-13, 0.0),  # sixteen or eight times 2^-26: each is cut
+        (2.0**-12, 1.0),  # each stays, and so does their sum
+    ],
+)
+def test_mma_truncates(simt: Simt, type_: torch.dtype, factor: float, total: float) -> None:
+    depth = 32 // type_.itemsize
+    a, b = torch.full((16, depth), factor).to(type_), torch.full((8, depth), factor).to(type_)
+    a[8:] *= -1
+    c = torch.ones(16, 8)
+    c[8:] = -1
+    which = [torch.float32, torch.float16, torch.bfloat16].index(type_)
+    expected = c * (1 + total * depth * factor**2)
+    simt("product", which, 0, a, b, 8, c)
+    assert torch.equal(c, expected)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 7])

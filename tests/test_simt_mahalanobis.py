@@ -51,6 +51,11 @@ def test_channels(simt: Simt, channels: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_sm_75(dtype: torch.dtype) -> None:
+    check(load("simt_sm75"), 2, (3, 4), 33, 3, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_several_groups_of_panels_per_warp(dtype: torch.dtype) -> None:
     """13 groups on 4 warps; what a processor holds limits the embeddings of a block."""
     check(load("simt_fast"), 15, (1, 1), 830, 1, dtype)

@@ -46,6 +46,10 @@ def test_against_reference(simt: Simt, n: int, k: int, channels: int) -> None:
     assert torch.equal(index, expected)
 
 
+def test_sm_75() -> None:
+    test_against_reference(load("simt_sm75"), 140, 130, 33)
+
+
 def test_more_rows_of_tiles_than_one_swath() -> None:
     x, centroids = torch.randn(17 * 128 + 5, 3), torch.randn(200, 3)
     _, index = run(load("simt_fast"), x, centroids)

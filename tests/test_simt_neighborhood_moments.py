@@ -62,6 +62,10 @@ def test_batches_in_pieces_are_checked() -> None:
     check(load("simt_checked"), torch.randn(37, 1, 1, 73) - 3, 4)
 
 
+def test_sm_75() -> None:
+    check(load("simt_sm75"), torch.randn(37, 1, 1, 73) - 3, 4)
+
+
 def test_many_tiles(fast: Simt) -> None:
     check(fast, torch.randn(12, 1, 1, 330) + 1, 9)
 

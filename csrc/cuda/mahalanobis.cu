@@ -36,6 +36,9 @@ constexpr int kMaxTiles = 4;  // of 8 embeddings each: 64 sums per thread
 constexpr int kGroup = 8;     // panels per warp at a time, 64 rows: see multiply()
 constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor per warp and step
 
+// Bytes of shared memory that a block takes beside z: 1 KiB of its own and 1 KiB for the driver.
+constexpr int64_t kReserved = 2048;
+
 // Steps that a warp has in flight: fewer where more flops hide the latency and the sums take the
 // registers.
 template <int kTiles>
@@ -381,7 +384,8 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
     const Shape shape(channels);
     const int64_t row_bytes = shape.stride * static_cast<int64_t>(sizeof(float));
     const int64_t most = batch * min(window, height) * min(window, width);
-    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, shared / 2 / row_bytes - 1));
+    const int64_t rows = (shared / 2 - kReserved) / row_bytes;
+    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, rows - 1));
     const int64_t chunks = ceil_div(most, room), held = ceil_div(most, chunks);
     const int64_t blocks = positions * chunks, decoders = ceil_div(n, kDecodeThreads);
     if (blocks > INT32_MAX || decoders > INT32_MAX) return cudaErrorInvalidConfiguration;

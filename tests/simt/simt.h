@@ -13,8 +13,8 @@
 //
 // Only the part of CUDA that npad's kernels use is here. A kernel may not use volatile variables or
 // spinning to pass data on: nothing ever runs at the same time. Numbers are those of the host:
-// products and sums are fused only where the code says fmaf, and a matrix instruction rounds its
-// sum once.
+// products and sums are fused only where the code says fmaf. A matrix instruction truncates its sum
+// as tensor cores do.
 #pragma once
 
 #include <algorithm>
@@ -202,16 +202,11 @@ inline grid_group this_grid() { return {}; }
 
 // ---- Memory ------------------------------------------------------------------------------------
 
-template <typename T>
-T __ldg(const T* p) {
-    return *p;
-}
+// There is no __ldg: nobody would notice if a kernel wrote what it loads past the coherent caches.
+// nvcc makes that load of `const T* __restrict__`, too; a kernel with a grid barrier gives it only
+// to what no block writes.
 template <typename T>
 T __ldcs(const T* p) {
-    return *p;
-}
-template <typename T>
-T __ldcg(const T* p) {
     return *p;
 }
 
@@ -326,6 +321,10 @@ inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               SIMT_WHERE) {
     simt::mma(simt::Element::kBFloat16, c, a, b, where);
+}
+// The upper half of the depth is zero.
+inline void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, SIMT_WHERE) {
+    simt::mma(simt::Element::kFloat16, c, {a0, a1, 0, 0}, {b, 0}, where);
 }
 
 }  // namespace npad::cuda::ptx

@@ -1,4 +1,6 @@
 // Warp functions: the lanes that the mask names meet, and the last one works for all.
+#include <bit>
+
 #include "emulator.h"
 
 namespace simt {
@@ -87,6 +89,34 @@ int decode(Element type, uint32_t word, double out[2]) {
     return 2;
 }
 
+int exponent(double x) { return static_cast<int>(std::bit_cast<uint64_t>(x) >> 52 & 0x7ff) - 1023; }
+
+// c += a . b as the tensor cores of sm_80 to sm_89 do it: all terms are cut to multiples of 2^-24
+// of the power of two in the largest, what is left is added exactly and cut to 24 bits (M. Fasi, N.
+// Higham, M. Mikaitis, S. Pranesh 2021; F. Khattak, M. Mikaitis 2025). From sm_90 on they keep one
+// bit more and cut half as often. Inputs below 2^least are subnormal.
+void add_products(const double* a, const double* b, int depth, int least, float& c) {
+    constexpr int kFractionBits = 24;
+    int largest = std::max(exponent(c), -126);
+    double plain = c;
+    for (int k = 0; k < depth; ++k) {
+        plain += a[k] * b[k];
+        if (a[k] != 0 && b[k] != 0)
+            largest = std::max(largest,
+                               std::max(exponent(a[k]), least) + std::max(exponent(b[k]), least));
+    }
+    if (!std::isfinite(plain)) {
+        c = static_cast<float>(plain);
+        return;
+    }
+    const double unit = std::ldexp(1.0, largest - kFractionBits);
+    int64_t units = static_cast<int64_t>(c / unit);
+    for (int k = 0; k < depth; ++k) units += static_cast<int64_t>(a[k] * b[k] / unit);
+    const double sum = static_cast<double>(units) * unit;
+    c = static_cast<float>(sum);
+    if (std::abs(c) > std::abs(sum) && std::abs(sum) < 0x1p128) c = std::nextafter(c, 0.0f);
+}
+
 // The matrices are put together from the fragments, multiplied, and dealt out again.
 void multiply(const Lanes<Product>& lanes) {
     double a[16][16], b[8][16];  // rows of a, columns of b
@@ -104,13 +134,12 @@ void multiply(const Lanes<Product>& lanes) {
             for (int e = 0; e < n; ++e) b[g][(t + i * 4) * n + e] = pair[e];
         }
     }
+    const int least = lanes[0]->type == Element::kFloat16 ? -14 : -126;
     for (int l = 0; l < kWarp; ++l)
         for (int i = 0; i < 4; ++i) {
             float& c = (*lanes[l]->c)[i];
-            double sum = c;
-            for (int k = 0; k < 8 * n; ++k)
-                sum += a[l / 4 + i / 2 * 8][k] * b[l % 4 * 2 + i % 2][k];
-            c = static_cast<float>(sum);
+            for (int k = 0; k < 8 * n; k += 4 * n)  // half the depth at a time
+                add_products(a[l / 4 + i / 2 * 8] + k, b[l % 4 * 2 + i % 2] + k, 4 * n, least, c);
         }
 }
 
