@@ -45,7 +45,7 @@ class Clock:
         }
 
 
-def anomalib_batches(paths: list[Path]) -> Iterator[Tensor]:
+def anomalib_batches(paths: list[Path], batch: int = BATCH) -> Iterator[Tensor]:
     """(B, 3, SIZE, SIZE) float32 as anomalib's own pre-processor makes them, without a crop."""
     import torch
     from PIL import Image
@@ -59,8 +59,8 @@ def anomalib_batches(paths: list[Path]) -> Iterator[Tensor]:
             v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
         ]
     )
-    for i in range(0, len(paths), BATCH):
-        images = [transform(Image.open(path).convert("RGB")) for path in paths[i : i + BATCH]]
+    for i in range(0, len(paths), batch):
+        images = [transform(Image.open(path).convert("RGB")) for path in paths[i : i + batch]]
         yield torch.stack(images).as_subclass(torch.Tensor)
 
 

@@ -25,7 +25,7 @@ from npad.images import Batch, ImageSource
 from npad.model_file import ModelFileError
 from npad.nominal_set import NominalSet
 from npad.projection import principal_axes, random_axes
-from npad.scoring import Run, Scorer, started_ahead
+from npad.scoring import Run, Scorer, embed, started_ahead
 
 MIN_IMAGES = 2
 PCA_IMAGES = 64  # images whose embeddings choose the principal axes
@@ -228,12 +228,12 @@ class NPad:
             if nominal is not None:
                 nominal.update(x)
 
-        embed = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
+        embed_batch = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
         held_out = Reservoir(self.holdout, self.seed)
         n_images = 0
         with progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance:
             for batch in batches:
-                (x,) = embed(batch.images)
+                (x,) = embed_batch(batch.images)
                 fitted = held_out.take(x)
                 if len(fitted):
                     add(fitted)
@@ -603,8 +603,8 @@ class NPad:
             return self._backbone
 
     def _embed(self, images: Tensor) -> Tensor:
-        x = self._network()(images.to(self.device, non_blocking=True))
-        return x if self.projection_ is None else x @ self.projection_
+        images = images.to(self.device, non_blocking=True)
+        return embed(self._network(), self.projection_, images)
 
     @property
     def nbytes(self) -> int:

@@ -17,10 +17,16 @@ from npad.anomaly_map import Standardization
 from npad.backbone import Backbone
 from npad.images import Batch, ImageError
 
-__all__ = ["Run", "Scorer", "started_ahead"]
+__all__ = ["Run", "Scorer", "embed", "started_ahead"]
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+
+def embed(network: Backbone, projection: Tensor | None, images: Tensor) -> Tensor:
+    """(B, 3, H, W) float32 in [0, 1] -> embeddings (B, h, w, C) float32, reduced if so fitted."""
+    x: Tensor = network(images)
+    return x if projection is None else x @ projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +63,11 @@ class Scorer:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
-        x = self.network(images)
-        if self.projection is not None:
-            x = x @ self.projection
         fused = anomaly_map.fuse(
-            *self.distances(x), self.fusion, self.fusion_weight, self.standardization
+            *self.distances(embed(self.network, self.projection, images)),
+            self.fusion,
+            self.fusion_weight,
+            self.standardization,
         )
         sigma = anomaly_map.smoothing_sigma(self.image_size)
         maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
