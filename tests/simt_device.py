@@ -80,12 +80,12 @@ class Simt:
 
 @lru_cache(maxsize=1)
 def build() -> str:
-    """Build both libraries; returns why they could not be built, if there are no tools for it."""
+    """Build the libraries; returns why they could not be built, if there are no tools for it."""
     cmake = shutil.which("cmake")
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if cmake is None or compiler is None:
         return "cmake is not installed" if cmake is None else "there is no C++ compiler"
-    targets = ["--target", "simt_fast", "simt_checked"]
+    targets = ["--target", "simt_fast", "simt_sm75", "simt_checked"]
     for command in (
         [cmake, "-S", ROOT, "-B", BUILD, "-DNPAD_BUILD_TESTS=ON", "-DNPAD_CUDA=OFF"],
         [cmake, "--build", BUILD, *targets],
@@ -96,9 +96,9 @@ def build() -> str:
     return ""
 
 
-@lru_cache(maxsize=2)
+@lru_cache
 def load(name: str) -> Simt:
-    """``simt_fast`` or ``simt_checked``."""
+    """``simt_fast``, ``simt_sm75`` or ``simt_checked``."""
     reason = build()
     if reason:
         pytest.skip(f"the CUDA kernels cannot be built for the CPU: {reason}")

@@ -84,6 +84,11 @@ def test_mma(simt: Simt, type_: torch.dtype, shuffles: bool) -> None:
     torch.testing.assert_close(c.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16, torch.bfloat16])
+def test_mma_of_sm_75(type_: torch.dtype) -> None:
+    test_mma(load("simt_sm75"), type_, False)
+
+
 @pytest.mark.parametrize("stages", [1, 2, 7])
 def test_asynchronous_copies(simt: Simt, stages: int) -> None:
     x, total = torch.randn(stages, 64), nan(64)

@@ -14,7 +14,7 @@ from npad import reference
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 

@@ -327,6 +327,10 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
                               SIMT_WHERE) {
     simt::mma(simt::Element::kBFloat16, c, a, b, where);
 }
+inline void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, SIMT_WHERE) {
+    const uint32_t rows[4] = {a0, a1, 0, 0}, columns[2] = {b, 0};
+    simt::mma(simt::Element::kFloat16, c, rows, columns, where);
+}
 
 }  // namespace npad::cuda::ptx
 
@@ -373,7 +377,12 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors() : simt::kMostShared;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    constexpr int kShared = 64 * 1024;
+#else
+    constexpr int kShared = simt::kMostShared;
+#endif
+    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors() : kShared;
     return cudaSuccess;
 }
 template <typename Kernel>
