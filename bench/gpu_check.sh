@@ -62,12 +62,13 @@ phase() {
 within() { timeout -k 5 "$limit" "$@"; }
 
 # A process for each op, since what fails on a GPU takes its process along; all at the same time.
+# each_op SELECTION TOOL...: the tests of an op that SELECTION leaves, under a tool.
 each_op() {
     local selection=$1 op code=0 one process
     local -A processes
     shift
     for op in "${ops[@]}"; do
-        within "$@" "${pytest[@]}" tests/test_cuda.py -k "$selection and $op" >"$work/$op.log" 2>&1 &
+        within "$@" "${pytest[@]}" tests/test_cuda.py -k "$op$selection" >"$work/$op.log" 2>&1 &
         processes[$op]=$!
     done
     for op in "${ops[@]}"; do
@@ -84,14 +85,14 @@ each_op() {
 sanitize() {
     command -v compute-sanitizer || return 127
     # Memory is not pooled, so that what lies beyond a tensor is nobody's.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 each_op "test_against_reference and not 384" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 each_op " and test_against_reference and not 384" \
         compute-sanitizer --tool "$1" --kernel-name kns=npad --error-exitcode 9
 }
 
 others() {
     local names
     names=$(printf ' or %s' "${ops[@]}")
-    within "${pytest[@]}" tests/test_cuda.py -k "not slow and not (${names# or })"
+    within "${pytest[@]}" tests/test_cuda.py -k "not (${names# or })"
 }
 
 cpu_tests() {
@@ -106,7 +107,7 @@ benchmark() {
 
 phase 1 150 build build within python3 -m pip install --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check -C cmake.define.NPAD_CUDA=ON --target "$work/site" .
-phase 2 80 tests "op tests" each_op "not slow"
+phase 2 80 tests "op tests" each_op ""
 phase 2 40 tests "other GPU tests" others
 phase 4 70 sanitizers memcheck sanitize memcheck
 phase 8 70 sanitizers racecheck sanitize racecheck
@@ -115,7 +116,7 @@ for op in mahalanobis neighborhood_moments nearest_centroid farthest_first windo
     phase 32 75 benchmarks "bench $op" benchmark "$op"
 done
 phase 16 50 sanitizers synccheck sanitize synccheck
-phase 2 60 tests "2^31 elements" within "${pytest[@]}" tests/test_cuda.py -k slow --slow
+phase 2 60 tests "2^31 elements" within "${pytest[@]}" tests/test_large_sizes.py -k cuda --slow
 phase 2 40 tests "CPU tests" cpu_tests
 
 python3 bench/gpu_report.py left-out tests

@@ -20,8 +20,10 @@ MODULES = [
     "gaussian",
     "inverse_cholesky",
     "mahalanobis",
+    "native_cuda",
     "nearest_centroid",
     "neighborhood_moments",
+    "ops",
     "packed",
     "window_covariance",
 ]

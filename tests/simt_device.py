@@ -49,6 +49,10 @@ class Simt:
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                     raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
 
+    def once(self, op: str, *args: Tensor | int) -> None:
+        """Run a launcher in one order and without copies, for tensors that are too large for them."""
+        self._run(op, args, ORDERS[0], 3)
+
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
         address = ctypes.c_void_p.in_dll(self._library, f"simt_{op}_workspace").value
