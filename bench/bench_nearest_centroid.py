@@ -52,17 +52,16 @@ def bench_nearest_centroid(
     try:
         import faiss
     except ImportError:
-        pass
-    else:
+        faiss = None
+    if faiss and device.type == "cpu":
         faiss.omp_set_num_threads(torch.get_num_threads())
-        index = faiss.IndexFlatL2(channels)
-        index.add(centroids.cpu().numpy())
+        flat = faiss.IndexFlatL2(channels)
+        flat.add(centroids.numpy())
 
         def faiss_flat() -> Tensor:
-            return torch.from_numpy(index.search(x.numpy(), 1)[0][:, 0]).sqrt()
+            return torch.from_numpy(flat.search(x.numpy(), 1)[0][:, 0]).sqrt()
 
-        if device.type == "cpu":
-            contenders["faiss"] = faiss_flat
+        contenders["faiss"] = faiss_flat
 
     oracle = torch.cdist(x[:1024].double(), centroids.double()).min(1).values
     for name, function in contenders.items():

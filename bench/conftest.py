@@ -58,13 +58,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The GPU, or the CPU with as many threads as the parameter says."""
     before = torch.get_num_threads()
     if request.param == "cuda":
-        missing = (
-            "no GPU" if not torch.cuda.is_available() else "" if cuda_kernels else "no CUDA kernels"
-        )
-        if missing and os.environ.get("NPAD_REQUIRE_CUDA") == "1":
-            pytest.fail(missing)
-        if missing:
-            pytest.skip(missing)
+        if not (torch.cuda.is_available() and cuda_kernels):
+            required = os.environ.get("NPAD_REQUIRE_CUDA") == "1"
+            (pytest.fail if required else pytest.skip)("no GPU, or no CUDA kernels")
         yield torch.device("cuda", 0)
         gc.collect()
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -140,8 +141,7 @@ def write_report(out: Path) -> str:
     """Bring OUT/report.json up to date with benchmarks.jsonl and phases.tsv; return the table."""
     path, results, phases = out / "report.json", out / "benchmarks.jsonl", out / "phases.tsv"
     report: Record = json.loads(path.read_text())
-    # A process that was stopped may have left its last line unfinished.
-    lines = results.read_text().split("\n")[:-1] if results.exists() else []
+    lines = results.read_text().splitlines() if results.exists() else []
     benchmarks = [json.loads(line) for line in lines]
     rows = [line.split("\t") for line in phases.read_text().splitlines()] if phases.exists() else []
     report["phases"] = [{"phase": n, "verdict": v, "seconds": int(s)} for n, v, s in rows]
@@ -173,7 +173,8 @@ def write_machine(out: Path) -> str:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": os.environ.get("NPAD_COMMIT")
+        or _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
     }
     (out / "report.json").write_text(json.dumps({"machine": machine}, indent=1) + "\n")
     return "{}{}".format(*torch.cuda.get_device_capability())
