@@ -7,10 +7,9 @@ all, as its cost differs from centre to centre.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +18,21 @@ from torch import Tensor
 from npad import ops, reference
 
 FEW = 20  # centres of a loop that is timed
-DIM = 334  # of anomalib's projection at this number of embeddings
+
+
+class Case(NamedTuple):
+    D: int  # dimensions; anomalib's projection has 334 at this number of embeddings
+    centres: int
+
+
+@lru_cache
+def embeddings() -> Tensor:
+    """Real ones, where NPAD_DATA and NPAD_WEIGHTS say where to find them."""
+    torch.manual_seed(0)
+    data, weights = os.environ.get("NPAD_DATA"), os.environ.get("NPAD_WEIGHTS")
+    return (
+        real_embeddings(Path(data), Path(weights)) if data and weights else synthetic_embeddings()
+    )
 
 
 def real_embeddings(data: Path, weights: Path) -> Tensor:
@@ -40,65 +53,57 @@ def synthetic_embeddings(n: int = 780_288, channels: int = 384) -> Tensor:
     return centres[cluster] + 0.5 * torch.randn(n, channels) * scale
 
 
-@pytest.fixture(scope="module")
-def points() -> Tensor:
-    torch.manual_seed(0)
-    data, weights = os.environ.get("NPAD_DATA"), os.environ.get("NPAD_WEIGHTS")
-    x = real_embeddings(Path(data), Path(weights)) if data and weights else synthetic_embeddings()
-    return x @ torch.randn(x.shape[1], DIM).div_(DIM**0.5)
-
-
 def anomalib_loop(points: Tensor, n_centroids: int) -> Tensor:
-    sampling = pytest.importorskip("anomalib.models.components.sampling.k_center_greedy")
-    loop = sampling.KCenterGreedy(points, sampling_ratio=2 / len(points))
-    loop.features = points  # what its own projection would return
-    loop.reset_distances()
-    index = torch.tensor(0)
+    """The loop of its coreset: all distances to the newest centre, the minimum kept, its argmax."""
+    nearest = points.new_full((len(points),), torch.inf)
+    index = torch.zeros((), dtype=torch.int64, device=points.device)
     chosen = [index]
     for _ in range(n_centroids - 1):
-        loop.update_distances(index)
-        index = loop.get_new_idx()
-        loop.min_distances[index] = 0
+        distance = torch.linalg.vector_norm(points - points[index], dim=1)
+        nearest = torch.minimum(nearest, distance)
+        index = nearest.argmax()
+        nearest[index] = 0
         chosen.append(index)
     return torch.stack(chosen)
 
 
-@pytest.mark.parametrize("n_centroids", [1000, 7802])
+@pytest.mark.cases(cpu=[Case(334, 1000), Case(334, 7802)], cuda=[Case(128, 7802)])
 @pytest.mark.benchmark(group="farthest_first")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def bench_farthest_first(
-    points: Tensor,
-    n_centroids: int,
-    threads: int,
+    device: torch.device,
+    case: Case,
+    seconds: Any,
+    ceilings: dict[str, float],
     benchmark: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    expected = anomalib_loop(points, FEW)
+    x = embeddings()
+    torch.manual_seed(1)
+    points = (x @ torch.randn(x.shape[1], case.D).div_(case.D**0.5)).to(device)
+    loops = {"anomalib": anomalib_loop, "pytorch": reference.farthest_first}
     index, _ = ops.farthest_first(points, FEW)
-    assert torch.equal(index, expected)
+    assert torch.equal(index, anomalib_loop(points, FEW))
 
-    def per_centre(function: Callable[[Tensor, int], object], centres: int) -> float:
-        start = time.perf_counter()
-        function(points, centres)
-        return (time.perf_counter() - start) / centres
+    def per_centre(name: str) -> float:
+        return seconds(lambda: loops[name](points, FEW)) / FEW
 
-    before = {
-        "anomalib": per_centre(anomalib_loop, FEW),
-        "pytorch": per_centre(reference.farthest_first, FEW),
-    }
-    benchmark.pedantic(ops.farthest_first, (points, n_centroids), rounds=1)
-    own = benchmark.stats.stats.min / n_centroids
-    after = per_centre(anomalib_loop, FEW)  # the machine may have changed its pace
-    others = {**before, "anomalib": min(before["anomalib"], after)}
-    ratios = {name: seconds / own for name, seconds in others.items()}
+    before = {name: per_centre(name) for name in loops}
+    own = seconds(lambda: ops.farthest_first(points, case.centres)) / case.centres
+    others = {**before, "anomalib": min(before["anomalib"], per_centre("anomalib"))}
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.stats.stats.data[:] = [own * case.centres]
+    ratios = {name: value / own for name, value in others.items()}
+    floor = points.nbytes / ceilings["copy_bytes_per_s"]  # of a centre that skips nothing
     benchmark.extra_info.update(
-        threads=threads,
+        device=device.type,
+        case=case._asdict(),
+        threads=torch.get_num_threads(),
         points=list(points.shape),
         per_centre_s={"npad": own, **others},
         ratios=ratios,
+        of_roofline=floor / own,
+        ceilings=ceilings,
     )
     with capsys.disabled():
         text = ", ".join(f"{name} {ratio:.0f}x" for name, ratio in ratios.items())
-        print(
-            f"\nfarthest_first {n_centroids}, {threads} threads: {own * 1e3:.2f} ms/centre; {text}"
-        )
+        print(f"\nfarthest_first {case.centres}: {own * 1e3:.3f} ms/centre; {text}")

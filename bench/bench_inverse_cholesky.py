@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,14 +11,24 @@ from torch import Tensor
 from npad import ops
 
 
-@pytest.mark.parametrize("channels", [100, 384, 550, 1536], ids=lambda c: f"C{c}")
+class Case(NamedTuple):
+    C: int
+    megabytes: int  # of covariances
+
+
+@pytest.mark.cases(
+    cpu=[Case(c, 64) for c in (100, 384, 550, 1536)],
+    cuda=[Case(c, 512) for c in (100, 384, 550, 1536)],
+)
 @pytest.mark.benchmark(group="inverse_cholesky")
-def bench_inverse_cholesky(channels: int, threads: int, race: Any) -> None:
-    count = max(6, (64 << 20) // (4 * channels**2))
+def bench_inverse_cholesky(device: torch.device, case: Case, race: Any) -> None:
+    channels = case.C
+    count = max(6, (case.megabytes << 20) // (4 * channels**2))
     torch.manual_seed(0)
-    x = torch.randn(count, channels + 20, channels)
-    covariance = x.mT @ x / (channels + 20) + 0.01 * torch.eye(channels)
-    identity = torch.eye(channels).expand_as(covariance)
+    x = torch.randn(count, channels + 20, channels, device=device)
+    eye = torch.eye(channels, device=device)
+    covariance = x.mT @ x / (channels + 20) + 0.01 * eye
+    identity = eye.expand_as(covariance)
 
     def npad() -> Tensor:
         return ops.inverse_cholesky(covariance)[0]

@@ -1,8 +1,10 @@
-"""mahalanobis against anomalib's expression and the best plain-PyTorch form."""
+"""mahalanobis against anomalib's expression and the best plain-PyTorch forms."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,36 +12,48 @@ from torch import Tensor
 
 from npad import ops, reference
 
-CASES = [(32, 384), (56, 550)]  # side of the grid, channels
+
+class Case(NamedTuple):
+    P: int
+    C: int
+    batch: int
+    factor: str
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"P{case[0] ** 2}-C{case[1]}")
-def gaussians(request: pytest.FixtureRequest) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
-    """Side, means, packed float32 factors, dense factors W and precisions W^T W."""
-    side, channels = request.param
+def cases(sizes: list[tuple[int, int]], batches: list[int]) -> list[Case]:
+    factors = ["float32", "float16"]
+    return [Case(*size, batch, factor) for size in sizes for batch in batches for factor in factors]
+
+
+CPU = cases([(1024, 384), (3136, 550)], [1, 16])
+CUDA = cases([(1024, 384), (1024, 1536)], [1]) + cases([(3136, 550)], [1, 32])
+
+
+@lru_cache(maxsize=1)
+def gaussians(
+    positions: int, channels: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means, packed float32 factors, dense factors W and precisions W^T W."""
     torch.manual_seed(0)
-    positions = side * side
-    packed = torch.randn(positions, ops.packed_size(channels)).div_(channels**0.5)
-    row, column = reference.packed_layout(channels)
-    packed[:, column > row] = 0
-    dense = torch.stack([reference.unpack(p, channels) for p in packed])
-    return side, torch.randn(positions, channels), packed, dense, dense.mT @ dense
+    packed = torch.randn(positions, ops.packed_size(channels), device=device).div_(channels**0.5)
+    row, column = (index.to(device) for index in reference.packed_layout(channels))
+    packed.mul_(column <= row)
+    dense = torch.cat([reference.unpack(part, channels) for part in packed.split(64)])
+    mean = torch.randn(positions, channels, device=device)
+    return mean, packed, dense, dense.mT @ dense
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("batch", [1, 16], ids=["batch1", "batch16"])
+@pytest.mark.cases(cpu=CPU, cuda=CUDA)
 @pytest.mark.benchmark(group="mahalanobis")
 def bench_mahalanobis(
-    gaussians: tuple[int, Tensor, Tensor, Tensor, Tensor],
-    batch: int,
-    dtype: torch.dtype,
-    threads: int,
-    race: Any,
+    device: torch.device, case: Case, race: Any, compiled: Callable[..., Any]
 ) -> None:
-    side, mean, packed, dense, precision = gaussians
-    grid, (positions, channels) = (side, side), mean.shape
-    factor = packed.to(dtype)
-    x = torch.randn(batch, side, side, channels)
+    positions, channels, batch, dtype = case
+    mean, packed, dense, precision = gaussians(positions, channels, device)
+    side = int(positions**0.5)
+    grid = (side, side)
+    factor = packed.to(getattr(torch, dtype))
+    x = torch.randn(batch, side, side, channels, device=device)
     channels_first = x.permute(0, 3, 1, 2).contiguous()  # as each library holds its embeddings
 
     def npad(window: int = 1) -> Tensor:
@@ -49,21 +63,49 @@ def bench_mahalanobis(
         embedding = channels_first.reshape(batch, channels, positions)
         delta = (embedding - mean.T).permute(2, 0, 1)
         squared = (torch.matmul(delta, precision) * delta).sum(2).permute(1, 0)
-        return squared.reshape(batch, 1, side, side).clamp(0).sqrt()
+        return squared.reshape(batch, side, side).clamp(0).sqrt()
 
     def pytorch() -> Tensor:
         z = (x.reshape(batch, positions, channels) - mean).permute(1, 2, 0)
         return torch.linalg.vector_norm(torch.bmm(dense, z), dim=1).T.reshape(batch, side, side)
 
-    tolerance = {"rtol": 2e-3, "atol": 2e-3}
-    torch.testing.assert_close(npad(), pytorch(), **tolerance)
-    torch.testing.assert_close(npad(), anomalib()[:, 0], **tolerance)
-    contenders = {"npad": npad, "anomalib": anomalib, "pytorch": pytorch}
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "npad": npad,
+        "anomalib": anomalib,
+        "pytorch": pytorch,
+    }
+    if device.type == "cuda":
+        stored = dense.to(factor.dtype)
+
+        def in_storage_type() -> Tensor:
+            z = (x.reshape(batch, positions, channels) - mean).permute(1, 2, 0).to(stored.dtype)
+            product = torch.bmm(stored, z).float()
+            return torch.linalg.vector_norm(product, dim=1).T.reshape(batch, side, side)
+
+        def by_rows() -> Tensor:
+            """What a compiler can make one pass over the factor of."""
+            z = x.reshape(positions, 1, channels) - mean[:, None]
+            return (stored.float() * z).sum(2).square().sum(1).sqrt().reshape(1, side, side)
+
+        if dtype == "float16":
+            contenders["pytorch float16"] = in_storage_type
+        contenders |= compiled(by_rows if batch == 1 else in_storage_type)
+
+    q = torch.arange(0, positions, positions // 16, device=device)
+    z = (x.flatten(1, 2)[:, q] - mean[q]).double()
+    w = reference.unpack(factor[q].double(), channels)
+    expected = torch.einsum("qij,nqj->nqi", w, z).norm(dim=2)
+    for name, function in contenders.items():
+        rtol = 1e-4 if name == "npad" else 3e-3
+        actual = function().flatten(1)[:, q].double()
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, msg=f"{name} is wrong")
     if batch == 1:
         contenders["npad window 3"] = lambda: npad(3)
+        assert (npad(3) <= npad()).all()
     race(
         contenders,
-        rounds=11 if batch == 1 else 5,
+        rounds=15 if batch == 1 else 5,
         n_bytes=factor.nbytes + x.nbytes + mean.nbytes,
         n_flops=batch * positions * channels * (channels + 1),
+        products=("tf32", 3) if dtype == "float32" else ("float16", 2),
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from npad import _native
+from npad._native_cuda import cuda
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,6 +45,18 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> None:
+    """Skip what is marked cuda where there is no GPU, or fail where one is required."""
+    if request.node.get_closest_marker("cuda") is None:
+        return
+    missing = "no GPU" if not torch.cuda.is_available() else "" if cuda else "no CUDA kernels"
+    if missing and os.environ.get("NPAD_REQUIRE_CUDA") == "1":
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
 
 
 def _path(variable: str) -> Path:

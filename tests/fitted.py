@@ -30,3 +30,21 @@ def gaussians(grid: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
     mean = torch.randn(positions, channels)
     factor = torch.randn(positions, channels, channels).tril(-1) / channels**0.5
     return mean, factor + torch.eye(channels) * (0.5 + torch.rand(positions, channels, 1))
+
+
+SINGULAR = ["constant channels", "duplicates", "large", "dead position"]
+
+
+def singular(case: str, shape: tuple[int, int, int, int]) -> Tensor:
+    """Embeddings (N, H, W, C) whose covariances no float32 can factor as they are."""
+    x = torch.randn(shape)
+    if case == "constant channels":
+        x[..., 3:6] = 2.5
+    elif case == "duplicates":
+        x = x[:1].repeat(len(x), 1, 1, 1)
+    elif case == "large":
+        x = x * 1e4 + 1e4
+        x[..., 5] = x[..., :5].sum(-1)
+    else:
+        x[:, :3, :3] = 0.0
+    return x

@@ -49,6 +49,10 @@ class Simt:
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                     raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
 
+    def once(self, op: str, *args: Tensor | int) -> None:
+        """Run a launcher in one order and without copies, for tensors that are too large for them."""
+        self._run(op, args, ORDERS[0], 3)
+
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
         address = ctypes.c_void_p.in_dll(self._library, f"simt_{op}_workspace").value
@@ -80,7 +84,7 @@ class Simt:
 
 @lru_cache(maxsize=1)
 def build() -> str:
-    """Build both libraries; returns why they could not be built, if there are no tools for it."""
+    """Build the libraries; returns why they could not be built, if there are no tools for it."""
     cmake = shutil.which("cmake")
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if cmake is None or compiler is None:
@@ -96,7 +100,7 @@ def build() -> str:
     return ""
 
 
-@lru_cache(maxsize=3)
+@lru_cache
 def load(name: str) -> Simt:
     """``simt_fast``, ``simt_sm75`` or ``simt_checked``."""
     reason = build()

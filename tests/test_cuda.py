@@ -2,113 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-
 import pytest
 import torch
 from accuracy import assert_accurate
-from fitted import gaussians
-from torch import Tensor
+from fitted import SINGULAR, singular
+from op_cases import EMPTY, GRID, OPS, SEVERAL, moved, on, strided, tensors
 
-from npad import NPad, ops, reference
-from npad._native_cuda import cuda
-from npad.synthetic import make_dataset
+from npad import ops
+from npad.gaussian import NeighborhoodGaussian
 
 pytestmark = pytest.mark.cuda
-GRID = (4, 3)
-Arguments = tuple[object, ...]
-
-
-@pytest.fixture(autouse=True)
-def gpu() -> None:
-    missing = "no GPU" if not torch.cuda.is_available() else "" if cuda else "no CUDA kernels"
-    if missing and os.environ.get("NPAD_REQUIRE_CUDA") == "1":
-        pytest.fail(missing)
-    if missing:
-        pytest.skip(missing)
-
-
-def statistics(channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    state = (
-        torch.zeros(12, dtype=torch.int64),
-        torch.zeros(12, channels),
-        torch.zeros(12, ops.packed_size(channels)),
-    )
-    reference.neighborhood_moments(torch.randn(9, *GRID, channels), *state)
-    return state
-
-
-def moments(x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
-    count, mean, scatter = (s.clone() for s in state)
-    ops.neighborhood_moments(x, count, mean, scatter)
-    return mean, scatter
-
-
-def reference_moments(x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
-    count, mean, scatter = (s.clone() for s in state)
-    reference.neighborhood_moments(x, count, mean, scatter)
-    return mean, scatter
-
-
-def spread(channels: int) -> Tensor:
-    x = torch.randn(5, channels + 9, channels)
-    return x.mT @ x / (channels + 9) + 0.1 * torch.eye(channels)
-
-
-def scoring(channels: int) -> Arguments:
-    mean, factor = gaussians(GRID, channels)
-    return torch.randn(3, *GRID, channels), mean, reference.pack(factor), GRID, 3
-
-
-# name: op, reference, arguments for a number of channels
-OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int], Arguments]]] = {
-    "neighborhood_moments": (
-        moments,
-        reference_moments,
-        lambda c: (torch.randn(5, *GRID, c) + 1, *statistics(c)),
-    ),
-    "window_covariance": (
-        ops.window_covariance,
-        reference.window_covariance,
-        lambda c: (*statistics(c), GRID, 3, 1, 12),
-    ),
-    "pack_factor": (
-        ops.pack_factor,
-        reference.pack_factor,
-        lambda c: (torch.randn(3, c, c), torch.float32),
-    ),
-    "inverse_cholesky": (
-        lambda *args: ops.inverse_cholesky(*args)[0],
-        lambda covariance, dtype: reference.inverse_cholesky(covariance, dtype)[0],
-        lambda c: (spread(c), torch.float32),
-    ),
-    "mahalanobis": (ops.mahalanobis, reference.mahalanobis, scoring),
-    "nearest_centroid": (
-        ops.nearest_centroid,
-        reference.nearest_centroid,
-        lambda c: (torch.randn(203, c), torch.randn(77, c)),
-    ),
-    "farthest_first": (
-        ops.farthest_first,
-        reference.farthest_first,
-        lambda c: ((4 * torch.randn(301, c)).round(), 40, 7),
-    ),
-}
-
-
-def on(device: str, arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
-    def move(a: object) -> object:
-        if not isinstance(a, Tensor):
-            return torch.float64 if dtype is not None and a is torch.float32 else a
-        a = a.to(device)
-        return a.to(dtype) if dtype is not None and a.is_floating_point() else a
-
-    return tuple(map(move, arguments))
-
-
-def tensors(result: object) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 31, 129, 384])
@@ -158,7 +61,29 @@ def test_graph_capture(name: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", OPS)
+def test_strided_views(name: str) -> None:
+    op, _, make = OPS[name]
+    arguments = on("cuda", make(31))
+    expected = tensors(op(*arguments))
+    actual = tensors(op(*strided(arguments)))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_do(name: str) -> None:
+    op, _, _ = OPS[name]
+    arguments, shapes = EMPTY[name]
+    actual = tensors(op(*on("cuda", arguments)))
+    assert [tuple(a.shape) for a in actual] == shapes
+    assert all(a.is_cuda for a in actual)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
 @pytest.mark.parametrize("name", OPS)
 def test_a_device_that_is_not_current(name: str) -> None:
     op, _, make = OPS[name]
@@ -169,13 +94,46 @@ def test_a_device_that_is_not_current(name: str) -> None:
         torch.testing.assert_close(a.cpu(), b.cpu())
 
 
-def test_mixed_devices() -> None:
-    x, mean, factor, grid, window = scoring(8)
-    with pytest.raises(ValueError, match="mean is on cpu but x is on cuda:0"):
-        ops.mahalanobis(x.cuda(), mean, factor, grid, window)  # type: ignore[attr-defined,arg-type]
+@pytest.mark.parametrize("elsewhere", ["cpu", pytest.param("cuda:1", marks=two_gpus)])
+@pytest.mark.parametrize(("name", "position"), SEVERAL)
+def test_mixed_devices(name: str, position: int, elsewhere: str) -> None:
+    op, _, make = OPS[name]
+    arguments = moved(on("cuda:0", make(8)), position, elsewhere)
+    with pytest.raises(ValueError, match=r"is on (\S+) but \w+ is on (?!\1)\S+; move one"):
+        op(*arguments)
+
+
+@pytest.mark.parametrize("case", SINGULAR)
+def test_singular_covariances(case: str) -> None:
+    """As on the CPU: scores that are finite and the same, or the same documented error."""
+    x = singular(case, (12, *GRID, 10))
+
+    def scores(device: str, eps: float) -> torch.Tensor | str:
+        gaussian = NeighborhoodGaussian(GRID, 10, device=device).update(x.to(device))
+        try:
+            mean, factor = gaussian.finalize(eps)
+        except ValueError as error:
+            return str(error).split(";")[0].split(" with eps")[0]
+        return ops.mahalanobis(x.to(device), mean, factor, GRID).cpu()
+
+    eps = NeighborhoodGaussian(GRID, 10).update(x).choose_eps(x[:3] * 1.01)
+    cpu, gpu = (scores(device, eps) for device in ("cpu", "cuda"))
+    assert isinstance(gpu, torch.Tensor)
+    assert gpu.isfinite().all()
+    torch.testing.assert_close(gpu, cpu, rtol=1e-2, atol=1e-2)
+    singular_scores = scores("cuda", 0.0)
+    if isinstance(singular_scores, str):
+        assert "is not positive definite" in singular_scores
+    else:  # as rounding has it
+        assert case in ("duplicates", "large")
+        assert singular_scores.isfinite().all()
 
 
 def test_scores_agree_with_those_of_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("scipy")
+    from npad import NPad
+    from npad.synthetic import make_dataset
+
     folder = make_dataset(tmp_path_factory.mktemp("data") / "woven", seed=0)
     path = folder.parent / "model.npad"
     NPad("filterbank", n_centroids=512).fit(folder / "train" / "good").save(path)

@@ -234,6 +234,22 @@ def test_predict_before_fit() -> None:
         NPad("filterbank").predict("anything")
 
 
+def test_arrays_with_negative_strides(cloth: Path) -> None:
+    """Mirrored views, of which PyTorch cannot make a tensor, are images like any other."""
+    paths = sorted((cloth / "train/good").iterdir())[:4]
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    mirrored = pixels[::-1, :, ::-1, ::-1]
+    with pytest.raises(ValueError, match="negative"):
+        torch.from_numpy(mirrored)
+    few = {**SMALL, "n_centroids": 20, "eps": 0.01}
+    of_view, of_copy = (NPad("filterbank", **few).fit(a) for a in (mirrored, mirrored.copy()))
+    assert_equal_models(of_view, of_copy)
+    planes = mirrored[:2].transpose(0, 3, 1, 2)
+    actual, expected = (of_view.predict(a) for a in (planes, mirrored[:2].copy()))
+    np.testing.assert_array_equal(actual.scores, expected.scores)
+    np.testing.assert_array_equal(actual.maps, expected.maps)
+
+
 def test_more_features_than_channels(cloth: Path) -> None:
     with pytest.raises(ValueError, match="n_features=5000 is more than the"):
         NPad("filterbank", **SMALL, n_features=5000).fit(cloth / "train/good")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fitted import SINGULAR, singular
 from torch import Tensor
 
 from npad import ops, reference
@@ -115,22 +116,20 @@ def test_chunks_do_not_change_the_factors(
     assert sum(done) == 20
 
 
-@pytest.mark.parametrize("case", ["constant channels", "duplicates", "large", "dead position"])
+@pytest.mark.parametrize("case", SINGULAR)
 @pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
 def test_singular_covariances_give_finite_scores(case: str, dtype: torch.dtype) -> None:
-    x = torch.randn(12, *GRID, 10)
-    if case == "constant channels":
-        x[..., 3:6] = 2.5
-    elif case == "duplicates":
-        x = x[:1].repeat(12, 1, 1, 1)
-    elif case == "large":
-        x = x * 1e4 + 1e4
-    else:
-        x[:, 1:4, 1:4] = 0.0
+    x = singular(case, (12, *GRID, 10))
     gaussian = fit(x)
     eps = gaussian.choose_eps(x[:3] * 1.01)
     mean, factor = gaussian.finalize(eps, dtype)
     assert ops.mahalanobis(x, mean, factor, GRID).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["constant channels", "dead position"])  # rounding or not
+def test_singular_covariances_without_eps_are_refused(case: str) -> None:
+    with pytest.raises(ValueError, match=r"grid position \(\d, \d\) is not positive definite"):
+        fit(singular(case, (12, *GRID, 10))).finalize(0.0)
 
 
 def test_positions_that_float32_cannot_factor_are_factored_in_float64(

@@ -14,7 +14,7 @@ from npad import reference
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
@@ -48,11 +48,6 @@ def check(
 @pytest.mark.parametrize("channels", [1, 7, 8, 17, 31, 33, 100, 129])
 def test_channels(simt: Simt, channels: int, dtype: torch.dtype) -> None:
     check(simt, 1, (1, 2), channels, 1, dtype)
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-def test_sm_75(dtype: torch.dtype) -> None:
-    check(load("simt_sm75"), 2, (3, 4), 33, 3, dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -11,7 +11,7 @@ from torch import Tensor
 from npad import reference
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
@@ -44,10 +44,6 @@ def test_against_reference(simt: Simt, n: int, k: int, channels: int) -> None:
     oracle, expected = reference.nearest_centroid(x.double(), centroids.double())
     assert_accurate(distance, working, oracle)
     assert torch.equal(index, expected)
-
-
-def test_sm_75() -> None:
-    test_against_reference(load("simt_sm75"), 140, 130, 33)
 
 
 def test_more_rows_of_tiles_than_one_swath() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from npad import reference
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
@@ -60,10 +60,6 @@ def test_batches_in_pieces(fast: Simt, batch: int) -> None:
 
 def test_batches_in_pieces_are_checked() -> None:
     check(load("simt_checked"), torch.randn(37, 1, 1, 73) - 3, 4)
-
-
-def test_sm_75() -> None:
-    check(load("simt_sm75"), torch.randn(37, 1, 1, 73) - 3, 4)
 
 
 def test_many_tiles(fast: Simt) -> None:

@@ -372,7 +372,12 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors() : simt::kMostShared;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    constexpr int kShared = 64 * 1024;
+#else
+    constexpr int kShared = simt::kMostShared;
+#endif
+    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors() : kShared;
     return cudaSuccess;
 }
 template <typename Kernel>

@@ -1,0 +1,132 @@
+"""Every op with its reference and arguments, for tests of what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from fitted import gaussians
+from torch import Tensor
+
+from npad import ops, reference
+
+GRID = (4, 3)
+Arguments = tuple[object, ...]
+
+
+def statistics(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    state = (
+        torch.zeros(12, dtype=torch.int64),
+        torch.zeros(12, channels),
+        torch.zeros(12, ops.packed_size(channels)),
+    )
+    reference.neighborhood_moments(torch.randn(9, *GRID, channels), *state)
+    return state
+
+
+def moments(x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+    count, mean, scatter = (s.clone() for s in state)
+    ops.neighborhood_moments(x, count, mean, scatter)
+    return mean, scatter
+
+
+def reference_moments(x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+    count, mean, scatter = (s.clone() for s in state)
+    reference.neighborhood_moments(x, count, mean, scatter)
+    return mean, scatter
+
+
+def spread(channels: int) -> Tensor:
+    x = torch.randn(5, channels + 9, channels)
+    return x.mT @ x / (channels + 9) + 0.1 * torch.eye(channels)
+
+
+def scoring(channels: int) -> Arguments:
+    mean, factor = gaussians(GRID, channels)
+    return torch.randn(3, *GRID, channels), mean, reference.pack(factor), GRID, 3
+
+
+# name: op, reference, arguments for a number of channels
+OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int], Arguments]]] = {
+    "neighborhood_moments": (
+        moments,
+        reference_moments,
+        lambda c: (torch.randn(5, *GRID, c) + 1, *statistics(c)),
+    ),
+    "window_covariance": (
+        ops.window_covariance,
+        reference.window_covariance,
+        lambda c: (*statistics(c), GRID, 3, 1, 12),
+    ),
+    "pack_factor": (
+        ops.pack_factor,
+        reference.pack_factor,
+        lambda c: (torch.randn(3, c, c), torch.float32),
+    ),
+    "inverse_cholesky": (
+        lambda *args: ops.inverse_cholesky(*args)[0],
+        lambda covariance, dtype: reference.inverse_cholesky(covariance, dtype)[0],
+        lambda c: (spread(c), torch.float32),
+    ),
+    "mahalanobis": (ops.mahalanobis, reference.mahalanobis, scoring),
+    "nearest_centroid": (
+        ops.nearest_centroid,
+        reference.nearest_centroid,
+        lambda c: (torch.randn(203, c), torch.randn(77, c)),
+    ),
+    "farthest_first": (
+        ops.farthest_first,
+        reference.farthest_first,
+        lambda c: ((4 * torch.randn(301, c)).round(), 40, 7),
+    ),
+}
+
+
+def on(device: str, arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
+    def move(a: object) -> object:
+        if not isinstance(a, Tensor):
+            return torch.float64 if dtype is not None and a is torch.float32 else a
+        a = a.to(device)
+        return a.to(dtype) if dtype is not None and a.is_floating_point() else a
+
+    return tuple(map(move, arguments))
+
+
+def tensors(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+
+
+# name and position of each tensor after the first, for ops that take several
+SEVERAL = [
+    (name, position)
+    for name, (_, _, make) in OPS.items()
+    for position, a in enumerate(make(2))
+    if position > 0 and isinstance(a, Tensor)
+]
+
+
+def moved(arguments: Arguments, position: int, device: str) -> Arguments:
+    """The arguments with one tensor on another device."""
+    return tuple(
+        a.to(device) if i == position and isinstance(a, Tensor) else a
+        for i, a in enumerate(arguments)
+    )
+
+
+def strided(arguments: Arguments) -> Arguments:
+    """The same values in views of which no two elements are neighbours in memory."""
+    return tuple(torch.stack([a, a], -1)[..., 0] if isinstance(a, Tensor) else a for a in arguments)
+
+
+# name: arguments that ask for nothing, and the shapes of the results
+EMPTY: dict[str, tuple[Arguments, list[tuple[int, ...]]]] = {
+    "neighborhood_moments": (
+        (torch.empty(0, *GRID, 9), *statistics(9)),
+        [(12, 9), (12, ops.packed_size(9))],
+    ),
+    "window_covariance": ((*statistics(9), GRID, 3, 5, 5), [(0, 9), (0, 9, 9)]),
+    "pack_factor": ((torch.empty(0, 9, 9), torch.float16), [(0, ops.packed_size(9))]),
+    "inverse_cholesky": ((torch.empty(0, 9, 9), torch.float16), [(0, ops.packed_size(9))]),
+    "mahalanobis": ((torch.empty(0, *GRID, 8), *scoring(8)[1:]), [(0, *GRID)]),
+    "nearest_centroid": ((torch.empty(0, 9), torch.randn(3, 9)), [(0,), (0,)]),
+}
