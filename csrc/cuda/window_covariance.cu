@@ -116,6 +116,8 @@ __device__ __forceinline__ void write_tile(const float (&tile)[kRows][kStride], 
         if (static_cast<unsigned>(column + i * kColumnStep) < limit) *to = values[i];
 }
 
+// kRadius is that of the window, or negative: any.
+template <int kRadius>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     window_covariance_kernel(const int64_t* __restrict__ count, const float* __restrict__ mean,
                              const float* __restrict__ scatter, Grid grid,
@@ -190,22 +192,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 
     float sum[kPatch][2][4] = {};
-    const int radius = grid.radius;
-    const int first_y = max(y0 - radius, 0), end_y = min(y0 + kPatchRows + radius, grid.height);
-    const int first_x = max(x0 - radius, 0), end_x = min(x0 + kPatchColumns + radius, grid.width);
     const auto load_scatter = [&](int y, int x, float4(&s)[2]) {
         const float4* from = place + (int64_t{y} * grid.width + x) * (layout.size() / 4);
 #pragma unroll
         for (int e = 0; e < 2; ++e)
             s[e] = stored[e] ? load<float4>(from + 16 * kVectors * e) : float4{};
     };
-    float4 next[2];
-    load_scatter(first_y, first_x, next);
-    for (int y = first_y, x = first_x; y < end_y;) {
-        const int dy = y - y0, dx = x - x0;
-        const float4 s[2] = {next[0], next[1]};
-        if (++x == end_x) ++y, x = first_x;
-        if (y < end_y) load_scatter(y, x, next);
+    // The scatter dy rows and dx columns from the block's first position, to whom it concerns.
+    const auto add_scatter = [&](const float4(&s)[2], int dy, int dx, int radius) {
 #pragma unroll
         for (int k = 0; k < kPatch; ++k) {
             if (abs(dy - k / kPatchColumns) > radius || abs(dx - k % kPatchColumns) > radius)
@@ -217,6 +211,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                 sum[k][e][2] += s[e].z;
                 sum[k][e][3] += s[e].w;
             }
+        }
+    };
+    if constexpr (kRadius >= 0) {  // who is concerned is known, and loads start together
+        constexpr int kAcross = kPatchColumns + 2 * kRadius, kTogether = kAcross % 3 ? 4 : 3;
+#pragma unroll
+        for (int i = 0; i < (kPatchRows + 2 * kRadius) * kAcross; i += kTogether) {
+            const int dy = i / kAcross - kRadius, dx = i % kAcross - kRadius;
+            const bool inside = static_cast<unsigned>(y0 + dy) < static_cast<unsigned>(grid.height);
+            float4 s[kTogether][2] = {};
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) {
+                const int x = x0 + dx + j;
+                if (inside && static_cast<unsigned>(x) < static_cast<unsigned>(grid.width))
+                    load_scatter(y0 + dy, x, s[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) add_scatter(s[j], dy, dx + j, kRadius);
+        }
+    } else {
+        const int radius = grid.radius;
+        const int first_y = max(y0 - radius, 0), end_y = min(y0 + kPatchRows + radius, grid.height);
+        const int first_x = max(x0 - radius, 0);
+        const int end_x = min(x0 + kPatchColumns + radius, grid.width);
+        float4 next[2];
+        load_scatter(first_y, first_x, next);
+        for (int y = first_y, x = first_x; y < end_y;) {
+            const int dy = y - y0, dx = x - x0;
+            const float4 s[2] = {next[0], next[1]};
+            if (++x == end_x) ++y, x = first_x;
+            if (y < end_y) load_scatter(y, x, next);
+            add_scatter(s, dy, dx, radius);
         }
     }
 
@@ -287,8 +312,11 @@ int window_covariance(const int64_t* count, const float* mean, const float* scat
     const int64_t radius = std::min(window / 2, std::max(height, width));
     const Grid grid{static_cast<int>(height), static_cast<int>(width), static_cast<int>(radius),
                     static_cast<int>(start),  static_cast<int>(stop),  static_cast<int>(channels)};
-    return launch(window_covariance_kernel, blocks, kThreads, 0, stream, count, mean, scatter, grid,
-                  window_mean, covariance);
+    const auto kernel = radius == 0   ? window_covariance_kernel<0>
+                        : radius == 1 ? window_covariance_kernel<1>
+                                      : window_covariance_kernel<-1>;
+    return launch(kernel, blocks, kThreads, 0, stream, count, mean, scatter, grid, window_mean,
+                  covariance);
 }
 
 }  // namespace npad::cuda
