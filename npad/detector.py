@@ -308,21 +308,18 @@ class NPad:
         with progress.task("predict", images.n_images, self.progress, "images") as advance:
             for batch in images.batches():
                 mahalanobis, euclidean = self._distances(self._embed(batch.images))
-                fused = anomaly_map.fuse(
+                fusion = anomaly_map.fusion_arguments(
                     mahalanobis,
                     euclidean,
                     self.fusion,
                     self.fusion_weight,
                     self.standardization_,
                 )
-                maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
+                maps, scores = ops.anomaly_map(*fusion, self.image_size, sigma)
                 skipped, told = images.skipped[told:], len(images.skipped)
                 yield Prediction(
-                    maps.amax((1, 2)).double().cpu().numpy(),
-                    [
-                        anomaly_map.resize_map(map_, size).cpu().numpy()
-                        for map_, size in zip(maps, batch.sizes, strict=True)
-                    ],
+                    scores.double().cpu().numpy(),
+                    anomaly_map.resized(maps, batch.sizes),
                     batch.names,
                     skipped,
                 )
