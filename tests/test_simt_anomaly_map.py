@@ -109,9 +109,9 @@ def test_what_is_not_finite_fills_its_map_and_no_other(simt: Simt, value: float)
 
 
 def resize(simt: Simt, maps: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-    heights, widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+    heights, widths = (torch.tensor([size[i] for size in sizes], dtype=torch.int64) for i in (0, 1))
     flat = torch.full((int((heights * widths).sum()),), -1.0)
-    simt("resize_maps", maps, *maps.shape, heights.clone(), widths.clone(), flat)
+    simt("resize_maps", maps, *maps.shape, heights, widths, flat)
     return flat
 
 

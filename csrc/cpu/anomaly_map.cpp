@@ -1,7 +1,7 @@
 // Anomaly maps and scores from the maps M and E of both distances on the grid:
 //
-//   x = M^a E^b + c  or  a M + b E + c;   map = rows (x - min x) columns^T + min x;   score = max
-//   map
+//   x = M^a E^b + c  or  a M + b E + c
+//   map = rows (x - min x) columns^T + min x;   score = max map
 //
 //   M, E (n, h, w), maps (n, height, width), scores (n), all float32
 //
@@ -37,6 +37,7 @@ constexpr int kAcross = 4;  // registers of a row that are summed together
 
 constexpr int kHalf = kLanes / 2;
 typedef float Floats __attribute__((vector_size(kHalf * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(kHalf * sizeof(uint32_t))));
 typedef int32_t Ints __attribute__((vector_size(kHalf * sizeof(int32_t))));
 typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double))));
 typedef int64_t Longs __attribute__((vector_size(kHalf * sizeof(int64_t))));
@@ -55,9 +56,10 @@ struct Fusion {
 // Of positive normal numbers, to 1e-9: the mantissa between sqrt(1/2) and sqrt(2) by the series of
 // the inverse hyperbolic tangent.
 inline Doubles log2(Floats x) {
-    constexpr int32_t kSqrtHalf = 0x3f3504f3;
-    const Ints bits = reinterpret_cast<Ints>(x), exponent = (bits - kSqrtHalf) >> 23;
-    const auto mantissa = reinterpret_cast<Floats>(bits - (exponent << 23));
+    constexpr uint32_t kSqrtHalf = 0x3f3504f3;
+    const Bits bits = reinterpret_cast<Bits>(x);
+    const Ints exponent = reinterpret_cast<Ints>(bits - kSqrtHalf) >> 23;
+    const auto mantissa = reinterpret_cast<Floats>(bits - (reinterpret_cast<Bits>(exponent) << 23));
     const Doubles m = __builtin_convertvector(mantissa, Doubles);
     const Doubles s = (m - 1) / (m + 1), s2 = s * s;
     Doubles series = 1.0 / 9 - Doubles{};
@@ -82,7 +84,6 @@ inline Floats exp2(Doubles x) {
 
 // Lanes for which log2 has no answer are all ones.
 inline Ints special(Floats x) {
-    typedef uint32_t Bits __attribute__((vector_size(sizeof(Ints))));
     return reinterpret_cast<Ints>(reinterpret_cast<Bits>(x) - 0x00800000u >= 0x7f000000u);
 }
 

@@ -1,7 +1,7 @@
 // Anomaly maps and scores from the maps M and E of both distances on the grid:
 //
-//   x = M^a E^b + c  or  a M + b E + c;   map = rows (x - min x) columns^T + min x;   score = max
-//   map
+//   x = M^a E^b + c  or  a M + b E + c
+//   map = rows (x - min x) columns^T + min x;   score = max map
 //
 //   M, E (n, h, w), maps (n, height, width), scores (n), all float32
 //

@@ -22,7 +22,8 @@ struct Images {
     int64_t height[kImages], width[kImages], offset[kImages];
 };
 
-// Where an output lies: `fraction` of the way from sample `first` to `second`.
+// Where an output lies: `fraction` of the way from sample `first` to `second`, its neighbour if
+// there is one.
 struct Position {
     int64_t first, second;
     float fraction;
@@ -30,9 +31,8 @@ struct Position {
 
 // ((2 i + 1) size / outputs - 1) / 2, clamped.
 __device__ __forceinline__ Position locate(int64_t i, int64_t outputs, int64_t size) {
-    const int64_t numerator = (2 * i + 1) * size - outputs, denominator = 2 * outputs;
-    if (numerator <= 0) return {0, 0, 0.0f};
-    const int64_t first = numerator / denominator;
+    const int64_t numerator = max((2 * i + 1) * size - outputs, int64_t{0});
+    const int64_t denominator = 2 * outputs, first = numerator / denominator;
     const float remainder = static_cast<float>(numerator - first * denominator);
     return {first, min(first + 1, size - 1), remainder / static_cast<float>(denominator)};
 }
