@@ -54,9 +54,9 @@ using FarthestFirst = bool(const float* points, int64_t n, int64_t dim, int64_t 
                            int64_t first, int64_t* index, float* radius, int threads,
                            Progress progress);
 
-// mahalanobis and euclidean (n, h, w), either may be null -> maps (n, height, width) and scores
-// (n). Row i of a map is sum_j row_taps[i, j] x[row_first[i] + j], with row_width taps; columns
-// likewise.
+// mahalanobis and euclidean (n, h, w), of which one may be null -> maps (n, height, width) and
+// their largest values, scores (n). Row i of a map is sum_j row_taps[i, j] x[row_first[i] + j],
+// with row_width taps; columns likewise.
 using AnomalyMap = void(const float* mahalanobis, const float* euclidean, bool product, double a,
                         double b, double c, int64_t n, int64_t h, int64_t w,
                         const int32_t* row_first, const float* row_taps, int64_t row_width,

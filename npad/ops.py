@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -127,8 +128,7 @@ def _(
     size: list[int],
     sigma: float,
 ) -> tuple[Tensor, Tensor]:
-    x = euclidean if mahalanobis is None else mahalanobis
-    assert x is not None  # checked below, before the op is called
+    x = cast(Tensor, euclidean if mahalanobis is None else mahalanobis)
     return x.new_empty(x.shape[0], *size), x.new_empty(x.shape[0])
 
 
@@ -557,8 +557,8 @@ def resize_maps(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
     Notes
     -----
-    ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` of each map, with the
-    weights rounded once: also where that has float32 positions that err.
+    ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` of each map, but for the
+    float32 positions of that: here only the weights are rounded.
     """
     op = "resize_maps"
     _check_dtype(op, "maps", maps, torch.float32)
