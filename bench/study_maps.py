@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npad import NPad, anomaly_map, ops
+from npad import NPad, ops
+from npad.anomaly_map import fusion_arguments, smoothing_sigma
 from npad.datasets import find_categories, read_mask
 from npad.gaussian import NeighborhoodGaussian
 from npad.metrics import image_metrics, pixel_metrics
@@ -64,15 +65,16 @@ def main() -> None:
             mask = own[rows[:, None], columns]
         masks.append(mask)
 
-    def row(name: str, fused: Tensor, sigma: float = 4.0) -> None:
-        maps = anomaly_map.upsample_and_smooth(fused, SIZE, sigma)
-        image = image_metrics(labels, maps.amax((1, 2)).double().numpy())
+    def row(name: str, fusion: str, mahalanobis: Tensor | None, weight: float = 0.4) -> None:
+        arguments = fusion_arguments(mahalanobis, euclidean, fusion, weight)
+        maps, scores = ops.anomaly_map(*arguments, SIZE, smoothing_sigma(SIZE))
+        image = image_metrics(labels, scores.double().numpy())
         pixel = pixel_metrics(masks, list(maps.numpy()))
         values = image["auroc"], pixel["pixel_auroc"], pixel["aupro"]
         print(f"| {name} | " + " | ".join(f"{v:.4f}" for v in values) + " |", flush=True)
 
     print("| map | image AUROC | pixel AUROC | AUPRO |\n|---|---|---|---|")
-    row("E", euclidean)
+    row("E", "euclidean", None)
     for window, eps, score_window in [
         *((w, chosen[w], e) for w in (1, 3) for e in (1, 3)),
         *((w, eps, 1) for w in (1, 3) for eps in (3e-4, 1e-3)),
@@ -83,11 +85,10 @@ def main() -> None:
             [ops.mahalanobis(x, mean, factor, grid, score_window) for x in test.split(32)]
         )
         name = f"window {window}, eps {eps:.1e}, evaluation window {score_window}"
-        row(f"M, {name}", mahalanobis)
+        row(f"M, {name}", "mahalanobis", mahalanobis)
         weights = (0.3, 0.4, 0.5, 0.7) if (window, eps) == (3, chosen[3]) else (0.4, 0.5)
         for weight in weights:
-            fused = anomaly_map.fuse(mahalanobis, euclidean, "product", weight)
-            row(f"M^{weight} E^{1 - weight:.1f}, {name}", fused)
+            row(f"M^{weight} E^{1 - weight:.1f}, {name}", "product", mahalanobis, weight)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,26 @@ void define_cuda(py::module_ m) {
                n_centroids, first, pointer<void>(workspace), pointer<int64_t>(index),
                pointer<float>(radius), reinterpret_cast<Stream>(stream));
     });
+    m.def("anomaly_map_workspace", cuda::anomaly_map_workspace);
+    m.def("anomaly_map", [](int device, uintptr_t mahalanobis, uintptr_t euclidean, bool product,
+                            double a, double b, double c, int64_t n, int64_t h, int64_t w,
+                            uintptr_t row_first, uintptr_t row_taps, int64_t row_width,
+                            uintptr_t column_first, uintptr_t column_taps, int64_t column_width,
+                            int64_t height, int64_t width, uintptr_t workspace, uintptr_t maps,
+                            uintptr_t scores, uintptr_t stream) {
+        launch("anomaly_map", device, cuda::anomaly_map, pointer<float>(mahalanobis),
+               pointer<float>(euclidean), product, a, b, c, n, h, w, pointer<int32_t>(row_first),
+               pointer<float>(row_taps), row_width, pointer<int32_t>(column_first),
+               pointer<float>(column_taps), column_width, height, width, pointer<void>(workspace),
+               pointer<float>(maps), pointer<float>(scores), reinterpret_cast<Stream>(stream));
+    });
+    m.def("resize_maps", [](int device, uintptr_t maps, int64_t n, int64_t height, int64_t width,
+                            const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
+                            uintptr_t resized, uintptr_t stream) {
+        launch("resize_maps", device, cuda::resize_maps, pointer<float>(maps), n, height, width,
+               heights.data(), widths.data(), pointer<float>(resized),
+               reinterpret_cast<Stream>(stream));
+    });
 }
 #endif
 
@@ -196,6 +216,25 @@ PYBIND11_MODULE(_core, m) {
               }
               if (!finished) throw py::error_already_set();
           });
+    m.def("anomaly_map",
+          [](uintptr_t mahalanobis, uintptr_t euclidean, bool product, double a, double b, double c,
+             int64_t n, int64_t h, int64_t w, uintptr_t row_first, uintptr_t row_taps,
+             int64_t row_width, uintptr_t column_first, uintptr_t column_taps, int64_t column_width,
+             int64_t height, int64_t width, uintptr_t maps, uintptr_t scores, int threads) {
+              const py::gil_scoped_release release;
+              g_isa->kernels.anomaly_map(
+                  pointer<float>(mahalanobis), pointer<float>(euclidean), product, a, b, c, n, h, w,
+                  pointer<int32_t>(row_first), pointer<float>(row_taps), row_width,
+                  pointer<int32_t>(column_first), pointer<float>(column_taps), column_width, height,
+                  width, pointer<float>(maps), pointer<float>(scores), threads);
+          });
+    m.def("resize_maps", [](uintptr_t maps, int64_t n, int64_t height, int64_t width,
+                            const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
+                            uintptr_t resized, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.resize_maps(pointer<float>(maps), n, height, width, heights.data(),
+                                   widths.data(), pointer<float>(resized), threads);
+    });
 #if defined(NPAD_HAS_CUDA)
     define_cuda(m.def_submodule("cuda"));
 #endif

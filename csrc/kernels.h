@@ -54,6 +54,19 @@ using FarthestFirst = bool(const float* points, int64_t n, int64_t dim, int64_t 
                            int64_t first, int64_t* index, float* radius, int threads,
                            Progress progress);
 
+// mahalanobis and euclidean (n, h, w), of which one may be null -> maps (n, height, width) and
+// their largest values, scores (n). Row i of a map is sum_j row_taps[i, j] x[row_first[i] + j],
+// with row_width taps; columns likewise.
+using AnomalyMap = void(const float* mahalanobis, const float* euclidean, bool product, double a,
+                        double b, double c, int64_t n, int64_t h, int64_t w,
+                        const int32_t* row_first, const float* row_taps, int64_t row_width,
+                        const int32_t* column_first, const float* column_taps, int64_t column_width,
+                        int64_t height, int64_t width, float* maps, float* scores, int threads);
+
+// maps (n, height, width) -> resized: n maps of heights[i] x widths[i], one after another.
+using ResizeMaps = void(const float* maps, int64_t n, int64_t height, int64_t width,
+                        const int64_t* heights, const int64_t* widths, float* resized, int threads);
+
 struct Kernels {
     NeighborhoodMoments* neighborhood_moments;
     WindowCovariance* window_covariance;
@@ -62,6 +75,8 @@ struct Kernels {
     Mahalanobis* mahalanobis;
     NearestCentroid* nearest_centroid;
     FarthestFirst* farthest_first;
+    AnomalyMap* anomaly_map;
+    ResizeMaps* resize_maps;
 };
 
 // Instruction sets compiled in and runnable on this processor, best first, ending in "baseline".
@@ -108,6 +123,17 @@ int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t 
 int64_t farthest_first_workspace(int64_t n, int64_t dim);
 int farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
                    void* workspace, int64_t* index, float* radius, Stream stream);
+
+int64_t anomaly_map_workspace(int64_t n, int64_t h, int64_t w);
+int anomaly_map(const float* mahalanobis, const float* euclidean, bool product, double a, double b,
+                double c, int64_t n, int64_t h, int64_t w, const int32_t* row_first,
+                const float* row_taps, int64_t row_width, const int32_t* column_first,
+                const float* column_taps, int64_t column_width, int64_t height, int64_t width,
+                void* workspace, float* maps, float* scores, Stream stream);
+
+// heights and widths are on the host, and read before this returns.
+int resize_maps(const float* maps, int64_t n, int64_t height, int64_t width, const int64_t* heights,
+                const int64_t* widths, float* resized, Stream stream);
 
 }  // namespace cuda
 }  // namespace npad

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from npad import ops
-from npad.reference import packed_size
+from npad.reference import axis_band, packed_size
 
 core: Any
 try:
@@ -124,6 +124,38 @@ def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor
     return index, radius
 
 
+def anomaly_map(
+    mahalanobis: Tensor | None,
+    euclidean: Tensor | None,
+    product: bool,
+    coefficients: list[float],
+    size: list[int],
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    m, e = (None if x is None else x.contiguous() for x in (mahalanobis, euclidean))
+    x = cast(Tensor, e if m is None else m)
+    n, h, w = x.shape
+    row_first, row_taps = axis_band(h, size[0], sigma)
+    column_first, column_taps = axis_band(w, size[1], sigma)
+    maps, scores = x.new_empty(n, *size), x.new_empty(n)
+    core.anomaly_map(
+        0 if m is None else m.data_ptr(), 0 if e is None else e.data_ptr(), product, *coefficients,
+        n, h, w, row_first.data_ptr(), row_taps.data_ptr(), row_taps.shape[1],
+        column_first.data_ptr(), column_taps.data_ptr(), column_taps.shape[1], *size,
+        maps.data_ptr(), scores.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return maps, scores
+
+
+def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+    maps = maps.contiguous()
+    resized = maps.new_empty(sum(h * w for h, w in zip(heights, widths, strict=True)))
+    core.resize_maps(
+        maps.data_ptr(), *maps.shape, heights, widths, resized.data_ptr(), torch.get_num_threads()
+    )
+    return resized
+
+
 def register() -> None:
     """Register the CPU kernels with PyTorch."""
     if core is None:
@@ -136,6 +168,8 @@ def register() -> None:
         mahalanobis,
         nearest_centroid,
         farthest_first,
+        anomaly_map,
+        resize_maps,
     ):
         torch.library.impl(f"npad::{kernel.__name__}", "CPU", kernel)
 

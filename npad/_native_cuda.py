@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from npad._native import core
-from npad.reference import packed_size
+from npad.reference import axis_band, packed_size
 
 cuda: Any = getattr(core, "cuda", None)
 
@@ -106,6 +107,43 @@ def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor
     return index, radius
 
 
+@cache
+def _axis_band(n: int, size: int, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """On the device, and kept: a captured graph reads it for as long as it is replayed."""
+    first, taps = axis_band(n, size, sigma)
+    return first.to(device), taps.to(device)
+
+
+def anomaly_map(
+    mahalanobis: Tensor | None,
+    euclidean: Tensor | None,
+    product: bool,
+    coefficients: list[float],
+    size: list[int],
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    m, e = (None if x is None else x.contiguous() for x in (mahalanobis, euclidean))
+    x = cast(Tensor, e if m is None else m)
+    n, h, w = x.shape
+    row_first, row_taps = _axis_band(h, size[0], sigma, x.device)
+    column_first, column_taps = _axis_band(w, size[1], sigma, x.device)
+    workspace = x.new_empty(cuda.anomaly_map_workspace(n, h, w), dtype=torch.uint8)
+    maps, scores = x.new_empty(n, *size), x.new_empty(n)
+    _run(
+        "anomaly_map", x, 0 if m is None else m, 0 if e is None else e, product, *coefficients,
+        n, h, w, row_first, row_taps, row_taps.shape[1], column_first, column_taps,
+        column_taps.shape[1], *size, workspace, maps, scores,
+    )  # fmt: skip
+    return maps, scores
+
+
+def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+    maps = maps.contiguous()
+    resized = maps.new_empty(sum(h * w for h, w in zip(heights, widths, strict=True)))
+    _run("resize_maps", maps, maps, *maps.shape, heights, widths, resized)
+    return resized
+
+
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
@@ -132,6 +170,8 @@ def register() -> None:
         mahalanobis,
         nearest_centroid,
         farthest_first,
+        anomaly_map,
+        resize_maps,
     ):
         torch.library.impl(f"npad::{kernel.__name__}", "CUDA", kernel)
 

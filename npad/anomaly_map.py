@@ -1,17 +1,20 @@
-"""From distances on the grid to anomaly maps: fuse, upsample, smooth, resize."""
+"""From distances on the grid to anomaly maps: how they are fused, smoothed and resized."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Final, cast
+from itertools import accumulate
+from typing import Final
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor
 
+from npad import ops
+
 FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
-_TRUNCATE: Final = 4.0  # standard deviations at which the smoothing kernel ends
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class Standardization:
 _MOMENTS: Final = (torch.mean, torch.std)
 
 
-def fuse(
+def fusion_arguments(
     mahalanobis: Tensor | None,
     euclidean: Tensor | None,
     fusion: str,
     weight: float = 0.4,
     standardization: Standardization | None = None,
-) -> Tensor:
-    """Join the Mahalanobis map M and the Euclidean map E into one.
+) -> tuple[Tensor | None, Tensor | None, bool, tuple[float, float, float]]:
+    """The first four arguments of ``ops.anomaly_map`` that fuse the maps M and E in a given way.
 
     Parameters
     ----------
@@ -49,14 +52,10 @@ def fuse(
     weight : share of M in "product" and "sum", from 0 to 1.
     standardization : needed by "sum".
 
-    Returns
-    -------
-    (N, h, w); a higher value is more anomalous. The sum may be negative.
-
     Raises
     ------
-    ValueError  unknown fusion, weight outside [0, 1], shapes that differ, a missing map or
-        standardization.
+    ValueError  unknown fusion, weight outside [0, 1], a missing map or standardization, a standard
+        deviation that is not above 0.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
@@ -66,19 +65,22 @@ def fuse(
         raise ValueError(f"fusion {fusion!r} needs the Mahalanobis map")
     if fusion != "mahalanobis" and euclidean is None:
         raise ValueError(f"fusion {fusion!r} needs the Euclidean map, which needs a nominal set")
-    if mahalanobis is None or euclidean is None or fusion in ("mahalanobis", "euclidean"):
-        return cast(Tensor, euclidean if fusion == "euclidean" else mahalanobis)
-    if mahalanobis.shape != euclidean.shape:
-        shapes = f"{tuple(mahalanobis.shape)} and {tuple(euclidean.shape)}"
-        raise ValueError(f"the Mahalanobis and Euclidean maps differ in shape: {shapes}")
+    if fusion == "mahalanobis":
+        return mahalanobis, None, False, (1.0, 0.0, 0.0)
+    if fusion == "euclidean":
+        return None, euclidean, False, (0.0, 1.0, 0.0)
     if fusion == "product":
-        return mahalanobis**weight * euclidean ** (1 - weight)
+        return mahalanobis, euclidean, True, (weight, 1 - weight, 0.0)
     if standardization is None:
         raise ValueError("fusion 'sum' needs standardization, measured on held-out nominal images")
     s = standardization
-    m = (mahalanobis - s.mahalanobis_mean) / s.mahalanobis_std
-    e = (euclidean - s.euclidean_mean) / s.euclidean_std
-    return weight * m + (1 - weight) * e
+    if not (s.mahalanobis_std > 0 and s.euclidean_std > 0):
+        raise ValueError(
+            "fusion 'sum' needs standard deviations above 0, got "
+            f"{s.mahalanobis_std} and {s.euclidean_std}"
+        )
+    a, b = weight / s.mahalanobis_std, (1 - weight) / s.euclidean_std
+    return mahalanobis, euclidean, False, (a, b, -a * s.mahalanobis_mean - b * s.euclidean_mean)
 
 
 def smoothing_sigma(image_size: tuple[int, int]) -> float:
@@ -86,71 +88,16 @@ def smoothing_sigma(image_size: tuple[int, int]) -> float:
     return 4.0 * min(image_size) / 256
 
 
-def upsample_and_smooth(maps: Tensor, image_size: tuple[int, int], sigma: float) -> Tensor:
-    """Bring maps to the model's input size and smooth them.
+def resized(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
+    """Maps (N, H, W) float32, each at its own size (height, width), bilinearly; see `cut`."""
+    return cut(ops.resize_maps(maps, sizes).cpu(), sizes)
 
-    Parameters
-    ----------
-    maps : (N, h, w) float32.
-    image_size : (H, W).
-    sigma : standard deviation of the Gaussian in pixels of the input; 0 does not smooth.
 
-    Returns
-    -------
-    (N, H, W) float32. A constant map stays exactly constant; the maps of a batch are bitwise those
-    of the single images. NaN propagates over its whole image.
+def cut(flat: Tensor, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
+    """The maps that ``ops.resize_maps`` has put one after another.
 
-    Raises
-    ------
-    ValueError  shape, or a sigma that is negative or not finite.
-
-    Notes
-    -----
-    Bilinear with ``align_corners=False``, then a Gaussian cut at 4 sigma, the border mirrored
-    (SciPy's "reflect"). Both are linear and act on each axis alone, so together they are one small
-    matrix per axis, whatever the width of the kernel.
+    They are views of one array, which holds them all for as long as one of them is in use.
     """
-    if maps.ndim != 3:
-        raise ValueError(f"maps must have shape (N, h, w), got {tuple(maps.shape)}")
-    if not 0 <= sigma < float("inf"):
-        raise ValueError(f"sigma must be 0 or more pixels, got {sigma}")
-    rows, columns = (
-        _axis_matrix(n, size, sigma).to(maps)
-        for n, size in zip(maps.shape[1:], image_size, strict=True)
-    )
-    out = maps.new_empty(len(maps), *image_size)
-    # One product per image: within a batched product the sums may run in another order.
-    for map_, target in zip(maps, out, strict=True):
-        base = map_.min()  # what is left of a constant map is exactly zero
-        torch.add(rows @ (map_ - base) @ columns.T, base, out=target)
-    return out
-
-
-def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring a map (H, W) to an image's own size (height, width), bilinearly."""
-    if anomaly_map.ndim != 2:
-        raise ValueError(f"anomaly_map must have shape (H, W), got {tuple(anomaly_map.shape)}")
-    return F.interpolate(anomaly_map[None, None], size=size, mode="bilinear", align_corners=False)[
-        0, 0
-    ]
-
-
-@lru_cache(maxsize=16)
-def _axis_matrix(n: int, size: int, sigma: float) -> Tensor:
-    """Upsampling from n to `size` samples followed by smoothing: (size, n) float32."""
-    identity = torch.eye(n, dtype=torch.float64)[None]
-    upsample = F.interpolate(identity, size=size, mode="linear", align_corners=False)[0].T
-    return (_gaussian_matrix(size, sigma) @ upsample).float()
-
-
-def _gaussian_matrix(size: int, sigma: float) -> Tensor:
-    """Smoothing of `size` samples mirrored at both ends: (size, size), every row sums to 1."""
-    if sigma == 0:
-        return torch.eye(size, dtype=torch.float64)
-    radius = int(_TRUNCATE * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    taps = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
-    source = (torch.arange(size)[:, None] + offsets) % (2 * size)  # mirrored, the period is 2 size
-    source = torch.where(source < size, source, 2 * size - 1 - source)
-    weights = (taps / taps.sum()).expand(size, -1)
-    return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, source, weights)
+    ends = list(accumulate(height * width for height, width in sizes))
+    parts = np.split(flat.numpy(), ends[:-1]) if ends else []
+    return [part.reshape(size) for part, size in zip(parts, sizes, strict=True)]

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from npad import metrics
-from npad.anomaly_map import resize_map
+from npad.anomaly_map import resized
 from npad.datasets import GOOD, Category, Sample, read_mask
 from npad.progress import task
 from npad.results import PRO_LIMIT, CategoryResult, Curve, Picture, ScoredImage, summarize, to_json
@@ -180,7 +180,7 @@ def _score(
                     " a mask must have the size of its image"
                 )
             scores[i] = float(value)
-            maps[i] = resize_map(torch.from_numpy(own_map), size).numpy()
+            (maps[i],) = resized(torch.from_numpy(own_map)[None], [size])
     if not scores:
         raise ValueError(f"{category.name}: none of its test images could be scored")
     scored = sorted(scores)

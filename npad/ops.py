@@ -7,9 +7,11 @@ the definition in :mod:`npad.reference` runs. Arguments are checked here and now
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from npad.reference import packed_size
 
 __all__ = [
     "FACTOR_DTYPES",
+    "anomaly_map",
     "farthest_first",
     "inverse_cholesky",
     "mahalanobis",
@@ -26,6 +29,7 @@ __all__ = [
     "neighborhood_moments",
     "pack_factor",
     "packed_size",
+    "resize_maps",
     "window_covariance",
 ]
 
@@ -59,6 +63,9 @@ _SCHEMAS = {
     "mahalanobis": "(Tensor x, Tensor mean, Tensor factor, int[2] grid, int window) -> Tensor",
     "nearest_centroid": "(Tensor x, Tensor centroids) -> (Tensor, Tensor)",
     "farthest_first": "(Tensor points, int n_centroids, int first) -> (Tensor, Tensor)",
+    "anomaly_map": "(Tensor? mahalanobis, Tensor? euclidean, bool product, float[3] coefficients, "
+    "int[2] size, float sigma) -> (Tensor, Tensor)",
+    "resize_maps": "(Tensor maps, int[] heights, int[] widths) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"npad::{_name}", _schema)
@@ -112,6 +119,24 @@ def _(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
     return points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
 
 
+@torch.library.register_fake("npad::anomaly_map")
+def _(
+    mahalanobis: Tensor | None,
+    euclidean: Tensor | None,
+    product: bool,
+    coefficients: list[float],
+    size: list[int],
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    x = cast(Tensor, euclidean if mahalanobis is None else mahalanobis)
+    return x.new_empty(x.shape[0], *size), x.new_empty(x.shape[0])
+
+
+@torch.library.register_fake("npad::resize_maps")
+def _(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+    return maps.new_empty(sum(h * w for h, w in zip(heights, widths, strict=True)))
+
+
 # --------------------------------------------------------------------------------------------------
 # Checks.
 
@@ -153,6 +178,11 @@ def _check_channels(op: str, channels: int) -> None:
             f"npad.{op}: the number of channels must be 1 to {MAX_CHANNELS}, got {channels}; "
             "reduce it (n_features of NPad)"
         )
+
+
+def _check_size(op: str, name: str, size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"npad.{op}: {name} must be at least (1, 1), got {tuple(size)}")
 
 
 def _embeddings(op: str, x: Tensor) -> tuple[int, int]:
@@ -444,6 +474,103 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
     if not bool(points.sum().isfinite()) and not bool(points.isfinite().all()):
         raise ValueError(f"npad.{op}: points hold NaN or infinite values")
     return torch.ops.npad.farthest_first(points, n_centroids, first)
+
+
+def anomaly_map(
+    mahalanobis: Tensor | None,
+    euclidean: Tensor | None,
+    product: bool,
+    coefficients: tuple[float, float, float],
+    size: tuple[int, int],
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    """Fuse the maps M and E of both distances, upsample and smooth; the maximum is the score.
+
+    Parameters
+    ----------
+    mahalanobis, euclidean : (N, h, w) float32, any strides; None leaves one of them out
+    product : fuse by M^a E^b + c, otherwise by a M + b E + c
+    coefficients : (a, b, c)
+    size : (H, W) of the maps
+    sigma : standard deviation of the Gaussian in pixels of the output; 0 does not smooth
+
+    Returns
+    -------
+    maps : (N, H, W) float32
+    scores : (N,) float32, the maximum of each map
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : no map, shape, device, coefficients that are not finite, a size below 1, sigma
+        outside 0 to max(H, W).
+
+    Notes
+    -----
+    Bilinear with half-pixel centres (``align_corners=False``), then a Gaussian cut at 4 sigma, the
+    border mirrored (SciPy's "reflect"). A constant map stays exactly constant; the maps of a batch
+    are bitwise those of the single images. One value that is NaN or infinite makes its whole map and
+    its score NaN. Both linear steps together are a banded matrix per axis.
+    """
+    op = "anomaly_map"
+    given = {
+        name: x
+        for name, x in (("mahalanobis", mahalanobis), ("euclidean", euclidean))
+        if x is not None
+    }
+    if not given:
+        raise ValueError(f"npad.{op}: mahalanobis and euclidean are both None")
+    for name, x in given.items():
+        _check_dtype(op, name, x, torch.float32)
+        if x.ndim != 3 or x.shape[1] * x.shape[2] == 0:
+            raise ValueError(
+                f"npad.{op}: {name} must have shape (N, h, w) with h, w >= 1, got {tuple(x.shape)}"
+            )
+    _check_devices(op, **given)
+    if mahalanobis is not None and euclidean is not None:
+        _check_shape(op, "euclidean", euclidean, "N, h, w", tuple(mahalanobis.shape))
+    if not all(map(math.isfinite, coefficients)):
+        raise ValueError(f"npad.{op}: coefficients must be finite, got {coefficients}")
+    _check_size(op, "size", size)
+    if not 0 <= sigma <= max(size):
+        raise ValueError(f"npad.{op}: sigma must be 0 to {max(size)} pixels, got {sigma}")
+    return torch.ops.npad.anomaly_map(mahalanobis, euclidean, product, coefficients, size, sigma)
+
+
+def resize_maps(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Bring each map to a size of its own, bilinearly.
+
+    Parameters
+    ----------
+    maps : (N, H, W) float32, any strides
+    sizes : (height, width) of each, as many as there are maps
+
+    Returns
+    -------
+    (sum of height * width,) float32: one map after another, so that one copy moves them all.
+    ``npad.anomaly_map.resized`` cuts it into maps.
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, number of sizes, a size below 1.
+
+    Notes
+    -----
+    ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` of each map, but for the
+    float32 positions of that: here only the weights are rounded.
+    """
+    op = "resize_maps"
+    _check_dtype(op, "maps", maps, torch.float32)
+    if maps.ndim != 3 or maps.shape[1] * maps.shape[2] == 0:
+        raise ValueError(
+            f"npad.{op}: maps must have shape (N, H, W) with H, W >= 1, got {tuple(maps.shape)}"
+        )
+    if len(sizes) != len(maps):
+        raise ValueError(f"npad.{op}: sizes must be {len(maps)}, as many as maps, got {len(sizes)}")
+    for i, size in enumerate(sizes):
+        _check_size(op, f"sizes[{i}]", size)
+    return torch.ops.npad.resize_maps(maps, [h for h, _ in sizes], [w for _, w in sizes])
 
 
 # Whoever imports the ops gets the kernels. Last, since the kernels report progress through them.

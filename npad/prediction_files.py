@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from npad.anomaly_map import resize_map
+from npad.anomaly_map import resized
 from npad.atomic_file import naming
 from npad.images import ImageError, list_images, read_image
 from npad.overlay import draw_overlay
@@ -149,7 +149,7 @@ class PredictionFiles:
                 self._save(Image.fromarray(map_), self._name(MAPS, path), "TIFF")
             if self._overlays:
                 row["overlay"] = self._name(OVERLAYS, path)
-                sketch = resize_map(torch.from_numpy(map_), _SKETCH).numpy()
+                (sketch,) = resized(torch.from_numpy(map_)[None], [_SKETCH])
                 with naming(self._folder):
                     self._sketches.write(np.ascontiguousarray(sketch, dtype=np.float32).tobytes())
                 self._drawn.append(path)
@@ -196,8 +196,9 @@ class PredictionFiles:
         rows = zip(self._drawn, sketches, strict=True)
         for path, sketch in track(rows, "overlays", len(self._drawn), self._progress, "images"):
             image = read_image(path)
-            heat = resize_map(torch.from_numpy((sketch - low) / (high - low)), image.shape[:2])
-            picture: NDArray[np.uint8] = draw_overlay(image, heat.numpy())
+            scaled = torch.from_numpy((sketch - low) / (high - low))
+            (heat,) = resized(scaled[None], [image.shape[:2]])
+            picture: NDArray[np.uint8] = draw_overlay(image, heat)
             self._save(Image.fromarray(picture), self._name(OVERLAYS, path), "PNG")
 
     def _name(self, part: str, path: str) -> str:

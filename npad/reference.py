@@ -6,12 +6,15 @@ any device and in any floating dtype, which is how the tests use them in float64
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache, reduce
+from operator import add, mul
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 PANEL = 8
+TRUNCATE = 4.0  # standard deviations at which the smoothing kernel ends
 
 
 @lru_cache(maxsize=32)
@@ -169,3 +172,65 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
         radius[k] = squared.max().sqrt()
         farthest = squared.masked_fill(chosen, -1.0).argmax()
     return index, radius
+
+
+def anomaly_map(
+    mahalanobis: Tensor | None,
+    euclidean: Tensor | None,
+    product: bool,
+    coefficients: list[float],
+    size: list[int],
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    """Both maps fused, upsampled bilinearly and smoothed, and the maximum of each."""
+    a, b, c = coefficients
+    given = [(x, k) for x, k in ((mahalanobis, a), (euclidean, b)) if x is not None]
+    terms = [x**k if product else k * x for x, k in given]
+    fused = reduce(mul if product else add, terms) + c
+    low, high = (f(fused, (1, 2), keepdim=True) for f in (torch.amin, torch.amax))
+    # What is left of a constant map is exactly zero. One value that is not finite makes all NaN.
+    base = low + 0 * (high - low)
+    above = F.interpolate((fused - base)[:, None], size=size, mode="bilinear", align_corners=False)[
+        :, 0
+    ]
+    rows, columns = (gaussian_matrix(n, sigma).to(above) for n in size)
+    maps = rows @ above @ columns.T + base
+    return maps, maps.amax((1, 2))
+
+
+def gaussian_matrix(size: int, sigma: float) -> Tensor:
+    """Smoothing of ``size`` samples mirrored at both ends: (size, size), every row sums to 1."""
+    if sigma == 0:
+        return torch.eye(size, dtype=torch.float64)
+    radius = int(TRUNCATE * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1)
+    taps = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    period = 2 * size  # of the mirrored samples
+    taps = torch.bincount(offsets % period, taps / taps.sum(), minlength=period)
+    circular = taps[(torch.arange(period) - torch.arange(size)[:, None]) % period]
+    return circular[:, :size] + circular[:, size:].flip(1)
+
+
+@cache
+def axis_band(n: int, size: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """One axis of ``anomaly_map``, n samples to ``size``, as the matrix of few taps that it is.
+
+    first (size,) int32 and taps (size, k) float32: output i is sum_j taps[i, j] x[first[i] + j].
+    """
+    identity = torch.eye(n, dtype=torch.float64)[None]
+    upsample = F.interpolate(identity, size=size, mode="linear", align_corners=False)[0].T
+    matrix = (gaussian_matrix(size, sigma) @ upsample).float()
+    used = (matrix != 0).int()
+    first, last = used.argmax(1), n - 1 - used.flip(1).argmax(1)
+    width = int((last - first).max()) + 1
+    first = first.clamp(max=n - width)
+    return first.int(), matrix.gather(1, first[:, None] + torch.arange(width))
+
+
+def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+    """Each map at its own size, bilinearly, all in one flat tensor, one after another."""
+    resized = [
+        F.interpolate(map_[None, None], size=size, mode="bilinear", align_corners=False).flatten()
+        for map_, *size in zip(maps, heights, widths, strict=True)
+    ]
+    return torch.cat(resized) if resized else maps.new_empty(0)

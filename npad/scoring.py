@@ -63,15 +63,13 @@ class Scorer:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
-        fused = anomaly_map.fuse(
-            *self.distances(embed(self.network, self.projection, images)),
-            self.fusion,
-            self.fusion_weight,
-            self.standardization,
+        maps = self.distances(embed(self.network, self.projection, images))
+        fusion = anomaly_map.fusion_arguments(
+            *maps, self.fusion, self.fusion_weight, self.standardization
         )
         sigma = anomaly_map.smoothing_sigma(self.image_size)
-        maps = anomaly_map.upsample_and_smooth(fused, self.image_size, sigma)
-        return maps.amax((1, 2)), maps
+        smooth, scores = ops.anomaly_map(*fusion, self.image_size, sigma)
+        return scores, smooth
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +77,17 @@ class Flight:
     """A batch whose results are on their way."""
 
     batch: Batch
-    scores: Tensor
-    maps: list[Tensor]
+    scores: Tensor  # (B,) float32
+    maps: Tensor  # of each image's own size, one after another
     landed: Any  # the event of a CUDA stream, or None
 
     def finish(self) -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
         """Wait for the scores and the maps, each at its image's own size."""
-        if self.landed is None:
-            return self.scores.double().numpy(), [map_.numpy() for map_ in self.maps]
-        self.landed.synchronize()
-        # Page-locked memory is for copies; results, which the user may keep, are not.
-        return self.scores.double().numpy(), [map_.numpy().copy() for map_ in self.maps]
+        maps = self.maps
+        if self.landed is not None:
+            self.landed.synchronize()
+            maps = maps.clone()  # page-locked memory is not for results, which the user may keep
+        return self.scores.double().numpy(), anomaly_map.cut(maps, self.batch.sizes)
 
 
 class Run:
@@ -109,15 +107,13 @@ class Run:
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
         scores, maps = self._score(self._take(batch.images))
-        own = [
-            anomaly_map.resize_map(map_, size) for map_, size in zip(maps, batch.sizes, strict=True)
-        ]
+        flat = ops.resize_maps(maps, batch.sizes)
         if self._copies is None:
-            return Flight(batch, scores.cpu(), [map_.cpu() for map_ in own], None)
-        host = [_to_host(x) for x in (scores, *own)]
+            return Flight(batch, scores.cpu(), flat.cpu(), None)
+        host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
         landed.record()
-        return Flight(batch, host[0], host[1:], landed)
+        return Flight(batch, *host, landed)
 
     def _take(self, images: Tensor) -> Tensor:
         if self._copies is None:

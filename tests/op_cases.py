@@ -79,6 +79,22 @@ OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int
         reference.farthest_first,
         lambda c: ((4 * torch.randn(301, c)).round(), 40, 7),
     ),
+    "anomaly_map": (
+        ops.anomaly_map,
+        reference.anomaly_map,
+        lambda c: (
+            *(0.1 + torch.rand(3, 5, c) for _ in "ME"),
+            True,
+            (0.4, 0.6, 0.5),
+            (41, 3 * c),
+            2.0,
+        ),
+    ),
+    "resize_maps": (
+        ops.resize_maps,
+        lambda maps, sizes: reference.resize_maps(maps, *map(list, zip(*sizes, strict=True))),
+        lambda c: (torch.rand(3, 9, c), [(9, 4 * c), (30, c // 3 + 1), (1, c)]),
+    ),
 }
 
 
@@ -129,4 +145,9 @@ EMPTY: dict[str, tuple[Arguments, list[tuple[int, ...]]]] = {
     "inverse_cholesky": ((torch.empty(0, 9, 9), torch.float16), [(0, ops.packed_size(9))]),
     "mahalanobis": ((torch.empty(0, *GRID, 8), *scoring(8)[1:]), [(0, *GRID)]),
     "nearest_centroid": ((torch.empty(0, 9), torch.randn(3, 9)), [(0,), (0,)]),
+    "anomaly_map": (
+        (torch.empty(0, 4, 3), None, False, (1.0, 0.0, 0.0), (8, 6), 1.0),
+        [(0, 8, 6), (0,)],
+    ),
+    "resize_maps": ((torch.empty(0, 4, 3), []), [(0,)]),
 }

@@ -48,25 +48,38 @@ inline float sum(Vec v) {
     return total;
 }
 
-// rows[i][j] <-> rows[j][i]: blocks of half, a quarter, ... of the lanes trade places.
-inline void transpose(Vec (&rows)[kLanes]) {
-    typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
-#pragma GCC unroll 4
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-        Lanes upper, lower;
+typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// Where the lanes of two rows go whose blocks of `step` lanes trade places.
+struct Trade {
+    alignas(64) int32_t upper[kLanes], lower[kLanes];
+
+    constexpr explicit Trade(int step) : upper(), lower() {
         for (int i = 0; i < kLanes; ++i) {
             upper[i] = (i & step) != 0 ? kLanes + i - step : i;
             lower[i] = (i & step) != 0 ? kLanes + i : i + step;
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-            if ((i & step) == 0) {
-                const Vec a = rows[i], b = rows[i + step];
-                rows[i] = __builtin_shuffle(a, b, upper);
-                rows[i + step] = __builtin_shuffle(a, b, lower);
-            }
     }
+};
+
+template <int kStep>
+inline void trade(Vec (&rows)[kLanes]) {
+    static constexpr Trade kTrade(kStep);
+    Lanes upper, lower;
+    std::memcpy(&upper, kTrade.upper, sizeof upper);
+    std::memcpy(&lower, kTrade.lower, sizeof lower);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+        if ((i & kStep) == 0) {
+            const Vec a = rows[i], b = rows[i + kStep];
+            rows[i] = __builtin_shuffle(a, b, upper);
+            rows[i + kStep] = __builtin_shuffle(a, b, lower);
+        }
+    if constexpr (kStep > 1) trade<kStep / 2>(rows);
 }
+
+// rows[i][j] <-> rows[j][i]: blocks of half, a quarter, ... of the lanes trade places.
+inline void transpose(Vec (&rows)[kLanes]) { trade<kLanes / 2>(rows); }
 
 inline Vec8 load8(const float* p) {
     Vec8 v;

@@ -279,6 +279,16 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
     return __uint_as_float(bits & 0x80000000 ? bits & 0x7fffffff : ~bits);
 }
 
+// Raises *p, which started at -infinity, to x; NaN stays. Floats of one sign order as their bits
+// do.
+__device__ __forceinline__ void atomic_max(float* p, float x) {
+    const unsigned bits = x != x ? 0x7fffffff : __float_as_uint(x);
+    if (bits & 0x80000000)
+        atomicMin(reinterpret_cast<unsigned*>(p), bits);
+    else
+        atomicMax(reinterpret_cast<int*>(p), static_cast<int>(bits));
+}
+
 struct NearestKey {  // for atomicMin
     __device__ static unsigned long long make(float distance, uint32_t index) {
         return static_cast<unsigned long long>(ordered_bits(distance)) << 32 | index;

@@ -226,6 +226,78 @@ void test_farthest_first(const Isa& isa, int64_t n, int64_t dim, int64_t k, int 
     }
 }
 
+void test_anomaly_map(const Isa& isa, int64_t n, int64_t h, int64_t w, int64_t height,
+                      int64_t width, int threads) {
+    // Taps of any kind do, as long as they lie inside.
+    const auto band = [](int64_t size, int64_t outputs, std::vector<int32_t>& first, Floats& taps) {
+        const int64_t k = std::min<int64_t>(size, 3);
+        taps.assign(static_cast<size_t>(outputs * k), 1.0f / static_cast<float>(k));
+        for (int64_t i = 0; i < outputs; ++i)
+            first.push_back(static_cast<int32_t>(i * (size - k) / outputs));
+        return k;
+    };
+    Floats m = normal(n * h * w), e = normal(n * h * w), row_taps, column_taps;
+    for (float& v : m) v = std::abs(v);
+    for (float& v : e) v = std::abs(v);
+    m.back() = 0;  // beside the series for the logarithm
+    std::vector<int32_t> row_first, column_first;
+    const int64_t rows = band(h, height, row_first, row_taps);
+    const int64_t columns = band(w, width, column_first, column_taps);
+    for (const bool product : {true, false}) {
+        Floats maps(static_cast<size_t>(n * height * width)), scores(static_cast<size_t>(n));
+        isa.kernels.anomaly_map(m.data(), e.data(), product, 0.4, 0.6, 0.5, n, h, w,
+                                row_first.data(), row_taps.data(), rows, column_first.data(),
+                                column_taps.data(), columns, height, width, maps.data(),
+                                scores.data(), threads);
+        for (int64_t i = 0; i < n; ++i) {
+            double most = -std::numeric_limits<double>::infinity();
+            for (int64_t y = 0; y < height; ++y)
+                for (int64_t x = 0; x < width; ++x) {
+                    double total = 0;
+                    for (int64_t r = 0; r < rows; ++r)
+                        for (int64_t c = 0; c < columns; ++c) {
+                            const int64_t at = (i * h + row_first[y] + r) * w + column_first[x] + c;
+                            total += product ? std::pow(m[at], 0.4) * std::pow(e[at], 0.6) + 0.5
+                                             : 0.4 * m[at] + 0.6 * e[at] + 0.5;
+                        }
+                    total /= static_cast<double>(rows * columns);
+                    most = std::max(most, total);
+                    check(maps[(i * height + y) * width + x], total, 1e-5, isa.name, "map");
+                }
+            check(scores[i], most, 1e-5, isa.name, "score");
+        }
+    }
+}
+
+void test_resize_maps(const Isa& isa, int64_t height, int64_t width, int threads) {
+    const std::vector<int64_t> heights{height, 1, 40, 3}, widths{width, 67, 5, 3 * width};
+    const Floats maps = normal(4 * height * width);
+    int64_t pixels = 0;
+    for (size_t i = 0; i < 4; ++i) pixels += heights[i] * widths[i];
+    Floats resized(static_cast<size_t>(pixels));
+    isa.kernels.resize_maps(maps.data(), 4, height, width, heights.data(), widths.data(),
+                            resized.data(), threads);
+    const auto at = [](int64_t i, int64_t outputs, int64_t size) {
+        const double x = (static_cast<double>(i) + 0.5) * static_cast<double>(size) /
+                             static_cast<double>(outputs) -
+                         0.5;
+        return std::clamp(x, 0.0, static_cast<double>(size - 1));
+    };
+    size_t next = 0;
+    for (int64_t i = 0; i < 4; ++i)
+        for (int64_t y = 0; y < heights[i]; ++y)
+            for (int64_t x = 0; x < widths[i]; ++x) {
+                const double row = at(y, heights[i], height), column = at(x, widths[i], width);
+                double total = 0;
+                for (int64_t r = 0; r < height; ++r)
+                    for (int64_t c = 0; c < width; ++c)
+                        total += std::max(0.0, 1 - std::abs(row - static_cast<double>(r))) *
+                                 std::max(0.0, 1 - std::abs(column - static_cast<double>(c))) *
+                                 maps[(i * height + r) * width + c];
+                check(resized[next++], total, 1e-5, isa.name, "resized");
+            }
+}
+
 }  // namespace
 
 int main() {
@@ -245,6 +317,8 @@ int main() {
                 test_nearest_centroid(isa, 37, 131, channels, threads);
                 test_farthest_first(isa, 1, channels, 1, threads);
                 test_farthest_first(isa, 203, channels, 203, threads);
+                test_anomaly_map(isa, 3, 5, channels, 19, 2 * channels, threads);
+                test_resize_maps(isa, 6, channels, threads);
             }
         test_moments_and_covariance(isa, 203, 2, 2, 9, 9, 2);
         std::printf("%s: ok\n", isa.name);

@@ -5,6 +5,8 @@
 
 namespace npad::cuda {
 
+SIMT_EXPORT(anomaly_map)
+SIMT_EXPORT(anomaly_map_workspace)
 SIMT_EXPORT(farthest_first)
 SIMT_EXPORT(farthest_first_workspace)
 SIMT_EXPORT(mahalanobis)
@@ -12,6 +14,7 @@ SIMT_EXPORT(nearest_centroid)
 SIMT_EXPORT(nearest_centroid_workspace)
 SIMT_EXPORT(neighborhood_moments)
 SIMT_EXPORT(pack_factor)
+SIMT_EXPORT(resize_maps)
 SIMT_EXPORT(window_covariance)
 
 }  // namespace npad::cuda
