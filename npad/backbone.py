@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from npad import ops
 from npad.backbone_weights import BackboneError, first_line, load_weights, weights_hash
 from npad.filter_bank import N_LEVELS, FilterBank
 
@@ -137,14 +137,7 @@ class Backbone(nn.Module):
             raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
         grid = self.grid((images.shape[2], images.shape[3]))
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        levels = [F.avg_pool2d(level, 3, stride=1, padding=1) for level in self._features(x)]
-        aligned = [
-            level
-            if level.shape[2:] == grid
-            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-            for level in levels
-        ]
-        return torch.cat(aligned, dim=1).permute(0, 2, 3, 1).contiguous()
+        return ops.embed(self._features(x), grid)
 
     def _features(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(x)

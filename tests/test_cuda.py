@@ -61,8 +61,15 @@ def scoring(channels: int) -> Arguments:
     return torch.randn(3, *GRID, channels), mean, reference.pack(factor), GRID, 3
 
 
+def levels(channels: int) -> Arguments:
+    """One of the grid's size, one smaller, one larger; channels side by side, apart, and neither."""
+    same = torch.randn(3, channels, 5, 6).to(memory_format=torch.channels_last)
+    return [same, torch.randn(3, 4, 3, 2), torch.randn(3, 5, 9, 14)[:, ::2, :, ::2]], (5, 6)
+
+
 # name: op, reference, arguments for a number of channels
 OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int], Arguments]]] = {
+    "embed": (ops.embed, reference.embed, levels),
     "neighborhood_moments": (
         moments,
         reference_moments,
@@ -99,6 +106,8 @@ OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int
 
 def on(device: str, arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
     def move(a: object) -> object:
+        if isinstance(a, list):
+            return [move(b) for b in a]
         if not isinstance(a, Tensor):
             return torch.float64 if dtype is not None and a is torch.float32 else a
         a = a.to(device)

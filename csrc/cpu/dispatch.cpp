@@ -3,18 +3,19 @@
 
 namespace npad::cpu {
 
-#define NPAD_KERNELS_OF(isa)                                                                    \
-    namespace isa {                                                                             \
-    NeighborhoodMoments neighborhood_moments;                                                   \
-    WindowCovariance window_covariance;                                                         \
-    PackFactor pack_factor;                                                                     \
-    InverseCholesky inverse_cholesky;                                                           \
-    Mahalanobis mahalanobis;                                                                    \
-    NearestCentroid nearest_centroid;                                                           \
-    FarthestFirst farthest_first;                                                               \
-    constexpr Isa kIsa{#isa,                                                                    \
-                       {neighborhood_moments, window_covariance, pack_factor, inverse_cholesky, \
-                        mahalanobis, nearest_centroid, farthest_first}};                        \
+#define NPAD_KERNELS_OF(isa)                                                               \
+    namespace isa {                                                                        \
+    Embed embed;                                                                           \
+    NeighborhoodMoments neighborhood_moments;                                              \
+    WindowCovariance window_covariance;                                                    \
+    PackFactor pack_factor;                                                                \
+    InverseCholesky inverse_cholesky;                                                      \
+    Mahalanobis mahalanobis;                                                               \
+    NearestCentroid nearest_centroid;                                                      \
+    FarthestFirst farthest_first;                                                          \
+    constexpr Isa kIsa{#isa,                                                               \
+                       {embed, neighborhood_moments, window_covariance, pack_factor,       \
+                        inverse_cholesky, mahalanobis, nearest_centroid, farthest_first}}; \
     }
 
 NPAD_KERNELS_OF(baseline)

@@ -5,6 +5,7 @@
 
 namespace npad::cuda {
 
+SIMT_EXPORT(embed)
 SIMT_EXPORT(farthest_first)
 SIMT_EXPORT(farthest_first_workspace)
 SIMT_EXPORT(mahalanobis)
