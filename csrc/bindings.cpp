@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,6 +28,17 @@ const cpu::Isa* g_isa = isas().front();
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Address, channels, height, width and the four strides of each level.
+using LevelTuples = std::vector<std::array<int64_t, 8>>;
+
+std::vector<npad::Level> to_levels(const LevelTuples& tuples) {
+    std::vector<npad::Level> levels;
+    for (const auto& [address, channels, height, width, n, c, h, w] : tuples)
+        levels.push_back(
+            {pointer<void>(static_cast<uintptr_t>(address)), channels, height, width, n, c, h, w});
+    return levels;
 }
 
 // Takes the GIL only to look for Ctrl-C and to report; an exception in either stops the kernel.
@@ -66,6 +78,12 @@ void define_cuda(py::module_ m) {
     m.def("runtime_version", cuda::runtime_version);
     m.def("driver_version", cuda::driver_version);
 
+    m.def("embed", [](int device, const LevelTuples& levels, FactorType type, int64_t batch,
+                      int64_t height, int64_t width, uintptr_t embedding, uintptr_t stream) {
+        const std::vector<npad::Level> found = to_levels(levels);
+        launch("embed", device, cuda::embed, found.data(), static_cast<int64_t>(found.size()), type,
+               batch, height, width, pointer<float>(embedding), reinterpret_cast<Stream>(stream));
+    });
     m.def("neighborhood_moments",
           [](int device, uintptr_t x, int64_t batch, int64_t positions, int64_t channels,
              uintptr_t count, uintptr_t mean, uintptr_t scatter, uintptr_t stream) {
@@ -154,6 +172,17 @@ PYBIND11_MODULE(_core, m) {
     });
     m.def("packed_size", [](int64_t channels) { return npad::PackedLayout(channels).size(); });
 
+    py::enum_<FactorType>(m, "FactorType")
+        .value("float32", FactorType::kFloat32)
+        .value("float16", FactorType::kFloat16)
+        .value("bfloat16", FactorType::kBFloat16);
+    m.def("embed", [](const LevelTuples& levels, FactorType type, int64_t batch, int64_t height,
+                      int64_t width, uintptr_t embedding, int threads) {
+        const std::vector<npad::Level> found = to_levels(levels);
+        const py::gil_scoped_release release;
+        g_isa->kernels.embed(found.data(), static_cast<int64_t>(found.size()), type, batch, height,
+                             width, pointer<float>(embedding), threads);
+    });
     m.def("neighborhood_moments",
           [](uintptr_t x, int64_t batch, int64_t positions, int64_t channels, uintptr_t count,
              uintptr_t mean, uintptr_t scatter, int threads) {
@@ -184,10 +213,6 @@ PYBIND11_MODULE(_core, m) {
         g_isa->kernels.inverse_cholesky(pointer<float>(covariance), count, channels,
                                         pointer<float>(packed), pointer<int32_t>(info), threads);
     });
-    py::enum_<FactorType>(m, "FactorType")
-        .value("float32", FactorType::kFloat32)
-        .value("float16", FactorType::kFloat16)
-        .value("bfloat16", FactorType::kBFloat16);
     m.def("mahalanobis", [](uintptr_t x, int64_t batch, int64_t height, int64_t width,
                             int64_t channels, uintptr_t mean, uintptr_t factor, FactorType type,
                             int64_t window, uintptr_t distance, int threads) {

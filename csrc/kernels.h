@@ -1,6 +1,6 @@
 // Every kernel launcher of npad, in one place: plain pointers, int64 sizes, a thread count.
-// All arrays are contiguous and row-major; embeddings are channels last. Arguments are checked in
-// npad/ops.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
+// All arrays but levels are contiguous and row-major; embeddings are channels last. Arguments are
+// checked in npad/ops.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,13 @@ namespace npad {
 
 enum class FactorType { kFloat32, kFloat16, kBFloat16 };
 
+// A level of features, (batch, channels, height, width), which may have any strides; in elements.
+struct Level {
+    const void* data;
+    int64_t channels, height, width;
+    int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
 // Called now and then from the calling thread; returns false to stop the kernel.
 struct Progress {
     bool (*step)(void* user, int64_t done, int64_t total);
@@ -18,6 +25,10 @@ struct Progress {
 };
 
 namespace cpu {
+
+// levels, each with stride_c or stride_w 1 -> embedding (batch, height, width, sum of channels).
+using Embed = void(const Level* levels, int64_t n_levels, FactorType type, int64_t batch,
+                   int64_t height, int64_t width, float* embedding, int threads);
 
 // x (batch, positions, channels); count (positions), mean (positions, channels) and
 // scatter (positions, packed) are updated in place.
@@ -68,6 +79,7 @@ using ResizeMaps = void(const float* maps, int64_t n, int64_t height, int64_t wi
                         const int64_t* heights, const int64_t* widths, float* resized, int threads);
 
 struct Kernels {
+    Embed* embed;
     NeighborhoodMoments* neighborhood_moments;
     WindowCovariance* window_covariance;
     PackFactor* pack_factor;
@@ -100,6 +112,10 @@ const char* error_name(int error);
 const char* error_text(int error);
 int runtime_version();
 int driver_version();
+
+// `levels` lies in the host's memory; their data on the device.
+int embed(const Level* levels, int64_t n_levels, FactorType type, int64_t batch, int64_t height,
+          int64_t width, float* embedding, Stream stream);
 
 int neighborhood_moments(const float* x, int64_t batch, int64_t positions, int64_t channels,
                          int64_t* count, float* mean, float* scatter, Stream stream);

@@ -42,6 +42,27 @@ def _dense(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
+def factor_type(dtype: torch.dtype) -> object:
+    return getattr(core.FactorType, str(dtype).removeprefix("torch."))
+
+
+def level_tuples(levels: list[Tensor]) -> list[tuple[int, ...]]:
+    """Address, channels, height, width and strides of each."""
+    return [(x.data_ptr(), *x.shape[1:], *x.stride()) for x in levels]
+
+
+def embed(levels: list[Tensor], grid: list[int]) -> Tensor:
+    # Rows along which nothing is side by side are rare: a copy serves them.
+    levels = [x if 1 in (x.stride(1), x.stride(3)) else x.contiguous() for x in levels]
+    batch, channels = len(levels[0]), sum(x.shape[1] for x in levels)
+    embedding = levels[0].new_empty(batch, *grid, channels, dtype=torch.float32)
+    core.embed(
+        level_tuples(levels), factor_type(levels[0].dtype), batch, *grid, embedding.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return embedding
+
+
 def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
     if x.shape[0] == 0:
         return
@@ -96,10 +117,9 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
     x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
     distance = x.new_empty(x.shape[:3])
-    dtype = getattr(core.FactorType, str(factor.dtype).removeprefix("torch."))
     core.mahalanobis(
-        x.data_ptr(), len(x), *grid, x.shape[3], mean.data_ptr(), factor.data_ptr(), dtype, window,
-        distance.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), len(x), *grid, x.shape[3], mean.data_ptr(), factor.data_ptr(),
+        factor_type(factor.dtype), window, distance.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return distance
 
@@ -161,6 +181,7 @@ def register() -> None:
     if core is None:
         return
     for kernel in (
+        embed,
         neighborhood_moments,
         window_covariance,
         pack_factor,

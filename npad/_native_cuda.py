@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from npad._native import core
+from npad._native import core, factor_type, level_tuples
 from npad.reference import axis_band, packed_size
 
 cuda: Any = getattr(core, "cuda", None)
@@ -29,8 +29,14 @@ def _run(op: str, x: Tensor, *arguments: Tensor | object) -> None:
         )
 
 
-def _type(dtype: torch.dtype) -> object:
-    return getattr(core.FactorType, str(dtype).removeprefix("torch."))
+def embed(levels: list[Tensor], grid: list[int]) -> Tensor:
+    first = levels[0]
+    channels = sum(x.shape[1] for x in levels)
+    embedding = first.new_empty(len(first), *grid, channels, dtype=torch.float32)
+    _run(
+        "embed", first, level_tuples(levels), factor_type(first.dtype), len(first), *grid, embedding
+    )
+    return embedding
 
 
 def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
@@ -62,7 +68,7 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     factor = factor.contiguous()
     channels = factor.shape[1]
     packed = factor.new_empty(len(factor), packed_size(channels), dtype=dtype)
-    _run("pack_factor", factor, factor, len(factor), channels, packed, _type(dtype))
+    _run("pack_factor", factor, factor, len(factor), channels, packed, factor_type(dtype))
     return packed
 
 
@@ -78,8 +84,8 @@ def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window
     x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
     distance = x.new_empty(x.shape[:3])
     _run(
-        "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, _type(factor.dtype), window,
-        distance,
+        "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, factor_type(factor.dtype),
+        window, distance,
     )  # fmt: skip
     return distance
 
@@ -163,6 +169,7 @@ def register() -> None:
         )
         return
     for kernel in (
+        embed,
         neighborhood_moments,
         window_covariance,
         pack_factor,

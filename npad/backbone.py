@@ -12,9 +12,9 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from npad import ops
 from npad.backbone_weights import BackboneError, first_line, load_weights, weights_hash
 from npad.batch_norm import fold_batch_norm
 from npad.filter_bank import N_LEVELS, FilterBank
@@ -159,14 +159,7 @@ class Backbone(nn.Module):
         x = x.to(self.dtype, memory_format=torch.channels_last)
         with _exact_convolutions(x.device):
             features = (self._compiled or self._features)(x)
-        levels = [F.avg_pool2d(level.float(), 3, stride=1, padding=1) for level in features]
-        aligned = [
-            level
-            if level.shape[2:] == grid
-            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-            for level in levels
-        ]
-        return torch.cat(aligned, dim=1).permute(0, 2, 3, 1).contiguous()
+        return ops.embed(features, grid)
 
     def _features(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(x)

@@ -22,6 +22,7 @@ from npad.reference import packed_size
 __all__ = [
     "FACTOR_DTYPES",
     "anomaly_map",
+    "embed",
     "farthest_first",
     "inverse_cholesky",
     "mahalanobis",
@@ -55,6 +56,7 @@ def report_progress(callback: Callable[[int, int], None] | None) -> Iterator[Non
 # Schemas, shapes for tracing, and the reference as the kernel of last resort.
 
 _SCHEMAS = {
+    "embed": "(Tensor[] levels, int[2] grid) -> Tensor",
     "neighborhood_moments": "(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) scatter) -> ()",
     "window_covariance": "(Tensor count, Tensor mean, Tensor scatter, int[2] grid, int window, "
     "int start, int stop) -> (Tensor, Tensor)",
@@ -70,6 +72,12 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"npad::{_name}", _schema)
     torch.library.impl(f"npad::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+
+
+@torch.library.register_fake("npad::embed")
+def _(levels: list[Tensor], grid: list[int]) -> Tensor:
+    channels = sum(level.shape[1] for level in levels)
+    return levels[0].new_empty(levels[0].shape[0], *grid, channels, dtype=torch.float32)
 
 
 @torch.library.register_fake("npad::neighborhood_moments")
@@ -218,6 +226,52 @@ def _check_matrices(op: str, name: str, matrices: Tensor, dtype: torch.dtype) ->
 
 # --------------------------------------------------------------------------------------------------
 # Ops.
+
+
+def embed(levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Embeddings on one grid from the feature levels of a network.
+
+    Parameters
+    ----------
+    levels : each (N, C_l, H_l, W_l) float32 | float16 | bfloat16, any strides; one dtype for all.
+        Fastest where the channels of a pixel are side by side (``torch.channels_last``).
+    grid : (H, W), of any size
+
+    Returns
+    -------
+    (N, H, W, C) float32, contiguous, C = sum C_l. NaN and infinity spread over the patch and to every
+    cell that samples it, with weight zero too: an infinite feature may become NaN, as in PyTorch.
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, device, no level, an empty grid.
+
+    Notes
+    -----
+    Each level is averaged over a 3 x 3 patch, which is always divided by 9, zeros around the border
+    counted, and sampled bilinearly (``align_corners=False``) where its size is not the grid's. Both
+    are separable and linear, so one pass reads each level once and writes the embeddings once. An
+    image gives the same bits alone and in a batch.
+    """
+    op = "embed"
+    if not levels:
+        raise ValueError(f"npad.{op}: levels must hold at least one level")
+    if min(grid) < 1:
+        raise ValueError(f"npad.{op}: grid must be at least (1, 1), got {tuple(grid)}")
+    named = {f"levels[{i}]": level for i, level in enumerate(levels)}
+    for name, level in named.items():
+        _check_dtype(op, name, level, torch.float32, torch.float16, torch.bfloat16)
+        _check_dtype(op, name, level, levels[0].dtype)
+        if level.ndim != 4 or level.shape[1] * level.shape[2] * level.shape[3] == 0:
+            raise ValueError(
+                f"npad.{op}: {name} must have shape (N, C, H, W) with C, H, W >= 1, "
+                f"got {tuple(level.shape)}"
+            )
+        shape = (levels[0].shape[0], *level.shape[1:])
+        _check_shape(op, name, level, "N, C, H, W", shape)
+    _check_devices(op, **named)
+    return torch.ops.npad.embed(list(levels), grid)
 
 
 def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:

@@ -6,6 +6,7 @@ any device and in any floating dtype, which is how the tests use them in float64
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache, reduce
 from operator import add, mul
 
@@ -63,6 +64,19 @@ def window_positions(position: int, grid: tuple[int, int], window: int) -> Tenso
     rows = torch.arange(max(y - radius, 0), min(y + radius + 1, height))
     columns = torch.arange(max(x - radius, 0), min(x + radius + 1, width))
     return (rows[:, None] * width + columns).flatten()
+
+
+def embed(levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Levels of features, averaged over 3 x 3 patches, on one grid, concatenated, channels last."""
+    grid = (grid[0], grid[1])
+    aligned = []
+    for level in levels:
+        x = level.to(torch.promote_types(level.dtype, torch.float32))
+        x = F.avg_pool2d(x, 3, stride=1, padding=1)  # zeros around the border counted
+        if x.shape[2:] != grid:
+            x = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+        aligned.append(x)
+    return torch.cat(aligned, dim=1).permute(0, 2, 3, 1).contiguous()
 
 
 def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:

@@ -46,8 +46,19 @@ def scoring(channels: int) -> Arguments:
     return torch.randn(3, *GRID, channels), mean, reference.pack(factor), GRID, 3
 
 
+def levels(channels: int) -> Arguments:
+    """One of the grid's size, one smaller, one larger; channels side by side, apart, and neither."""
+    same = torch.randn(3, channels, 5, 6).to(memory_format=torch.channels_last)
+    return same, torch.randn(3, 4, 3, 2), torch.randn(3, 5, 9, 14)[:, ::2, :, ::2], (5, 6)
+
+
 # name: op, reference, arguments for a number of channels
 OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int], Arguments]]] = {
+    "embed": (
+        lambda a, b, c, grid: ops.embed([a, b, c], grid),
+        lambda a, b, c, grid: reference.embed([a, b, c], grid),
+        levels,
+    ),
     "neighborhood_moments": (
         moments,
         reference_moments,
@@ -136,6 +147,7 @@ def strided(arguments: Arguments) -> Arguments:
 
 # name: arguments that ask for nothing, and the shapes of the results
 EMPTY: dict[str, tuple[Arguments, list[tuple[int, ...]]]] = {
+    "embed": ((*(x[:0] for x in levels(9)[:3]), (5, 6)), [(0, 5, 6, 16)]),
     "neighborhood_moments": (
         (torch.empty(0, *GRID, 9), *statistics(9)),
         [(12, 9), (12, ops.packed_size(9))],

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,12 +30,14 @@ class Simt:
         self._library = ctypes.CDLL(str(library))
         self._library.simt_report.restype = ctypes.c_char_p
 
-    def __call__(self, op: str, *args: Tensor | int, processors: int = 3) -> None:
+    def __call__(
+        self, op: str, *args: Tensor | int, reached: Sequence[Tensor] = (), processors: int = 3
+    ) -> None:
         """Run a launcher on CPU tensors, in every order; results must be the same to the bit.
 
         Tensors are contiguous and become pointers, to which the kernel may touch no byte more than
         the tensor has; integers become int64; the stream is added. A float is passed as
-        ``ctypes.c_float(x)``.
+        ``ctypes.c_float(x)``. ``reached`` are tensors whose addresses lie in another tensor.
         """
         tensors = [a for a in args if isinstance(a, Tensor)]
         before = [t.clone() for t in tensors]
@@ -42,7 +45,7 @@ class Simt:
         for order in ORDERS:
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-            self._run(op, args, order, processors)
+            self._run(op, args, reached, order, processors)
             results.append([t.clone() for t in tensors])
         for order, result in zip(ORDERS[1:], results[1:], strict=True):
             for i, (a, b) in enumerate(zip(results[0], result, strict=True)):
@@ -60,20 +63,29 @@ class Simt:
         size = ctypes.CFUNCTYPE(ctypes.c_int64)(address)(*map(ctypes.c_int64, sizes))
         return torch.full((size,), 0xFF, dtype=torch.uint8)
 
-    def _run(self, op: str, args: tuple[Tensor | int, ...], order: int, processors: int) -> None:
+    def _run(
+        self,
+        op: str,
+        args: tuple[Tensor | int, ...],
+        reached: Sequence[Tensor],
+        order: int,
+        processors: int,
+    ) -> None:
         library = self._library
         launcher = ctypes.c_void_p.in_dll(library, f"simt_{op}").value
         assert launcher is not None
         library.simt_configure(order, processors)
         library.simt_clear_buffers()
+        named = [(f"argument {i}", a) for i, a in enumerate(args) if isinstance(a, Tensor)]
+        named += [(f"reached tensor {i}", tensor) for i, tensor in enumerate(reached)]
+        for name, tensor in named:
+            assert tensor.is_contiguous()
+            begin = ctypes.c_void_p(tensor.data_ptr())
+            library.simt_add_buffer(begin, ctypes.c_size_t(tensor.nbytes), name.encode())
         values = []
-        for i, a in enumerate(args):
+        for a in args:
             if isinstance(a, Tensor):
-                assert a.is_contiguous()
-                begin = ctypes.c_void_p(a.data_ptr())
-                size = ctypes.c_size_t(a.numel() * a.element_size())
-                library.simt_add_buffer(begin, size, f"argument {i}".encode())
-                values.append(begin)
+                values.append(ctypes.c_void_p(a.data_ptr()))
             else:
                 values.append(ctypes.c_int64(a) if isinstance(a, int) else a)
         values.append(ctypes.c_void_p(None))  # the stream

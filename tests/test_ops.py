@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from npad import ops
 
 LIMIT = ops.MAX_CHANNELS
-MIXED = r"is on (\S+) but \w+ is on (?!\1)\S+; move one"
+MIXED = r"is on (\S+) but \S+ is on (?!\1)\S+; move one"
 
 
 @pytest.mark.parametrize(("name", "position"), SEVERAL)

@@ -3,20 +3,22 @@
 
 namespace npad::cpu {
 
-#define NPAD_KERNELS_OF(isa)                                                                       \
-    namespace isa {                                                                                \
-    NeighborhoodMoments neighborhood_moments;                                                      \
-    WindowCovariance window_covariance;                                                            \
-    PackFactor pack_factor;                                                                        \
-    InverseCholesky inverse_cholesky;                                                              \
-    Mahalanobis mahalanobis;                                                                       \
-    NearestCentroid nearest_centroid;                                                              \
-    FarthestFirst farthest_first;                                                                  \
-    AnomalyMap anomaly_map;                                                                        \
-    ResizeMaps resize_maps;                                                                        \
-    constexpr Isa kIsa{#isa,                                                                       \
-                       {neighborhood_moments, window_covariance, pack_factor, inverse_cholesky,    \
-                        mahalanobis, nearest_centroid, farthest_first, anomaly_map, resize_maps}}; \
+#define NPAD_KERNELS_OF(isa)                                                            \
+    namespace isa {                                                                     \
+    Embed embed;                                                                        \
+    NeighborhoodMoments neighborhood_moments;                                           \
+    WindowCovariance window_covariance;                                                 \
+    PackFactor pack_factor;                                                             \
+    InverseCholesky inverse_cholesky;                                                   \
+    Mahalanobis mahalanobis;                                                            \
+    NearestCentroid nearest_centroid;                                                   \
+    FarthestFirst farthest_first;                                                       \
+    AnomalyMap anomaly_map;                                                             \
+    ResizeMaps resize_maps;                                                             \
+    constexpr Isa kIsa{                                                                 \
+        #isa,                                                                           \
+        {embed, neighborhood_moments, window_covariance, pack_factor, inverse_cholesky, \
+         mahalanobis, nearest_centroid, farthest_first, anomaly_map, resize_maps}};     \
     }
 
 NPAD_KERNELS_OF(baseline)

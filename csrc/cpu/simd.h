@@ -34,6 +34,22 @@ inline Vec load(const float* p) {
     return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+// To an address that is aligned to a whole vector, past the caches: for what is too large for them.
+// store_fence() comes after the last.
+inline void store_past_caches(float* p, Vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+    store(p, v);
+#endif
+}
+inline void store_fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
 // The first n lanes, zeros behind them.
 inline Vec load_first(const float* p, int64_t n) {
     if (n >= kLanes) return load(p);
@@ -135,6 +151,13 @@ inline Vec load_panels(const T* const* panel) {
 #else
     return load8(panel[0]);
 #endif
+}
+
+// As many neighbours as a vector holds.
+template <class T>
+inline Vec load(const T* p) {
+    const T* const eights[] = {p, p + kLanes - 8};
+    return load_panels(eights);
 }
 
 // 64-byte aligned scratch memory, not initialised.

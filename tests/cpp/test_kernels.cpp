@@ -43,6 +43,65 @@ int64_t slot(const PackedLayout& layout, int64_t row, int64_t column) {
     return layout.offset(panel) + column * npad::kPanel + (row - layout.first_row(panel));
 }
 
+// A level of `channels` and one of half of them, of other sizes, one element apart or side by side.
+void test_embed(const Isa& isa, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                bool channels_last, int threads) {
+    struct Size {
+        int64_t channels, height, width;
+    };
+    const Size sizes[] = {{channels, height, width}, {channels / 2 + 1, height / 2 + 1, 2 * width}};
+    Floats data[2];
+    std::vector<npad::Level> levels;
+    for (int l = 0; l < 2; ++l) {
+        const auto [c, h, w] = sizes[l];
+        data[l] = normal(batch * c * h * w);
+        if (channels_last)
+            levels.push_back({data[l].data(), c, h, w, h * w * c, 1, w * c, c});
+        else
+            levels.push_back({data[l].data(), c, h, w, c * h * w, h * w, w, 1});
+    }
+    const int64_t all = sizes[0].channels + sizes[1].channels;
+    Floats embedding(static_cast<size_t>(batch * height * width * all));
+    isa.kernels.embed(levels.data(), 2, FactorType::kFloat32, batch, height, width,
+                      embedding.data(), threads);
+
+    // Bilinear weight of pixel r for a cell, and the average over the patch around a pixel.
+    const auto share = [](int64_t cell, int64_t cells, int64_t r, int64_t size) {
+        const double centre = (static_cast<double>(cell) + 0.5) * static_cast<double>(size) /
+                                  static_cast<double>(cells) -
+                              0.5;
+        const double at = std::clamp(centre, 0.0, static_cast<double>(size - 1));
+        return std::max(0.0, 1 - std::abs(at - static_cast<double>(r)));
+    };
+    const auto patch = [](const npad::Level& level, int64_t n, int64_t c, int64_t y, int64_t x) {
+        const auto* values = static_cast<const float*>(level.data);
+        double total = 0;
+        for (int64_t r = std::max<int64_t>(y - 1, 0); r <= std::min(y + 1, level.height - 1); ++r)
+            for (int64_t k = std::max<int64_t>(x - 1, 0); k <= std::min(x + 1, level.width - 1);
+                 ++k)
+                total += values[n * level.stride_n + c * level.stride_c + r * level.stride_h +
+                                k * level.stride_w];
+        return total / 9;
+    };
+    for (int64_t i = 0; i < batch * height * width; ++i) {
+        const int64_t n = i / (height * width), y = i / width % height, x = i % width;
+        int64_t offset = 0;
+        for (const npad::Level& level : levels) {
+            for (int64_t c = 0; c < level.channels; ++c) {
+                double expected = 0;
+                for (int64_t r = 0; r < level.height; ++r)
+                    for (int64_t k = 0; k < level.width; ++k) {
+                        const double w =
+                            share(y, height, r, level.height) * share(x, width, k, level.width);
+                        if (w > 0) expected += w * patch(level, n, c, r, k);
+                    }
+                check(embedding[i * all + offset + c], expected, 1e-5, isa.name, "embedding");
+            }
+            offset += level.channels;
+        }
+    }
+}
+
 void test_moments_and_covariance(const Isa& isa, int64_t batch, int64_t height, int64_t width,
                                  int64_t channels, int64_t window, int threads) {
     const PackedLayout layout(channels);
@@ -307,6 +366,10 @@ int main() {
         const Isa& isa = *isas[i];
         for (const int threads : {1, 2})
             for (const int64_t channels : {1, 7, 8, 17, 33, 41}) {
+                for (const bool channels_last : {false, true}) {
+                    test_embed(isa, 1, 1, 1, channels, channels_last, threads);
+                    test_embed(isa, 2, 9, 17, channels, channels_last, threads);
+                }
                 test_moments_and_covariance(isa, 5, 3, 2, channels, 3, threads);
                 test_moments_and_covariance(isa, 2, 1, 1, channels, 1, threads);
                 test_inverse_cholesky(isa, 3, channels, threads);

@@ -7,6 +7,7 @@ namespace npad::cuda {
 
 SIMT_EXPORT(anomaly_map)
 SIMT_EXPORT(anomaly_map_workspace)
+SIMT_EXPORT(embed)
 SIMT_EXPORT(farthest_first)
 SIMT_EXPORT(farthest_first_workspace)
 SIMT_EXPORT(mahalanobis)
