@@ -7,6 +7,8 @@ namespace npad::cuda {
 
 SIMT_EXPORT(farthest_first)
 SIMT_EXPORT(farthest_first_workspace)
+SIMT_EXPORT(inverse_cholesky)
+SIMT_EXPORT(inverse_cholesky_workspace)
 SIMT_EXPORT(mahalanobis)
 SIMT_EXPORT(nearest_centroid)
 SIMT_EXPORT(nearest_centroid_workspace)
