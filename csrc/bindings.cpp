@@ -105,6 +105,14 @@ void define_cuda(py::module_ m) {
         launch("pack_factor", device, cuda::pack_factor, pointer<float>(factor), count, channels,
                pointer<void>(packed), type, reinterpret_cast<Stream>(stream));
     });
+    m.def("inverse_cholesky_workspace", cuda::inverse_cholesky_workspace);
+    m.def("inverse_cholesky",
+          [](int device, uintptr_t covariance, int64_t count, int64_t channels, uintptr_t workspace,
+             uintptr_t packed, FactorType type, uintptr_t info, uintptr_t stream) {
+              launch("inverse_cholesky", device, cuda::inverse_cholesky, pointer<float>(covariance),
+                     count, channels, pointer<void>(workspace), pointer<void>(packed), type,
+                     pointer<int32_t>(info), reinterpret_cast<Stream>(stream));
+          });
     m.def("mahalanobis", [](int device, uintptr_t x, int64_t batch, int64_t height, int64_t width,
                             int64_t channels, uintptr_t mean, uintptr_t factor, FactorType type,
                             int64_t window, uintptr_t distance, uintptr_t stream) {

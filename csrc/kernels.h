@@ -127,11 +127,15 @@ int window_covariance(const int64_t* count, const float* mean, const float* scat
 int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FactorType type,
                 Stream stream);
 
+// Bytes that the next launcher's workspace needs, aligned to 256.
+int64_t inverse_cholesky_workspace(int64_t count, int64_t channels);
+int inverse_cholesky(const float* covariance, int64_t count, int64_t channels, void* workspace,
+                     void* packed, FactorType type, int32_t* info, Stream stream);
+
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
                 const float* mean, const void* factor, FactorType type, int64_t window,
                 float* distance, Stream stream);
 
-// Bytes that the next launcher's workspace needs, aligned to 256.
 int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);
 int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
                      void* workspace, float* distance, int64_t* index, Stream stream);

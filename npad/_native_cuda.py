@@ -73,11 +73,13 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The library's batched Cholesky and triangular solve; the packing is ours."""
-    lower, info = torch.linalg.cholesky_ex(covariance)
-    identity = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
-    packed = pack_factor(torch.linalg.solve_triangular(lower, identity, upper=False), dtype)
-    return packed.masked_fill_((info != 0)[:, None], torch.nan), info
+    covariance = covariance.contiguous()
+    sizes = len(covariance), covariance.shape[1]
+    workspace = covariance.new_empty(cuda.inverse_cholesky_workspace(*sizes), dtype=torch.uint8)
+    packed = covariance.new_empty(len(covariance), packed_size(covariance.shape[1]), dtype=dtype)
+    info = covariance.new_empty(len(covariance), dtype=torch.int32)
+    _run("inverse_cholesky", covariance, covariance, *sizes, workspace, packed, _type(dtype), info)
+    return packed, info
 
 
 def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:

@@ -48,3 +48,16 @@ def singular(case: str, shape: tuple[int, int, int, int]) -> Tensor:
     else:
         x[:, :3, :3] = 0.0
     return x
+
+
+def covariances(count: int, channels: int, eps: float = 0.01) -> Tensor:
+    """Of features whose scales span two decades, as those of a network do."""
+    x = torch.randn(count, channels + 5, channels) * torch.logspace(-1, 1, channels)
+    return x.mT @ x / (channels + 5) + eps * torch.eye(channels)
+
+
+def whitening_error(factor: Tensor, covariance: Tensor) -> float:
+    """The independent truth: W Sigma W^T is the identity. Largest deviation from it."""
+    dense = reference.unpack(factor, covariance.shape[1]).double()
+    white = dense @ covariance.double() @ dense.mT
+    return float((white - torch.eye(covariance.shape[1]).double()).abs().max())

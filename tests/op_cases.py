@@ -75,8 +75,8 @@ OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int
         lambda c: (torch.randn(3, c, c), torch.float32),
     ),
     "inverse_cholesky": (
-        lambda *args: ops.inverse_cholesky(*args)[0],
-        lambda covariance, dtype: reference.inverse_cholesky(covariance, dtype)[0],
+        ops.inverse_cholesky,
+        reference.inverse_cholesky,
         lambda c: (spread(c), torch.float32),
     ),
     "mahalanobis": (ops.mahalanobis, reference.mahalanobis, scoring),
@@ -154,7 +154,7 @@ EMPTY: dict[str, tuple[Arguments, list[tuple[int, ...]]]] = {
     ),
     "window_covariance": ((*statistics(9), GRID, 3, 5, 5), [(0, 9), (0, 9, 9)]),
     "pack_factor": ((torch.empty(0, 9, 9), torch.float16), [(0, ops.packed_size(9))]),
-    "inverse_cholesky": ((torch.empty(0, 9, 9), torch.float16), [(0, ops.packed_size(9))]),
+    "inverse_cholesky": ((torch.empty(0, 9, 9), torch.float16), [(0, ops.packed_size(9)), (0,)]),
     "mahalanobis": ((torch.empty(0, *GRID, 8), *scoring(8)[1:]), [(0, *GRID)]),
     "nearest_centroid": ((torch.empty(0, 9), torch.randn(3, 9)), [(0,), (0,)]),
     "anomaly_map": (

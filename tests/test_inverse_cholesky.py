@@ -3,15 +3,9 @@
 import pytest
 import torch
 from accuracy import assert_accurate
-from torch import Tensor
+from fitted import covariances, whitening_error
 
 from npad import ops, reference
-
-
-def covariances(count: int, channels: int, eps: float = 0.01) -> Tensor:
-    """Of features whose scales span two decades, as those of a network do."""
-    x = torch.randn(count, channels + 5, channels) * torch.logspace(-1, 1, channels)
-    return x.mT @ x / (channels + 5) + eps * torch.eye(channels)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 63, 65, 100, 203])
@@ -23,13 +17,6 @@ def test_against_reference(isa: str, channels: int) -> None:
     assert_accurate(factor, working, oracle)
     assert info.dtype == torch.int32
     assert not info.any()
-
-
-def whitening_error(factor: Tensor, covariance: Tensor) -> float:
-    """The independent truth: W Sigma W^T is the identity. Largest deviation from it."""
-    dense = reference.unpack(factor, covariance.shape[1]).double()
-    white = dense @ covariance.double() @ dense.mT
-    return float((white - torch.eye(covariance.shape[1]).double()).abs().max())
 
 
 @pytest.mark.parametrize("channels", [5, 100])
