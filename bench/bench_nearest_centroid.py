@@ -1,7 +1,13 @@
-"""nearest_centroid against the plain-PyTorch forms and faiss."""
+"""nearest_centroid, with and without an index, against the plain-PyTorch forms and faiss.
+
+Embeddings and a nominal set of real images where NPAD_DATA and NPAD_WEIGHTS are set, else clusters.
+"""
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,28 +16,66 @@ from torch import Tensor
 
 from npad import ops
 
-CASES = [(1024, 8192, 384), (784, 1024, 1536), (12544, 2048, 100)]  # embeddings, centroids, C
+# Embeddings, centroids, C: clusters; the last is noise, the worst case of an index.
+CASES = ["real", (1024, 8192, 384), (784, 1024, 1536), (12544, 2048, 100), "noise"]
+IMAGES = 100  # of the nominal set
 
 
-def clustered(n: int, channels: int) -> Tensor:
-    """Spectrum like that of embeddings: half of the variance in a few directions."""
-    scale = torch.arange(1, channels + 1) ** -0.5
-    return torch.randn(n, channels) * scale + 0.1 * torch.randn(n, channels) + 0.5
+@cache
+def real() -> tuple[Tensor, Tensor]:
+    """Embeddings of one defective image and centroids of good ones."""
+    data, weights = os.environ.get("NPAD_DATA"), os.environ.get("NPAD_WEIGHTS")
+    if not data or not weights:
+        pytest.skip("NPAD_DATA and NPAD_WEIGHTS are not set")
+    from npad.backbone import Backbone
+    from npad.images import ImageSource
+
+    backbone = Backbone("resnet18", (2, 3), Path(weights) / "resnet18_layers123.safetensors")
+
+    def embed(folder: Path, n: int) -> Tensor:
+        source = ImageSource(sorted(folder.iterdir())[:n], image_size=(256, 256))
+        with torch.inference_mode():
+            return torch.cat([backbone(batch.images).flatten(0, 2) for batch in source.batches()])
+
+    mtd = Path(data) / "mtd"
+    points = embed(mtd / "train" / "good", IMAGES)
+    return embed(mtd / "test" / "crack", 1), points[ops.farthest_first(points, 8192)[0]]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "N{}-K{}-C{}".format(*case))
-@pytest.mark.benchmark(group="nearest_centroid")
-def bench_nearest_centroid(case: tuple[int, int, int], threads: int, race: Any) -> None:
-    faiss = pytest.importorskip("faiss")
-    faiss.omp_set_num_threads(threads)
-    n, k, channels = case
+def clusters(n: int, k: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Many clusters of very different size; half of the variance in fifteen directions."""
+    scale = torch.arange(1, channels + 1) ** -0.6
+    centres = torch.randn(2000, channels) * scale
+    cluster = (2000 * torch.rand(n + k) ** 3).long()
+    points = centres[cluster] + 0.5 * torch.randn(n + k, channels) * scale + 0.5
+    return points[:n], points[n:]
+
+
+def arguments(case: Any) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    x, centroids = clustered(n, channels), clustered(k, channels)
-    index = faiss.IndexFlatL2(channels)
-    index.add(centroids.numpy())
+    if case == "real":
+        return real()
+    if case == "noise":
+        return torch.randn(1024, 384), torch.randn(8192, 384)
+    return clusters(*case)
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: case if isinstance(case, str) else "N{}-K{}-C{}".format(*case)
+)
+@pytest.mark.benchmark(group="nearest_centroid")
+def bench_nearest_centroid(case: Any, threads: int, race: Any) -> None:
+    x, centroids = arguments(case)
+    index = ops.centroid_index(centroids)
 
     def npad() -> Tensor:
+        return ops.nearest_centroid(x, centroids, index)[0]
+
+    def without_index() -> Tensor:
         return ops.nearest_centroid(x, centroids)[0]
+
+    def build() -> Tensor:
+        return ops.centroid_index(centroids)
 
     def cdist() -> Tensor:
         return torch.cdist(x, centroids).min(1).values
@@ -40,16 +84,25 @@ def bench_nearest_centroid(case: tuple[int, int, int], threads: int, race: Any) 
         least = torch.addmm(centroids.square().sum(1) / 2, x, centroids.T, alpha=-1).min(1).values
         return (x.square().sum(1) + 2 * least).clamp(min=0).sqrt()
 
-    def faiss_flat() -> Tensor:
-        return torch.from_numpy(index.search(x.numpy(), 1)[0][:, 0]).sqrt()
+    others = {"cdist": cdist, "product": product}
+    try:
+        import faiss
+    except ImportError:
+        pass
+    else:
+        faiss.omp_set_num_threads(threads)
+        flat = faiss.IndexFlatL2(x.shape[1])
+        flat.add(centroids.numpy())
+        others["faiss"] = lambda: torch.from_numpy(flat.search(x.numpy(), 1)[0][:, 0]).sqrt()
 
     oracle = torch.cdist(x.double(), centroids.double()).min(1).values
-    torch.testing.assert_close(npad().double(), oracle, rtol=1e-5, atol=1e-6)
-    for other in (cdist, product, faiss_flat):
+    torch.testing.assert_close(without_index().double(), oracle, rtol=1e-5, atol=1e-6)
+    assert torch.equal(npad(), without_index())
+    for other in others.values():
         torch.testing.assert_close(other().double(), oracle, rtol=1e-3, atol=1e-3)
     race(
-        {"npad": npad, "cdist": cdist, "product": product, "faiss": faiss_flat},
+        {"npad": npad, "without index": without_index, "building the index": build, **others},
         rounds=15,
         n_bytes=x.nbytes + centroids.nbytes,
-        n_flops=2 * n * k * channels,
+        n_flops=2 * len(x) * centroids.numel(),
     )
