@@ -143,6 +143,7 @@ class NPad:
         self.batch_size = batch_size
         self.progress = progress
         self._backbone: Backbone | None = None
+        self._index: tuple[Tensor, Tensor] | None = None
         if self.fusion in ("product", "sum", "euclidean") and nominal_set is None:
             raise ValueError(
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
@@ -338,7 +339,8 @@ class NPad:
                 x, self.mean_, self.factor_, self.grid_, self.score_window
             )
         if self.centroids_ is not None:
-            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids_)
+            index = self._index_of(self.centroids_)
+            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids_, index)
             euclidean = distance.reshape(x.shape[:3])
         return mahalanobis, euclidean
 
@@ -506,6 +508,12 @@ class NPad:
     def _embed(self, images: Tensor) -> Tensor:
         x = self._network()(images.to(self.device))
         return x if self.projection_ is None else x @ self.projection_
+
+    def _index_of(self, centroids: Tensor) -> Tensor:
+        """What speeds up the search among these centroids; kept until there are others."""
+        if self._index is None or self._index[0] is not centroids:
+            self._index = centroids, ops.centroid_index(centroids)
+        return self._index[1]
 
     @property
     def nbytes(self) -> int:
