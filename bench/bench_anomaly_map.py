@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,22 +12,36 @@ from torch import Tensor
 from npad import ops, reference
 
 SIGMA, RADIUS = 4.0, 16
-CASES = [(1, 32, 256), (16, 32, 256), (4, 56, 448)]  # images, side of the grid, side of the map
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "N{}-{}-to-{}".format(*case))
+class Case(NamedTuple):
+    N: int
+    grid: int
+    side: int
+
+
+class Resize(NamedTuple):
+    N: int
+    to: str
+
+
+@pytest.mark.cases(
+    cpu=[Case(1, 32, 256), Case(16, 32, 256), Case(4, 56, 448)],
+    cuda=[Case(1, 32, 256), Case(32, 32, 256)],
+)
 @pytest.mark.benchmark(group="anomaly_map")
-def bench_anomaly_map(case: tuple[int, int, int], threads: int, race: Any) -> None:
+def bench_anomaly_map(device: torch.device, case: Case, race: Any) -> None:
     n, grid, side = case
     torch.manual_seed(0)
-    m, e = 20 + 10 * torch.rand(n, grid, grid), 1 + torch.rand(n, grid, grid)
+    m, e = torch.rand(2, n, grid, grid, device=device)
+    m, e = 20 + 10 * m, 1 + e
     size = side, side
     taps = torch.exp(-0.5 * (torch.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
-    taps /= taps.sum()
+    taps = (taps / taps.sum()).to(device)
     smoothing = reference.gaussian_matrix(side, SIGMA)
     identity = torch.eye(grid, dtype=torch.float64)[None]
     upsampling = F.interpolate(identity, size=side, mode="linear", align_corners=False)[0].T
-    axis = (smoothing @ upsampling).float()
+    axis = (smoothing @ upsampling).float().to(device)
 
     def npad() -> tuple[Tensor, Tensor]:
         return ops.anomaly_map(m, e, True, (0.4, 0.6, 0.0), size, SIGMA)
@@ -62,21 +76,28 @@ def bench_anomaly_map(case: tuple[int, int, int], threads: int, race: Any) -> No
     )
 
 
-SIZES = {
-    "N16-to-1024x1024": [(1024, 1024)] * 16,
-    "N1-to-1024x1024": [(1024, 1024)],
-    "N16-mixed": [(200 + 50 * i, 900 - 40 * i) for i in range(16)],
-    "N1-to-200x333": [(200, 333)],
-    "N16-to-64x64": [(64, 64)] * 16,
-}
+def sizes_of(case: Resize) -> list[tuple[int, int]]:
+    if case.to == "mixed":
+        return [(200 + 50 * i, 900 - 40 * i) for i in range(case.N)]
+    height, width = case.to.split("x")
+    return [(int(height), int(width))] * case.N
 
 
-@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.cases(
+    cpu=[
+        Resize(16, "1024x1024"),
+        Resize(1, "1024x1024"),
+        Resize(16, "mixed"),
+        Resize(1, "200x333"),
+        Resize(16, "64x64"),
+    ],
+    cuda=[Resize(1, "1024x1024"), Resize(16, "mixed")],
+)
 @pytest.mark.benchmark(group="resize_maps")
-def bench_resize_maps(case: str, threads: int, race: Any) -> None:
-    sizes = SIZES[case]
+def bench_resize_maps(device: torch.device, case: Resize, race: Any) -> None:
+    sizes = sizes_of(case)
     torch.manual_seed(0)
-    maps = torch.rand(len(sizes), 256, 256)
+    maps = torch.rand(len(sizes), 256, 256, device=device)
 
     def npad() -> Tensor:
         return ops.resize_maps(maps, sizes)

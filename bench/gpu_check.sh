@@ -3,7 +3,7 @@
 #
 #   bench/gpu_check.sh OUT
 #
-# Needs python3 with torch, pybind11, scikit-build-core, cmake, ninja, pytest and pytest-benchmark, and
+# Needs python3 with torch, timm, pybind11, scikit-build-core, cmake, ninja, pytest and pytest-benchmark, and
 # nvcc. Ends within nine minutes: each phase has a limit of its own, and the next one runs whatever came
 # of it. OUT gets a log of each kind, benchmarks.jsonl as the benchmarks come, report.json and report.txt,
 # whose table is printed last. NPAD_COMMIT names the commit where there is no git to ask.
@@ -32,8 +32,8 @@ export PATH=$PATH:$tools:/usr/local/cuda/bin
 export CUDAARCHS=$arch PYTHONPATH=$work/site PYTHONSAFEPATH=1 NPAD_REQUIRE_CUDA=1
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1
 pytest=(python3 -m pytest -q -ra -p no:cacheprovider -W default)
-ops=(neighborhood_moments window_covariance pack_factor inverse_cholesky mahalanobis
-    nearest_centroid farthest_first)
+ops=(embed neighborhood_moments window_covariance pack_factor inverse_cholesky mahalanobis
+    nearest_centroid farthest_first anomaly_map resize_maps)
 deadline=$((SECONDS + 520))
 status=0
 
@@ -112,8 +112,8 @@ phase 2 80 tests "op tests" each_op ""
 phase 2 40 tests "other GPU tests" others
 phase 4 70 sanitizers memcheck sanitize memcheck
 phase 8 70 sanitizers racecheck sanitize racecheck
-for op in mahalanobis neighborhood_moments nearest_centroid farthest_first window_covariance \
-    inverse_cholesky pack_factor; do
+for op in mahalanobis detector neighborhood_moments nearest_centroid farthest_first embed \
+    anomaly_map window_covariance inverse_cholesky pack_factor; do
     phase 32 120 benchmarks "bench $op" benchmark "$op"
 done
 phase 16 50 sanitizers synccheck sanitize synccheck

@@ -229,14 +229,21 @@ PYBIND11_MODULE(_core, m) {
                                    pointer<float>(mean), pointer<void>(factor), type, window,
                                    pointer<float>(distance), threads);
     });
-    m.def("nearest_centroid",
-          [](uintptr_t x, int64_t n, uintptr_t centroids, int64_t k, int64_t channels,
-             uintptr_t distance, uintptr_t index, int threads) {
-              const py::gil_scoped_release release;
-              g_isa->kernels.nearest_centroid(pointer<float>(x), n, pointer<float>(centroids), k,
-                                              channels, pointer<float>(distance),
-                                              pointer<int64_t>(index), threads);
-          });
+    m.def("centroid_index_axes", npad::cpu::centroid_index_axes);
+    m.def("centroid_index", [](uintptr_t centroids, int64_t k, int64_t channels, uintptr_t mean,
+                               uintptr_t axes, uintptr_t index, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.centroid_index(pointer<float>(centroids), k, channels, pointer<float>(mean),
+                                      pointer<float>(axes), pointer<float>(index), threads);
+    });
+    m.def("nearest_centroid", [](uintptr_t x, int64_t n, uintptr_t centroids, int64_t k,
+                                 int64_t channels, uintptr_t index, uintptr_t distance,
+                                 uintptr_t nearest, int threads) {
+        const py::gil_scoped_release release;
+        g_isa->kernels.nearest_centroid(pointer<float>(x), n, pointer<float>(centroids), k,
+                                        channels, pointer<float>(index), pointer<float>(distance),
+                                        pointer<int64_t>(nearest), threads);
+    });
     m.def("farthest_first",
           [](uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
              uintptr_t index, uintptr_t radius, int threads, py::object report) {

@@ -56,9 +56,20 @@ using Mahalanobis = void(const float* x, int64_t batch, int64_t height, int64_t 
                          int64_t channels, const float* mean, const void* factor, FactorType type,
                          int64_t window, float* distance, int threads);
 
-// x (n, channels), centroids (k, channels) -> distance (n) and index (n).
+// Axes of a centroid index, a multiple of four; those above the number of channels are zero.
+inline int64_t centroid_index_axes(int64_t channels) {
+    return channels < 128 ? (channels + 3) / 4 * 4 : 128;
+}
+
+// centroids (k, channels), mean (channels) and orthonormal axes (axes, channels) -> index, whose
+// size is that of npad/reference.py.
+using CentroidIndex = void(const float* centroids, int64_t k, int64_t channels, const float* mean,
+                           const float* axes, float* index, int threads);
+
+// x (n, channels), centroids (k, channels), their index or null -> distance (n) and nearest (n).
 using NearestCentroid = void(const float* x, int64_t n, const float* centroids, int64_t k,
-                             int64_t channels, float* distance, int64_t* index, int threads);
+                             int64_t channels, const float* index, float* distance,
+                             int64_t* nearest, int threads);
 
 // points (n, dim) -> index (n_centroids) and radius (n_centroids); false if stopped.
 using FarthestFirst = bool(const float* points, int64_t n, int64_t dim, int64_t n_centroids,
@@ -85,6 +96,7 @@ struct Kernels {
     PackFactor* pack_factor;
     InverseCholesky* inverse_cholesky;
     Mahalanobis* mahalanobis;
+    CentroidIndex* centroid_index;
     NearestCentroid* nearest_centroid;
     FarthestFirst* farthest_first;
     AnomalyMap* anomaly_map;
@@ -92,7 +104,7 @@ struct Kernels {
 };
 
 // Instruction sets compiled in and runnable on this processor, best first, ending in "baseline".
-inline constexpr int kMaxIsas = 3;
+inline constexpr int kMaxIsas = 5;
 struct Isa {
     const char* name;
     Kernels kernels;

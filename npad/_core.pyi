@@ -59,8 +59,20 @@ def mahalanobis(
     distance: int,
     threads: int,
 ) -> None: ...
+def centroid_index_axes(channels: int) -> int: ...
+def centroid_index(
+    centroids: int, k: int, channels: int, mean: int, axes: int, index: int, threads: int
+) -> None: ...
 def nearest_centroid(
-    x: int, n: int, centroids: int, k: int, channels: int, distance: int, index: int, threads: int
+    x: int,
+    n: int,
+    centroids: int,
+    k: int,
+    channels: int,
+    index: int,
+    distance: int,
+    nearest: int,
+    threads: int,
 ) -> None: ...
 def farthest_first(
     points: int,

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from npad import ops
-from npad.reference import axis_band, packed_size
+from npad.reference import axis_band, centroid_index_size, packed_size
+
+INDEX_SAMPLE = 4096  # centroids, at most, that choose the axes of an index
+INDEX_ITERATIONS = 2
+INDEX_LARGEST = 1e14  # deviations whose squares, summed, stay far from overflow
 
 core: Any
 try:
@@ -124,14 +128,56 @@ def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window
     return distance
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def centroid_index(centroids: Tensor) -> Tensor:
+    centroids = centroids.contiguous()
+    k, channels = centroids.shape
+    index = centroids.new_zeros(centroid_index_size(k, channels), dtype=torch.int32)
+    sample = centroids[:: -(-k // INDEX_SAMPLE)]
+    mean = sample.mean(0)
+    deviation = sample - mean
+    if bool(deviation.abs().max() < INDEX_LARGEST):  # else it stays zero, which is no index
+        axes = _mixed_axes(deviation, core.centroid_index_axes(channels))
+        core.centroid_index(
+            centroids.data_ptr(), k, channels, mean.data_ptr(), axes.data_ptr(), index.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return index
+
+
+def _mixed_axes(deviation: Tensor, n_axes: int) -> Tensor:
+    """(n_axes, C): orthonormal axes of about the space in which the rows (S, C) vary most.
+
+    Power iteration from random directions (Halko, Martinsson, Tropp, *Finding structure with
+    randomness*, 2011). A random rotation at the end leaves no axis with more of the variance than
+    the others. Axes above C are zero.
+    """
+    channels = deviation.shape[1]
+    rank = min(n_axes, channels)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+
+    axes = torch.linalg.qr(random(channels)).Q
+    for _ in range(INDEX_ITERATIONS if rank < channels else 0):
+        product = deviation.T @ (deviation @ axes.to(deviation))
+        axes = torch.linalg.qr(product.double()).Q
+    mixed = (axes @ torch.linalg.qr(random(rank)).Q).to(deviation)
+    return torch.nn.functional.pad(mixed.T, (0, 0, 0, n_axes - rank)).contiguous()
+
+
+def nearest_centroid(
+    x: Tensor, centroids: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     x, centroids = x.contiguous(), centroids.contiguous()
-    distance, index = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
+    index = index.contiguous() if index is not None else None
+    distance, nearest = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
     core.nearest_centroid(
-        x.data_ptr(), len(x), centroids.data_ptr(), len(centroids), x.shape[1], distance.data_ptr(),
-        index.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), len(x), centroids.data_ptr(), len(centroids), x.shape[1],
+        index.data_ptr() if index is not None else 0, distance.data_ptr(), nearest.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
-    return distance, index
+    return distance, nearest
 
 
 def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
@@ -187,6 +233,7 @@ def register() -> None:
         pack_factor,
         inverse_cholesky,
         mahalanobis,
+        centroid_index,
         nearest_centroid,
         farthest_first,
         anomaly_map,

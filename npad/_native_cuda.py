@@ -78,7 +78,16 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     workspace = covariance.new_empty(cuda.inverse_cholesky_workspace(*sizes), dtype=torch.uint8)
     packed = covariance.new_empty(len(covariance), packed_size(covariance.shape[1]), dtype=dtype)
     info = covariance.new_empty(len(covariance), dtype=torch.int32)
-    _run("inverse_cholesky", covariance, covariance, *sizes, workspace, packed, _type(dtype), info)
+    _run(
+        "inverse_cholesky",
+        covariance,
+        covariance,
+        *sizes,
+        workspace,
+        packed,
+        factor_type(dtype),
+        info,
+    )
     return packed, info
 
 
@@ -92,16 +101,19 @@ def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window
     return distance
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_centroid(
+    x: Tensor, centroids: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The index is for the CPU: here matrix instructions rank the centroids themselves."""
     x, centroids = x.contiguous(), centroids.contiguous()
     sizes = len(x), len(centroids), x.shape[1]
     workspace = x.new_empty(cuda.nearest_centroid_workspace(*sizes), dtype=torch.uint8)
-    distance, index = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
+    distance, nearest = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
     _run(
         "nearest_centroid", x, x, len(x), centroids, len(centroids), x.shape[1], workspace,
-        distance, index,
+        distance, nearest,
     )  # fmt: skip
-    return distance, index
+    return distance, nearest
 
 
 def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:

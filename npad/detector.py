@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ class NPad:
         self.progress = progress
         self._backbone: Backbone | None = None
         self._graphs: tuple[object, Graphs] | None = None
+        self._index: tuple[Tensor, Tensor] | None = None
         if self.fusion in ("product", "sum", "euclidean") and nominal_set is None:
             raise ValueError(
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
@@ -231,7 +233,10 @@ class NPad:
         embed_batch = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
         held_out = Reservoir(self.holdout, self.seed)
         n_images = 0
-        with progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance:
+        with (
+            closing(batches),
+            progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance,
+        ):
             for batch in batches:
                 (x,) = embed_batch(batch.images)
                 fitted = held_out.take(x)
@@ -283,7 +288,7 @@ class NPad:
             with progress.task("fit: nominal set", total, self.progress, "centroids") as advance:
                 self.centroids_ = nominal.finalize(advance).centroids_
 
-    def _projection(self, images: ImageSource) -> tuple[Tensor | None, Iterable[Batch]]:
+    def _projection(self, images: ImageSource) -> tuple[Tensor | None, Generator[Batch]]:
         """Matrix that reduces the embeddings, and the batches to fit."""
         if self.n_features is None:
             return None, images.batches()
@@ -299,14 +304,13 @@ class NPad:
             return axes.to(self.device), images.batches()
 
         # A random sample where the source can be read twice, else the images that come first.
-        batches: Iterable[Batch]
         if images.random_access and images.n_images is not None:
             order = torch.randperm(images.n_images, generator=generator)[:PCA_IMAGES]
             sample, batches = list(images.batches(sorted(order.tolist()))), images.batches()
         else:
             rest = images.batches()
             sample = list(itertools.islice(rest, -(-PCA_IMAGES // self.batch_size)))
-            batches = itertools.chain(sample, rest)
+            batches = _joined(sample, rest)
         if not sample:
             return None, batches  # the fit says that there are too few images
         self.projection_ = None
@@ -343,10 +347,11 @@ class NPad:
         depth = 2 if self.device.type == "cuda" and images.n_images is not None else 1
         told = 0
         with (
+            closing(images.batches()) as batches,
             progress.task("predict", images.n_images, self.progress, "images") as advance,
             devices.explained("NPad.predict", self.device, LESS_MEMORY),
         ):
-            for flight in started_ahead(images.batches(), run.start, depth):
+            for flight in started_ahead(batches, run.start, depth):
                 scores, maps = flight.finish()
                 skipped, told = images.skipped[told:], len(images.skipped)
                 yield Prediction(scores, maps, flight.batch.names, skipped)
@@ -401,12 +406,14 @@ class NPad:
             return self._graphs[1]
 
     def _scorer(self) -> Scorer:
+        centroids = self.centroids_
         return Scorer(
             network=self._network(),
             projection=self.projection_,
             mean=self.mean_,
             factor=self.factor_,
-            centroids=self.centroids_,
+            centroids=centroids,
+            index=self._index_of(centroids) if centroids is not None else None,
             image_size=self.image_size,
             grid=self.grid_,
             score_window=self.score_window,
@@ -606,6 +613,12 @@ class NPad:
         images = images.to(self.device, non_blocking=True)
         return embed(self._network(), self.projection_, images)
 
+    def _index_of(self, centroids: Tensor) -> Tensor:
+        """What speeds up the search among these centroids; kept until there are others."""
+        if self._index is None or self._index[0] is not centroids:
+            self._index = centroids, ops.centroid_index(centroids)
+        return self._index[1]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the fitted model, without its backbone."""
@@ -616,3 +629,9 @@ class NPad:
     def _check_fitted(self) -> None:
         if not hasattr(self, "n_images_"):
             raise RuntimeError("NPad: the model is not fitted; call fit or NPad.load first")
+
+
+def _joined(first: Iterable[Batch], rest: Generator[Batch]) -> Generator[Batch]:
+    """One after the other; unlike a chain, closing it closes the rest."""
+    yield from first
+    yield from rest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -166,7 +166,7 @@ class ImageSource:
         if self.n_images == 0:
             raise ValueError("source holds no images")
 
-    def batches(self, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+    def batches(self, indices: Sequence[int] | None = None) -> Generator[Batch]:
         """Decode, resize and yield the images in order.
 
         Closing the iterator, or an exception in its consumer, ends the worker threads.
@@ -200,7 +200,7 @@ class ImageSource:
                 raise IndexError(f"index {i} is out of range: the source has {len(entries)} images")
         return self._run(iter([[(int(i), _name(i, entries[i]), entries[i]) for i in indices]]))
 
-    def _run(self, groups: Iterator[list[Task]]) -> Iterator[Batch]:
+    def _run(self, groups: Iterator[list[Task]]) -> Generator[Batch]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="npad-images")
         try:
             for tasks in groups:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from npad import reference
-from npad.reference import packed_size
+from npad.reference import centroid_index_size, packed_size
 
 __all__ = [
     "FACTOR_DTYPES",
     "anomaly_map",
+    "centroid_index",
     "embed",
     "farthest_first",
     "inverse_cholesky",
@@ -63,7 +64,8 @@ _SCHEMAS = {
     "pack_factor": "(Tensor factor, ScalarType dtype) -> Tensor",
     "inverse_cholesky": "(Tensor covariance, ScalarType dtype) -> (Tensor, Tensor)",
     "mahalanobis": "(Tensor x, Tensor mean, Tensor factor, int[2] grid, int window) -> Tensor",
-    "nearest_centroid": "(Tensor x, Tensor centroids) -> (Tensor, Tensor)",
+    "centroid_index": "(Tensor centroids) -> Tensor",
+    "nearest_centroid": "(Tensor x, Tensor centroids, Tensor? index=None) -> (Tensor, Tensor)",
     "farthest_first": "(Tensor points, int n_centroids, int first) -> (Tensor, Tensor)",
     "anomaly_map": "(Tensor? mahalanobis, Tensor? euclidean, bool product, float[3] coefficients, "
     "int[2] size, float sigma) -> (Tensor, Tensor)",
@@ -117,8 +119,13 @@ def _(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> 
     return x.new_empty(x.shape[:3], dtype=torch.float32)
 
 
+@torch.library.register_fake("npad::centroid_index")
+def _(centroids: Tensor) -> Tensor:
+    return centroids.new_empty(centroid_index_size(*centroids.shape), dtype=torch.int32)
+
+
 @torch.library.register_fake("npad::nearest_centroid")
-def _(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, centroids: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], dtype=torch.int64)
 
 
@@ -222,6 +229,18 @@ def _check_matrices(op: str, name: str, matrices: Tensor, dtype: torch.dtype) ->
             f"npad.{op}: {name} must have shape (R, C, C), got {tuple(matrices.shape)}"
         )
     _check_channels(op, matrices.shape[1])
+
+
+def _check_rows(op: str, name: str, rows: Tensor) -> None:
+    _check_dtype(op, name, rows, torch.float32)
+    if rows.ndim != 2:
+        raise ValueError(f"npad.{op}: {name} must have two dimensions, got {tuple(rows.shape)}")
+
+
+def _check_centroids(op: str, centroids: Tensor) -> None:
+    _check_rows(op, "centroids", centroids)
+    if centroids.numel() == 0:
+        raise ValueError(f"npad.{op}: centroids must not be empty, got {tuple(centroids.shape)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,23 +467,58 @@ def mahalanobis(
     return torch.ops.npad.mahalanobis(x, mean, factor, grid, window)
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance to the nearest centroid, and its index.
+def centroid_index(centroids: Tensor) -> Tensor:
+    """What ``nearest_centroid`` would otherwise work out about the centroids on every call.
+
+    Parameters
+    ----------
+    centroids : (K, C) float32, K >= 1
+
+    Returns
+    -------
+    (size,) int32, opaque, 140 bytes a centroid and up to 516 a channel. It belongs to these
+    centroids with these values. Build it where it is used: its content differs between versions of
+    npad.
+
+    Raises
+    ------
+    TypeError : dtype.
+    ValueError : shape, no centroid.
+
+    Notes
+    -----
+    On the CPU it holds every centroid in bytes along up to 128 axes, in which the centroids vary most,
+    and the norm of what that leaves out. x . c is at most the product of the bytes plus the product
+    of these norms (Cauchy-Schwarz), which for embeddings rules out nearly all centroids at a
+    fraction of the work. The bound by one axis and the norm across it is that of Hwang, Han, Ahn, *A
+    fast nearest neighbor search algorithm by nonlinear embedding*, CVPR 2012; that it also takes up
+    the rounding to bytes is npad's own. Kernels of other devices ignore an index.
+    """
+    _check_centroids("centroid_index", centroids)
+    return torch.ops.npad.centroid_index(centroids)
+
+
+def nearest_centroid(
+    x: Tensor, centroids: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Euclidean distance to the nearest centroid, and which it is.
 
     Parameters
     ----------
     x : (N, C) float32, any strides
     centroids : (K, C) float32, K >= 1
+    index : ``centroid_index`` of these same centroids: the same result, bit for bit, and sooner where
+        the centroids are asked more than once
 
     Returns
     -------
     distance : (N,) float32; NaN where x has a NaN
-    index : (N,) int64; of centroids equally near in float32, the first
+    nearest : (N,) int64; of centroids equally near in float32, the first
 
     Raises
     ------
     TypeError : dtype.
-    ValueError : shape, device, no centroid.
+    ValueError : shape, device, no centroid, an index of other sizes.
 
     Notes
     -----
@@ -472,17 +526,15 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     so it is accurate also near zero.
     """
     op = "nearest_centroid"
-    for name, tensor in (("x", x), ("centroids", centroids)):
-        _check_dtype(op, name, tensor, torch.float32)
-        if tensor.ndim != 2:
-            raise ValueError(
-                f"npad.{op}: {name} must have two dimensions, got {tuple(tensor.shape)}"
-            )
-    if centroids.shape[0] == 0 or centroids.shape[1] == 0:
-        raise ValueError(f"npad.{op}: centroids must not be empty, got {tuple(centroids.shape)}")
+    _check_rows(op, "x", x)
+    _check_centroids(op, centroids)
     _check_shape(op, "x", x, "N, C", (x.shape[0], centroids.shape[1]))
     _check_devices(op, x=x, centroids=centroids)
-    return torch.ops.npad.nearest_centroid(x, centroids)
+    if index is not None:
+        _check_dtype(op, "index", index, torch.int32)
+        _check_shape(op, "index", index, "size", (centroid_index_size(*centroids.shape),))
+        _check_devices(op, x=x, index=index)
+    return torch.ops.npad.nearest_centroid(x, centroids, index)
 
 
 def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Tensor, Tensor]:

@@ -155,17 +155,30 @@ def mahalanobis(
     return distance.reshape(len(x), height, width)
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def centroid_index_size(k: int, channels: int) -> int:
+    """Elements of the index of k centroids; ``csrc/cpu/sketch.h`` says what they are."""
+    axes = min(-(-channels // 4) * 4, 128)
+    return 16 + -(-k // 16) * (48 + 4 * axes) + (1 + axes) * channels
+
+
+def centroid_index(centroids: Tensor) -> Tensor:
+    """Zeros, which every kernel takes for no index: this file searches without one."""
+    return centroids.new_zeros(centroid_index_size(*centroids.shape), dtype=torch.int32)
+
+
+def nearest_centroid(
+    x: Tensor, centroids: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Distance to, and index of, the nearest centroid; the first of equals."""
     if len(x) == 0:
         return x.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device)
-    distances, indices = [], []
+    distances, nearest = [], []
     for rows in x.split(max(1, 2**22 // centroids.numel())):
         squared = (rows[:, None] - centroids).square().sum(-1)
-        nearest, index = squared.min(1)
-        distances.append(nearest.sqrt())
-        indices.append(index)
-    return torch.cat(distances), torch.cat(indices)
+        least, which = squared.min(1)
+        distances.append(least.sqrt())
+        nearest.append(which)
+    return torch.cat(distances), torch.cat(nearest)
 
 
 def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ class Scorer:
     mean: Tensor | None
     factor: Tensor | None
     centroids: Tensor | None
+    index: Tensor | None  # of the centroids
     image_size: tuple[int, int]
     grid: tuple[int, int]
     score_window: int
@@ -57,7 +58,7 @@ class Scorer:
         if self.mean is not None and self.factor is not None:
             mahalanobis = ops.mahalanobis(x, self.mean, self.factor, self.grid, self.score_window)
         if self.centroids is not None:
-            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids)
+            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids, self.index)
             euclidean = distance.reshape(x.shape[:3])
         return mahalanobis, euclidean
 

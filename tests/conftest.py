@@ -17,7 +17,8 @@ from npad._native_cuda import cuda
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A kernel that fails to load must fail the suite, not pass on the reference.
-ISAS = _native.core.isas()
+# Those ending in _vnni have a kernel of their own for nearest_centroid only.
+ISAS = [name for name in _native.core.isas() if not name.endswith("_vnni")]
 
 
 @pytest.fixture(params=ISAS)

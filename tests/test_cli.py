@@ -75,6 +75,7 @@ def test_every_argument_of_npad_is_an_option_with_its_default():
     for name in command.OPTIONS:
         assert f"--{name.replace('_', '-')} " in shown
         default = parameters[name].default
+        default = "off" if default is False else default
         assert default is None or f"[default: {default}]" in shown
 
 

@@ -1,5 +1,7 @@
 """nearest_centroid: distance to, and index of, the nearest centroid."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -7,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npad import ops, reference
+from npad import _native, ops, reference
+from npad.reference import centroid_index_size
+
+
+@pytest.fixture(params=_native.core.isas())
+def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Also those with a kernel of their own for the index only."""
+    before = _native.core.isa()
+    _native.core.set_isa(request.param)
+    yield request.param
+    _native.core.set_isa(before)
 
 
 def integers(n: int, channels: int, high: int) -> Tensor:
@@ -120,9 +132,180 @@ def test_strides_threads_batches_and_rerun(isa: str) -> None:
     assert torch.equal(torch.cat(alone), distance[::50])
 
 
+# --------------------------------------------------------------------------------------------------
+# With an index of the centroids.
+
+
+def embeddings(n: int, channels: int) -> Tensor:
+    """Clusters of very different size, half of the variance in few directions: bounds work."""
+    scale = torch.arange(1, channels + 1) ** -0.6
+    centres = torch.randn(50, channels) * scale
+    return centres[torch.randint(0, 50, (n,))] + 0.3 * torch.randn(n, channels) * scale + 0.5
+
+
+def assert_index_changes_nothing(x: Tensor, centroids: Tensor) -> None:
+    distance, nearest = ops.nearest_centroid(x, centroids)
+    again = ops.nearest_centroid(x, centroids, ops.centroid_index(centroids))
+    torch.testing.assert_close(again[0], distance, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(again[1], nearest)
+
+
+@pytest.mark.parametrize("channels", [1, 31, 100, 129, 384])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 17), (600, 333)])
+def test_index_changes_nothing(every_isa: str, n: int, k: int, channels: int) -> None:
+    both = embeddings(n + k, channels)
+    assert_index_changes_nothing(both[:n], both[n:])
+
+
+def test_index_without_structure(every_isa: str) -> None:
+    """Bounds of isotropic noise leave nearly everything; such tiles go through the product."""
+    x, centroids = torch.randn(700, 384), torch.randn(500, 384)
+    x[300:500] = centroids[:200] + 0.01 * torch.randn(200, 384)  # and these do not
+    assert_index_changes_nothing(x, centroids)
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-17, 1e-8, 1e14, 1e18])
+def test_index_at_any_scale(every_isa: str, scale: float) -> None:
+    both = embeddings(500, 40)
+    assert_index_changes_nothing(both[:100] * scale, both[100:] * scale)
+    assert_index_changes_nothing(both[:100], both[100:] * scale)
+    assert_index_changes_nothing(both[:100] * scale, both[100:])
+
+
+def test_index_far_from_the_origin(every_isa: str) -> None:
+    x = torch.randint(0, 4096, (150, 50)).float() / 1024 + 1e4
+    centroids = torch.randint(0, 4096, (500, 50)).float() / 1024 + 1e4
+    assert_index_changes_nothing(x, centroids)
+    centroids[17] = -1e6
+    assert_index_changes_nothing(x, centroids)
+
+
+def test_index_at_the_centroids_and_their_twins(every_isa: str) -> None:
+    centroids = embeddings(300, 200)
+    twins = centroids.clone()
+    twins[:, 3] = torch.nextafter(twins[:, 3], torch.tensor(torch.inf))
+    both = torch.cat([twins, centroids, twins])
+    distance, nearest = ops.nearest_centroid(both, both, ops.centroid_index(both))
+    assert (distance == 0).all()
+    assert torch.equal(nearest, torch.arange(900) % 600)
+
+
+@given(
+    n=st.integers(1, 80),
+    k=st.integers(1, 80),
+    channels=st.integers(1, 20),
+    high=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_ties_by_index_take_the_first(n: int, k: int, channels: int, high: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    assert_index_changes_nothing(integers(n, channels, high), integers(k, channels, high))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_index_of_centroids_in_a_subspace(every_isa: str, rank: int) -> None:
+    """Axes that nothing varies along, and embeddings that lie across all of them."""
+    span = torch.randn(rank, 300)
+    centroids = torch.randn(400, rank) @ span + 1
+    x = torch.cat(
+        [torch.randn(40, rank) @ span + 1, torch.randn(40, 300), 1 + 1e-4 * torch.randn(40, 300)]
+    )
+    assert_index_changes_nothing(x, centroids)
+
+
+def test_index_counts_what_the_axes_leave(every_isa: str) -> None:
+    """A centroid at the same place along the axes is farther than one that is near across them."""
+    near, across = torch.randn(1000, 128), 0.45 * torch.randn(1000, 272)
+    centroids = torch.cat([torch.cat([near, 0 * across], 1), torch.cat([near, across], 1)])
+    x = centroids[1000:1200].clone()
+    x[:, :128] += 0.05 * torch.randn(200, 128)
+    _, nearest = ops.nearest_centroid(x, centroids, ops.centroid_index(centroids))
+    assert torch.equal(nearest, torch.arange(1000, 1200))
+
+
+def test_a_sum_that_stops_at_the_best_is_no_tie(every_isa: str) -> None:
+    """All are at 64 after 64 channels; the first half is farther by the last."""
+    x = torch.nn.functional.pad(2 * integers(200, 64, 2), (0, 136))
+    centroids = torch.zeros(200, 200)
+    centroids[:, :64] = 1
+    centroids[:16, 199] = 0.01
+    centroids[32:, :64] += 8 * torch.randn(168, 64).sign()  # others, far away
+    distance, nearest = ops.nearest_centroid(x, centroids, ops.centroid_index(centroids))
+    assert (distance == 8).all()
+    assert (nearest == 16).all()
+
+
+def test_index_with_nan_and_infinity(every_isa: str) -> None:
+    x, centroids = embeddings(300, 130), embeddings(400, 130)
+    x[3, 5], x[133, 0], x[234], x[290] = torch.nan, torch.inf, 1e30, 1e15
+    assert_index_changes_nothing(x, centroids)
+    for row, value in ((0, torch.nan), (399, torch.nan), (17, torch.inf), (17, 1e30), (17, 1e15)):
+        hostile = centroids.clone()
+        hostile[row, 7] = value
+        assert_index_changes_nothing(x, hostile)
+
+
+def test_index_by_batches_threads_and_strides(every_isa: str) -> None:
+    x, centroids = embeddings(300, 150).T.contiguous().T, embeddings(333, 150).T.contiguous().T
+    index = ops.centroid_index(centroids)
+    assert torch.equal(index, ops.centroid_index(centroids.contiguous()))
+    distance, nearest = ops.nearest_centroid(x, centroids, index)
+    for size, threads in ((1, 1), (7, 2), (40, 3)):
+        torch.set_num_threads(threads)
+        parts = [ops.nearest_centroid(part, centroids, index) for part in x.split(size)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), distance)
+        assert torch.equal(torch.cat([part[1] for part in parts]), nearest)
+    assert ops.nearest_centroid(x[:0], centroids, index)[0].shape == (0,)
+
+
+def test_index_of_one_instruction_set_serves_another() -> None:
+    x, centroids = embeddings(100, 200), embeddings(300, 200)
+    before = _native.core.isa()
+    expected = ops.nearest_centroid(x, centroids)
+    try:
+        indices = []
+        for name in _native.core.isas():
+            _native.core.set_isa(name)
+            indices.append(ops.centroid_index(centroids))
+        for name in _native.core.isas():
+            _native.core.set_isa(name)
+            for index in indices:
+                _, nearest = ops.nearest_centroid(x, centroids, index)
+                assert torch.equal(nearest, expected[1])
+    finally:
+        _native.core.set_isa(before)
+
+
+def test_index_is_in_use(every_isa: str) -> None:
+    """An index that says that every centroid but one is far away is believed."""
+    x, centroids = embeddings(64, 150), embeddings(320, 150)
+    index = ops.centroid_index(centroids)
+    assert index[0] != 0
+    panels = index[16 : 16 + 20 * (48 + 512)].view(torch.float32).view(20, 48 + 512)
+    panels[:, :16] = 1e9
+    panels[7, 5] = -1e9
+    _, nearest = ops.nearest_centroid(x, centroids, index)
+    assert (nearest == 117).all() == (every_isa != "baseline")
+
+
+def test_reference_index_is_no_index() -> None:
+    x, centroids = embeddings(64, 30), embeddings(80, 30)
+    index = reference.centroid_index(centroids)
+    assert index.shape == ops.centroid_index(centroids).shape == (centroid_index_size(80, 30),)
+    expected = ops.nearest_centroid(x, centroids)
+    assert torch.equal(ops.nearest_centroid(x, centroids, index)[0], expected[0])
+
+
 def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.npad.nearest_centroid.default, (torch.randn(9, 5), torch.randn(4, 5))
+    )
+    centroids = torch.randn(40, 130)
+    torch.library.opcheck(torch.ops.npad.centroid_index.default, (centroids,))
+    torch.library.opcheck(
+        torch.ops.npad.nearest_centroid.default,
+        (torch.randn(9, 130), centroids, ops.centroid_index(centroids)),
     )
 
 
@@ -138,3 +321,15 @@ def test_rejects() -> None:
         ops.nearest_centroid(x, centroids[0])
     with pytest.raises(ValueError, match="centroids is on meta but x is on cpu"):
         ops.nearest_centroid(x, centroids.to("meta"))
+    index = ops.centroid_index(centroids)
+    size = centroid_index_size(4, 5)
+    with pytest.raises(ValueError, match=rf"index must have shape \(size\) = \({size},\)"):
+        ops.nearest_centroid(x, centroids, index[:-1])
+    with pytest.raises(TypeError, match="index must be int32, got float64"):
+        ops.nearest_centroid(x, centroids, index.double())
+    with pytest.raises(ValueError, match="index is on meta but x is on cpu"):
+        ops.nearest_centroid(x, centroids, index.to("meta"))
+    with pytest.raises(ValueError, match="centroid_index: centroids must not be empty"):
+        ops.centroid_index(centroids[:0])
+    with pytest.raises(TypeError, match="centroids must be float32, got float64"):
+        ops.centroid_index(centroids.double())

@@ -9,80 +9,36 @@
 // differences. The result is that of the plain loop over differences, of equals the lowest index,
 // at the speed of the product. A thread owns whole embeddings: the result does not depend on the
 // number of threads. Flops: 2 n k channels. NaN in x: distance NaN, index 0.
+//
+// With an index of the centroids (centroid_search.h), products of bytes along a few axes rule out
+// nearly all of them, and this product is for the tiles of embeddings that they do not serve:
+// without structure in the centroids, with NaN or overflow. Without AVX2 an index is ignored.
 #include <cmath>
 
-#include "squared_distance.h"
-
 #include <omp.h>
+
+#include "panel_product.h"
+#include "squared_distance.h"
+#if defined(__AVX2__)
+#include "centroid_search.h"
+#endif
 
 namespace npad::cpu::NPAD_ISA {
 
 namespace {
 
-// Registers: kWide x 2 sums, two of embeddings, one broadcast. A compiler that has to split a
-// vector into two registers spills them all, so this product uses a vector of exactly one.
-#if defined(__AVX512F__)
-constexpr int64_t kWide = 14, kRegister = 16;
-#elif defined(__AVX2__)
-constexpr int64_t kWide = 6, kRegister = 8;
-#else
-constexpr int64_t kWide = 6, kRegister = 4;
-#endif
-typedef float Register __attribute__((vector_size(kRegister * sizeof(float))));
-constexpr int64_t kTile = 2 * kRegister;  // embeddings side by side
 constexpr int64_t kRows = 256;  // at most: embeddings that meet a panel of centroids in turn
 constexpr int64_t kTileBytes = 400 << 10;  // of them, so that they stay in the second-level cache
 constexpr double kSmall = 1 << 20;  // products below which waking threads costs more than it gives
-constexpr int64_t kMeanRows = 256;  // centroids whose mean is the origin
+constexpr int64_t kSkip = 7;  // tiles that go to the full product untried after one that had to
+constexpr int64_t kMeanRows = 256;          // centroids whose mean is the origin
 constexpr int64_t kPackedBytes = 12 << 20;  // centroids packed at a time, shared by all threads
-
-// Rows of x (count, channels) less mean -> panel (channels, kWidth) and the squared norms. The last
-// row is repeated where count < kWidth. A vector's width of channels at a time, transposed in
-// registers.
-template <int64_t kWidth>
-void pack(const float* x, int64_t count, int64_t channels, const float* mean, float* panel,
-          float* squares) {
-    for (int64_t i0 = 0; i0 < kWidth; i0 += kLanes) {
-        constexpr int64_t kLast = kWidth % kLanes == 0 ? kLanes : kWidth % kLanes;
-        const bool whole = i0 + kLanes <= kWidth;
-        Vec sums = {};
-        for (int64_t c0 = 0; c0 < channels; c0 += kLanes) {
-            const int64_t n = channels - c0 < kLanes ? channels - c0 : kLanes;
-            Vec rows[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) {
-                const int64_t row = i0 + i < count ? i0 + i : count - 1;
-                rows[i] = load_first(x + row * channels + c0, n) - load_first(mean + c0, n);
-            }
-            transpose(rows);
-            for (int64_t c = 0; c < n; ++c) {
-                sums += rows[c] * rows[c];
-                float* out = panel + (c0 + c) * kWidth + i0;
-                std::memcpy(out, &rows[c], (whole ? kLanes : kLast) * sizeof(float));
-            }
-        }
-        std::memcpy(squares + i0, &sums, (whole ? kLanes : kLast) * sizeof(float));
-    }
-}
 
 // least[j] = min over the panel's centroids of half_norm - x_j . c
 void least_of_panel(const float* centroids, const float* half_norm, const float* x,
                     int64_t channels, float* least) {
-    const auto load_register = [](const float* p) {
-        Register r;
-        std::memcpy(&r, p, sizeof r);
-        return r;
-    };
-    Register product[kWide][2] = {};
-    for (int64_t c = 0; c < channels; ++c) {
-        const Register x0 = load_register(x + c * kTile),
-                       x1 = load_register(x + c * kTile + kRegister);
-#pragma GCC unroll 14
-        for (int64_t i = 0; i < kWide; ++i) {
-            const float centroid = centroids[c * kWide + i];
-            product[i][0] += centroid * x0;
-            product[i][1] += centroid * x1;
-        }
-    }
+    Register product[kWide][2];
+    multiply(centroids, x, channels, product);
     Register least0 = INFINITY - Register{}, least1 = least0;
 #pragma GCC unroll 14
     for (int64_t i = 0; i < kWide; ++i) {
@@ -90,8 +46,8 @@ void least_of_panel(const float* centroids, const float* half_norm, const float*
         least0 = s0 < least0 ? s0 : least0;
         least1 = s1 < least1 ? s1 : least1;
     }
-    std::memcpy(least, &least0, sizeof least0);
-    std::memcpy(least + kRegister, &least1, sizeof least1);
+    store_register(least, least0);
+    store_register(least + kRegister, least1);
 }
 
 // Centroids packed for the product, a block of panels at a time.
@@ -162,11 +118,6 @@ void Packed::load_block(int64_t first, int threads) {
     largest_norm_ = std::sqrt(largest);
 }
 
-struct Nearest {
-    float squared;
-    int64_t index;
-};
-
 // Measures the centroids first .. stop - 1 in order.
 void measure(const float* x, const float* centroids, int64_t first, int64_t stop, int64_t channels,
              Nearest& nearest) {
@@ -176,10 +127,9 @@ void measure(const float* x, const float* centroids, int64_t first, int64_t stop
     }
 }
 
-}  // namespace
-
-void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k,
-                      int64_t channels, float* distance, int64_t* index, int threads) {
+// By the product with all centroids.
+void search_all(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
+                float* distance, int64_t* index, int threads) {
     if (static_cast<double>(n) * k * channels < kSmall) threads = 1;
     Packed packed(centroids, k, channels);
     const int64_t scratch_size = kRows * channels + packed.panels() * kRows;
@@ -236,5 +186,90 @@ void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t
     }
     for (int64_t i = 0; i < n; ++i) distance[i] = std::sqrt(distance[i]);
 }
+
+#if defined(__AVX2__)
+// By the index, and by the product for the tiles that it leaves.
+template <class Dot>
+void search_by_index(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
+                     const float* index, float* distance, int64_t* nearest, int threads) {
+    if (static_cast<double>(n) * k * channels < kSmall) threads = 1;
+    const IndexLayout layout(k, channels);
+    Sketcher sketcher(index + layout.mean(), index + layout.axis(channels), layout.axes, channels);
+    const int64_t tiles = (n + kTile - 1) / kTile;
+    const int64_t scratch_size = Search<Dot>::scratch_size(layout, sketcher);
+    Buffer<float> scratch(threads * scratch_size);
+    Buffer<bool> found(tiles);
+#pragma omp parallel num_threads(threads)
+    {
+        Search<Dot> search(centroids, k, channels, index, sketcher,
+                           scratch.data() + omp_get_thread_num() * scratch_size);
+        int64_t skip = 0;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t start = t * kTile, count = n - start < kTile ? n - start : kTile;
+            found[t] = skip == 0 &&
+                       search.find(x + start * channels, count, distance + start, nearest + start);
+            skip = found[t] ? 0 : skip > 0 ? skip - 1 : kSkip;
+        }
+    }
+
+    int64_t rest = 0;
+    for (int64_t t = 0; t < tiles; ++t)
+        if (!found[t]) rest += n - t * kTile < kTile ? n - t * kTile : kTile;
+    if (rest == 0) return;
+    Buffer<float> rows(rest * channels), rest_distance(rest);
+    Buffer<int64_t> rest_nearest(rest);
+    const auto for_rest = [&](auto&& action) {
+        int64_t row = 0;
+        for (int64_t t = 0; t < tiles; ++t) {
+            if (found[t]) continue;
+            const int64_t start = t * kTile, count = n - start < kTile ? n - start : kTile;
+            action(start, row, static_cast<size_t>(count));
+            row += count;
+        }
+    };
+    for_rest([&](int64_t start, int64_t row, size_t count) {
+        std::memcpy(rows.data() + row * channels, x + start * channels,
+                    count * static_cast<size_t>(channels) * sizeof(float));
+    });
+    search_all(rows.data(), rest, centroids, k, channels, rest_distance.data(), rest_nearest.data(),
+               threads);
+    for_rest([&](int64_t start, int64_t row, size_t count) {
+        std::memcpy(distance + start, rest_distance.data() + row, count * sizeof(float));
+        std::memcpy(nearest + start, rest_nearest.data() + row, count * sizeof(int64_t));
+    });
+}
+
+template <class Dot>
+void search(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
+            const float* index, float* distance, int64_t* nearest, int threads) {
+    if (index != nullptr && index[0] != 0)
+        search_by_index<Dot>(x, n, centroids, k, channels, index, distance, nearest, threads);
+    else
+        search_all(x, n, centroids, k, channels, distance, nearest, threads);
+}
+#endif
+
+}  // namespace
+
+#if defined(__AVX2__)
+void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k,
+                      int64_t channels, const float* index, float* distance, int64_t* nearest,
+                      int threads) {
+    search<DotPairs>(x, n, centroids, k, channels, index, distance, nearest, threads);
+}
+
+void nearest_centroid_vnni(const float* x, int64_t n, const float* centroids, int64_t k,
+                           int64_t channels, const float* index, float* distance, int64_t* nearest,
+                           int threads) {
+    search<DotVnni>(x, n, centroids, k, channels, index, distance, nearest, threads);
+}
+#else
+void nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k,
+                      int64_t channels, const float*, float* distance, int64_t* nearest,
+                      int threads) {
+    search_all(x, n, centroids, k, channels, distance, nearest, threads);
+}
+#endif
 
 }  // namespace npad::cpu::NPAD_ISA

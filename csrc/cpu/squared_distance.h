@@ -11,6 +11,11 @@ inline float tree_sum(Vec v) {
     return v[0];
 }
 
+struct Nearest {
+    float squared;
+    int64_t index;
+};
+
 // The squared distance, or anything not below `limit` once it is known to reach it. Sums only grow,
 // also when rounded, so that stopping early never changes which distance is the smaller.
 inline float squared_distance(const float* a, const float* b, int64_t dim, float limit) {

@@ -249,8 +249,8 @@ void test_nearest_centroid(const Isa& isa, int64_t n, int64_t k, int64_t channel
     const Floats x = normal(n * channels), centroids = normal(k * channels);
     Floats nearest(static_cast<size_t>(n));
     std::vector<int64_t> index(static_cast<size_t>(n));
-    isa.kernels.nearest_centroid(x.data(), n, centroids.data(), k, channels, nearest.data(),
-                                 index.data(), threads);
+    isa.kernels.nearest_centroid(x.data(), n, centroids.data(), k, channels, nullptr,
+                                 nearest.data(), index.data(), threads);
     for (int64_t i = 0; i < n; ++i) {
         double least = std::numeric_limits<double>::infinity();
         for (int64_t j = 0; j < k; ++j)
@@ -258,6 +258,24 @@ void test_nearest_centroid(const Isa& isa, int64_t n, int64_t k, int64_t channel
         check(nearest[i], least, 1e-4, isa.name, "nearest distance");
         check(distance(&x[i * channels], &centroids[index[i] * channels], channels), least, 1e-4,
               isa.name, "nearest index");
+    }
+
+    const int64_t n_axes = npad::cpu::centroid_index_axes(channels);
+    const Floats mean(static_cast<size_t>(channels));
+    Floats axes(static_cast<size_t>(n_axes * channels));  // those of the coordinates
+    for (int64_t j = 0; j < channels && j < n_axes; ++j) axes[j * channels + j] = 1;
+    Floats by_index(static_cast<size_t>(n));
+    std::vector<int64_t> again(static_cast<size_t>(n));
+    Floats sketches(
+        static_cast<size_t>(16 + (k + 15) / 16 * (48 + 4 * n_axes) + (1 + n_axes) * channels));
+    isa.kernels.centroid_index(centroids.data(), k, channels, mean.data(), axes.data(),
+                               sketches.data(), threads);
+    isa.kernels.nearest_centroid(x.data(), n, centroids.data(), k, channels, sketches.data(),
+                                 by_index.data(), again.data(), threads);
+    for (int64_t i = 0; i < n; ++i) {
+        check(by_index[i], nearest[i], 0, isa.name, "nearest distance by index");
+        check(static_cast<double>(again[i]), static_cast<double>(index[i]), 0, isa.name,
+              "nearest by index");
     }
 }
 
