@@ -93,7 +93,7 @@ sanitize() {
 others() {
     local names
     names=$(printf ' or %s' "${ops[@]}")
-    within "${pytest[@]}" tests/test_cuda.py -k "not (${names# or })"
+    within "${pytest[@]}" tests/test_cuda.py tests/test_cuda_detector.py -k "not (${names# or })"
 }
 
 cpu_tests() {
@@ -116,6 +116,8 @@ for op in mahalanobis detector neighborhood_moments nearest_centroid farthest_fi
     anomaly_map window_covariance inverse_cholesky pack_factor; do
     phase 32 120 benchmarks "bench $op" benchmark "$op"
 done
+phase 32 60 benchmarks timeline within env "PYTHONPATH=$PYTHONPATH:$PWD/bench" \
+    python3 bench/timeline.py --device cuda --batch 32
 phase 16 50 sanitizers synccheck sanitize synccheck
 phase 2 60 tests "2^31 elements" within "${pytest[@]}" tests/test_large_sizes.py -k cuda --slow
 phase 2 60 tests "CPU tests" cpu_tests

@@ -97,7 +97,7 @@ def test_a_device_that_is_not_current(name: str) -> None:
 def test_mixed_devices(name: str, position: int, elsewhere: str) -> None:
     op, _, make = OPS[name]
     arguments = moved(on("cuda:0", make(8)), position, elsewhere)
-    with pytest.raises(ValueError, match=r"is on (\S+) but \w+ is on (?!\1)\S+; move one"):
+    with pytest.raises(ValueError, match=r"is on (\S+) but \S+ is on (?!\1)\S+; move one"):
         op(*arguments)
 
 

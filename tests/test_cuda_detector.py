@@ -1,0 +1,136 @@
+"""NPad on a GPU: graphs, threads, shared backbones, and what happens when the GPU gives up."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from npad import NPad
+
+pytestmark = pytest.mark.cuda
+SMALL = {"image_size": 64, "n_centroids": 100, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def model(images: np.ndarray) -> NPad:
+    return NPad("filterbank", **SMALL, device="cuda").fit(images)
+
+
+def test_auto_and_to(model: NPad, images: np.ndarray) -> None:
+    expected = model.predict(images)
+    twin = copy.deepcopy(model).to("cpu")
+    assert twin.centroids_ is not None
+    assert twin.centroids_.device.type == "cpu"
+    np.testing.assert_allclose(twin.predict(images).scores, expected.scores, rtol=1e-3)
+    twin.to("auto")
+    assert twin.device == model.device
+    assert np.array_equal(twin.predict(images).scores, expected.scores)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_graph_gives_what_its_function_gives(model: NPad, batch: int) -> None:
+    scorer = model._scorer()
+    for _ in range(4):
+        x = torch.rand(batch, 3, 64, 64, device=model.device)
+        for a, b in zip(model.score(x), scorer(x), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_more_batch_sizes_than_are_kept(model: NPad) -> None:
+    x = torch.rand(9, 3, 64, 64, device=model.device)
+    expected, _ = model.score(x)
+    for n in (*range(1, 10), *range(1, 10)):
+        scores, _ = model.score(x[:n])
+        torch.testing.assert_close(scores, expected[:n], rtol=1e-4, atol=0)
+
+
+def test_threads_and_streams(model: NPad, images: np.ndarray) -> None:
+    expected = model.predict(images)
+
+    def predict(_: int) -> np.ndarray:
+        with torch.cuda.stream(torch.cuda.Stream(model.device)):
+            return model.predict(images).scores
+
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(predict, range(12)):
+            assert np.array_equal(scores, expected.scores)
+
+
+def test_models_share_a_backbone(model: NPad, images: np.ndarray) -> None:
+    before = torch.cuda.memory_allocated()
+    others = [NPad("filterbank", **SMALL, device="cuda").fit(images) for _ in range(4)]
+    assert all(other._network() is model._network() for other in others)
+    grown = torch.cuda.memory_allocated() - before
+    assert grown < 1.1 * sum(other.nbytes for other in others) + (1 << 20)
+
+
+def test_a_changed_setting_is_not_replayed(model: NPad, images: np.ndarray) -> None:
+    before = model.predict(images).scores
+    model.fusion_weight = 0.9
+    assert not np.array_equal(model.predict(images).scores, before)
+
+
+def test_memory_is_flat(model: NPad) -> None:
+    x = torch.rand(4, 3, 64, 64, device=model.device)
+    model.score(x)
+    before = torch.cuda.memory_allocated()
+    for _ in range(2500):
+        model.score(x)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+
+
+def test_no_memory_left(model: NPad, images: np.ndarray) -> None:
+    """Halved once, then told; afterwards the model is as good as before."""
+    expected = model.predict(images).scores
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(model.device) / total)
+    try:
+        model.batch_size = 20
+        with (
+            pytest.warns(RuntimeWarning, match="too short for batch_size=20; going on with 10"),
+            pytest.raises(MemoryError, match=r"was asked for on cuda:0, .* free; lower batch_size"),
+        ):
+            model.predict(images)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    model.batch_size = 8
+    assert np.array_equal(model.predict(images).scores, expected)
+
+
+def test_a_lost_gpu(model: NPad, images: np.ndarray, tmp_path: Path) -> None:
+    """In a process of its own, which cannot use the GPU afterwards."""
+    model.save(tmp_path / "model.npad")
+    content = (tmp_path / "model.npad").read_bytes()
+    np.save(tmp_path / "images.npy", images)
+    code = f"""
+import numpy as np, torch
+from npad import NPad
+model = NPad.load({str(tmp_path / "model.npad")!r}, device="cuda")
+images = np.load({str(tmp_path / "images.npy")!r})
+model.predict(images)
+torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")]  # an assertion on the device
+try:
+    model.predict(images)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("NPad.predict: cuda:0 has failed (")
+    assert "start it again" in done.stdout
+    assert (tmp_path / "model.npad").read_bytes() == content
