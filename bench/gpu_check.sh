@@ -112,7 +112,7 @@ phase 2 80 tests "op tests" each_op ""
 phase 2 40 tests "other GPU tests" others
 phase 4 70 sanitizers memcheck sanitize memcheck
 phase 8 70 sanitizers racecheck sanitize racecheck
-for op in mahalanobis detector neighborhood_moments nearest_centroid farthest_first embed \
+for op in mahalanobis detector backbone neighborhood_moments nearest_centroid farthest_first embed \
     anomaly_map window_covariance inverse_cholesky pack_factor; do
     phase 32 120 benchmarks "bench $op" benchmark "$op"
 done
