@@ -16,6 +16,9 @@ from torch import Tensor
 __all__ = ["Halving", "explained", "free_bytes", "require", "resolve"]
 
 _MEMINFO = Path("/proc/meminfo")
+_SHORTAGE = re.compile(
+    r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_ALLOC_FAILED"
+)
 _LOST = re.compile(r"CUDA error|cudaError(?!MemoryAllocation)|device-side assert|Xid")
 
 
@@ -84,14 +87,14 @@ def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         if is_shortage(error):
             asked = re.search(r"allocate (\d+(?:\.\d+)?)\s*(bytes|[KMGT]iB)", str(error))
-            wanted = "memory"
+            wanted = "more memory"
             if asked is not None:
                 unit = ("bytes", "KiB", "MiB", "GiB", "TiB").index(asked[2])
-                wanted = _size(float(asked[1]) * 1024**unit)
+                wanted = f"{_size(float(asked[1]) * 1024**unit)} more"
             free = free_bytes(device)
             left = f", {_size(free)} are free" if free is not None else ""
             raise MemoryError(
-                f"{call}: {wanted} more was asked for on {device}{left}; {remedy}"
+                f"{call}: {wanted} was asked for on {device}{left}; {remedy}"
             ) from error
         if device.type == "cuda" and _LOST.search(str(error)):
             first_line = str(error).strip().splitlines()[0]
@@ -104,10 +107,8 @@ def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error is a lack of memory, on any device."""
-    text = str(error)
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("DefaultCPUAllocator" in text or "cudaErrorMemoryAllocation" in text)
+        isinstance(error, RuntimeError) and _SHORTAGE.search(str(error)) is not None
     )
 
 

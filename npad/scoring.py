@@ -113,7 +113,7 @@ class Run:
             return Flight(batch, scores.cpu(), flat.cpu(), None)
         host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
-        landed.record()
+        landed.record(torch.cuda.current_stream(self._device))  # it need not be the current device
         return Flight(batch, *host, landed)
 
     def _take(self, images: Tensor) -> Tensor:

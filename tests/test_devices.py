@@ -133,6 +133,22 @@ def test_a_second_shortage_is_an_error_and_keeps_the_model(
     assert model.mean_ is before
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "npad.embed: cudaErrorMemoryAllocation: out of memory",
+    ],
+)
+def test_a_shortage_outside_of_the_allocator(text: str) -> None:
+    with (
+        pytest.raises(MemoryError, match=r"^NPad\.fit: more memory was asked for on cpu, .* less$"),
+        devices.explained("NPad.fit", CPU, "ask for less"),
+    ):
+        raise RuntimeError(text)
+
+
 def test_one_image_cannot_be_halved(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
