@@ -21,6 +21,7 @@ from torch import Tensor
 
 from npad import NPad
 from npad.images import ImageSource
+from npad.scoring import embed
 
 SIZE = 256
 N_IMAGES = 256  # of a fit on a GPU
@@ -159,7 +160,11 @@ def bench_predict_gpu(device: torch.device, case: Gpu, folder: Path, race: Any) 
     for a, b in zip(npad(), eager(), strict=True):  # type: ignore[call-overload]
         torch.testing.assert_close(a, b)
     race(
-        {"npad": npad, "without a graph": eager, "embedding alone": lambda: model._embed(images)},
+        {
+            "npad": npad,
+            "without a graph": eager,
+            "embedding alone": lambda: embed(scorer.network, scorer.projection, images),
+        },
         rounds=15,
     )
 

@@ -92,7 +92,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "backbone_dtype": (
         str,
         "float32|float16|bfloat16",
-        "In which the backbone computes. [default: float16 on a GPU, else float32]",
+        "In which the backbone computes. [default: float32; float16 to score on a GPU]",
     ),
     "compile": (_switch, "on|off", "Run the backbone through torch.compile."),
     "batch_size": (int, "N", "Images that go through the backbone together."),

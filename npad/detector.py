@@ -85,8 +85,8 @@ class NPad:
         standardisation are chosen; they are fitted afterwards
     seed : of every random choice
     device : torch device, or "auto": a GPU if there is one
-    backbone_dtype : "float32", "float16" or "bfloat16", in which the backbone computes; None is
-        float16 on a GPU and float32 elsewhere
+    backbone_dtype : "float32", "float16" or "bfloat16", in which the backbone computes; None fits in
+        float32 and scores in float16 on a GPU, in float32 elsewhere
     compile : run the backbone through ``torch.compile``
     batch_size : images that go through the backbone together
     progress : True, False, or None: bars for what takes over two seconds, on a terminal only
@@ -157,7 +157,7 @@ class NPad:
         self.compile = compile
         self.batch_size = batch_size
         self.progress = progress
-        self._backbone: Backbone | None = None
+        self._backbones: dict[torch.dtype, Backbone] = {}
         self._graphs: tuple[object, Graphs] | None = None
         self._index: tuple[Tensor, Tensor] | None = None
         if self.fusion in ("product", "sum", "euclidean") and nominal_set is None:
@@ -213,7 +213,7 @@ class NPad:
         return {name: value for name, value in vars(self).items() if name.endswith("_")}
 
     def _fit(self, images: ImageSource) -> None:
-        network = self._network()
+        network = self._network(fitting=True)
         self.grid_ = network.grid(self.image_size)
         self.projection_, batches = self._projection(images)
         channels = network.channels if self.projection_ is None else self.projection_.shape[1]
@@ -292,7 +292,7 @@ class NPad:
         """Matrix that reduces the embeddings, and the batches to fit."""
         if self.n_features is None:
             return None, images.batches()
-        channels = self._network().channels
+        channels = self._network(fitting=True).channels
         if self.n_features > channels:
             raise ValueError(
                 f"NPad: n_features={self.n_features} is more than the {channels} channels of "
@@ -430,7 +430,7 @@ class NPad:
         ValueError : the device cannot be used.
         """
         self.device = devices.resolve(device)
-        self._backbone = self._graphs = None
+        self._backbones, self._graphs = {}, None
         for name in TENSORS:
             tensor = getattr(self, f"{name}_", None)
             if tensor is not None:
@@ -599,19 +599,24 @@ class NPad:
             page_locked=self.device.type == "cuda",
         )
 
-    def _network(self) -> Backbone:
+    def _network(self, *, fitting: bool = False) -> Backbone:
+        """The backbone, in the precision of fitting or of scoring."""
+        if self.backbone_dtype is not None:
+            dtype = DTYPES[self.backbone_dtype]
+        else:  # as measured: float16 costs nothing in scoring, but fitting chooses other centroids
+            half = self.device.type == "cuda" and not fitting
+            dtype = torch.float16 if half else torch.float32
         with _lock:
-            if self._backbone is None:
-                default = torch.float16 if self.device.type == "cuda" else torch.float32
-                dtype = DTYPES[self.backbone_dtype] if self.backbone_dtype else default
-                self._backbone = shared_backbone(
+            if dtype not in self._backbones:
+                self._backbones[dtype] = shared_backbone(
                     self.backbone, self.layers, self.weights, dtype, self.compile, self.device
                 )
-            return self._backbone
+            return self._backbones[dtype]
 
     def _embed(self, images: Tensor) -> Tensor:
+        """Embeddings to fit."""
         images = images.to(self.device, non_blocking=True)
-        return embed(self._network(), self.projection_, images)
+        return embed(self._network(fitting=True), self.projection_, images)
 
     def _index_of(self, centroids: Tensor) -> Tensor:
         """What speeds up the search among these centroids; kept until there are others."""

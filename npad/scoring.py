@@ -83,12 +83,24 @@ class Flight:
     landed: Any  # the event of a CUDA stream, or None
 
     def finish(self) -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
-        """Wait for the scores and the maps, each at its image's own size."""
+        """Wait for the scores and the maps, each at its image's own size.
+
+        Raises
+        ------
+        RuntimeError : a score that is not finite, which would pass below any threshold.
+        """
         maps = self.maps
         if self.landed is not None:
             self.landed.synchronize()
             maps = maps.clone()  # page-locked memory is not for results, which the user may keep
-        return self.scores.double().numpy(), anomaly_map.cut(maps, self.batch.sizes)
+        scores = self.scores.double().numpy()
+        if not np.isfinite(scores).all():
+            name = self.batch.names[int(np.argmin(np.isfinite(scores)))]
+            raise RuntimeError(
+                f"NPad.predict: the score of {name} is not finite: its features are larger than the "
+                "backbone's precision holds; use backbone_dtype='float32'"
+            )
+        return scores, anomaly_map.cut(maps, self.batch.sizes)
 
 
 class Run:

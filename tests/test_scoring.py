@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from npad import NPad
+from npad import NPad, detector
 from npad.images import ImageError
 from npad.scoring import started_ahead
 
@@ -70,6 +70,45 @@ def test_a_stream_is_answered_image_by_image(model: NPad, images: np.ndarray) ->
     for prediction in model.predict_batches(camera()):
         answered += len(prediction.scores)
     assert answered == len(images)
+
+
+def test_features_that_overflow_are_an_error(
+    model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = model._network().forward
+
+    def overflow(batch: torch.Tensor) -> torch.Tensor:
+        x = forward(batch)
+        x[2, 3, 3, 0] = torch.inf
+        return x
+
+    monkeypatch.setattr(model._network(), "forward", overflow)
+    message = r"score of image\[2\] is not finite.*use backbone_dtype='float32'"
+    with pytest.raises(RuntimeError, match=message):
+        model.predict(images[:5])
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "fitted", "scored"),
+    [
+        ("cpu", None, torch.float32, torch.float32),
+        ("cuda:0", None, torch.float32, torch.float16),
+        ("cuda:0", "bfloat16", torch.bfloat16, torch.bfloat16),
+        ("cpu", "float16", torch.float16, torch.float16),
+    ],
+)
+def test_the_precision_of_the_backbone(
+    device: str,
+    given: str | None,
+    fitted: torch.dtype,
+    scored: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(detector, "shared_backbone", lambda *arguments: arguments[3])
+    model = NPad("filterbank", backbone_dtype=given)
+    model.device = torch.device(device)
+    assert model._network(fitting=True) == fitted
+    assert model._network() == scored
 
 
 def test_many_threads_and_models_at_once(model: NPad, images: np.ndarray) -> None:
