@@ -17,6 +17,7 @@ __all__ = ["Graphs"]
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
+_recording = threading.Lock()  # torch allows one recording at a time, whatever the GPU
 KEPT = 4  # shapes: the batch, the rest of a folder, one image, and one to spare
 
 
@@ -96,12 +97,16 @@ class Graphs:
 
 def _record(function: Function, x: Tensor, shared: _Device) -> _Graph | None:
     """The graph, or None where it cannot be made: the function then goes on running as it is."""
-    source = x.clone()
+    with torch.inference_mode(False):  # what was made inside it could not be written to outside
+        source = x.clone()
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads may allocate meanwhile, which the default mode forbids.
-        with torch.cuda.graph(
-            graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
+        with (
+            _recording,
+            torch.cuda.graph(
+                graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
+            ),
         ):
             results = function(source)
     except RuntimeError as error:
