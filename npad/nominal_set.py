@@ -186,7 +186,10 @@ class NominalSet:
         """Look at the sums of all updates but the latest ones, whose work may be queued still."""
         while len(self._sums) > behind:
             if not bool(self._sums.popleft().isfinite()):
-                raise ValueError("NominalSet.update: x holds NaN or infinite values")
+                raise ValueError(
+                    "NominalSet.update: x holds NaN or infinite values; a backbone that overflows in "
+                    "float16 needs backbone_dtype='bfloat16' or 'float32'"
+                )
 
     def _check_channels(self, call: str, channels: int) -> None:
         if self.n_seen and channels != self._channels():
