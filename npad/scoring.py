@@ -103,7 +103,9 @@ class Run:
     def __init__(self, score: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> None:
         self._score = devices.Halving(score, "NPad.predict")
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # torch has 32 streams of a priority and then hands out the first again. One on which another
+        # thread is recording a graph would take these copies into it; graphs are of priority 0.
+        self._copies = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
@@ -113,7 +115,7 @@ class Run:
             return Flight(batch, scores.cpu(), flat.cpu(), None)
         host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
-        landed.record()
+        landed.record(torch.cuda.current_stream(self._device))  # another GPU may be current
         return Flight(batch, *host, landed)
 
     def _take(self, images: Tensor) -> Tensor:
