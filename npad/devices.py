@@ -21,7 +21,8 @@ _SHORT = re.compile(
 )
 # What leaves a GPU usable: a kernel that it has no code for, an argument, a recording.
 _LOST = re.compile(
-    r"CUDA error: (?!no kernel image|invalid (?:argument|configuration|device)|operation )"
+    r"CUDA error: (?!no kernel image|invalid (?:argument|configuration|device)"
+    r"|operation (?:not permitted|failed))"
     r"|cudaError(?!NoKernelImage|Invalid(?:Value|Configuration|Device)|StreamCapture)"
     r"|device-side assert|Xid"
 )
