@@ -25,8 +25,9 @@ S = TypeVar("S")
 
 def embed(network: Backbone, projection: Tensor | None, images: Tensor) -> Tensor:
     """(B, 3, H, W) float32 in [0, 1] -> embeddings (B, h, w, C) float32, reduced if so fitted."""
-    x: Tensor = network(images)
-    return x if projection is None else x @ projection
+    with torch.autocast(images.device.type, enabled=False):  # the program's; dtypes are the model's
+        x: Tensor = network(images)
+        return x if projection is None else x @ projection
 
 
 @dataclass(frozen=True, eq=False)

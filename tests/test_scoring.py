@@ -99,6 +99,16 @@ def test_a_batch_on_the_device(model: NPad, images: np.ndarray) -> None:
         model.score(x.to("meta"))
 
 
+@pytest.mark.parametrize("n_features", [None, 20])
+def test_autocast_of_the_program_changes_nothing(
+    n_features: int | None, images: np.ndarray
+) -> None:
+    model = NPad("filterbank", **SMALL, n_features=n_features).fit(images)
+    expected = model.predict(images).scores
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(model.predict(images).scores, expected)
+
+
 def test_an_empty_batch_on_the_device(model: NPad) -> None:
     scores, maps = model.score(torch.empty(0, 3, 32, 32))
     assert scores.shape == (0,)
