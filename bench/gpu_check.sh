@@ -29,7 +29,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 tools=$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))') # cmake and ninja, perhaps
 export PATH=$PATH:$tools:/usr/local/cuda/bin
-export CUDAARCHS=$arch PYTHONPATH=$work/site PYTHONSAFEPATH=1 NPAD_REQUIRE_CUDA=1
+export CUDAARCHS=$arch PYTHONPATH=$work/site:$PWD/bench PYTHONSAFEPATH=1 NPAD_REQUIRE_CUDA=1
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1
 pytest=(python3 -m pytest -q -ra -p no:cacheprovider -W default)
 ops=(embed neighborhood_moments window_covariance pack_factor inverse_cholesky mahalanobis
@@ -116,8 +116,7 @@ for op in mahalanobis detector backbone neighborhood_moments nearest_centroid fa
     anomaly_map window_covariance inverse_cholesky pack_factor; do
     phase 32 120 benchmarks "bench $op" benchmark "$op"
 done
-phase 32 60 benchmarks timeline within env "PYTHONPATH=$PYTHONPATH:$PWD/bench" \
-    python3 bench/timeline.py --device cuda --batch 32
+phase 32 60 benchmarks timeline within python3 bench/timeline.py --device cuda --batch 32
 phase 16 50 sanitizers synccheck sanitize synccheck
 phase 2 60 tests "2^31 elements" within "${pytest[@]}" tests/test_large_sizes.py -k cuda --slow
 phase 2 60 tests "CPU tests" cpu_tests

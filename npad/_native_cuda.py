@@ -168,10 +168,10 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def register() -> None:
+def register() -> bool:
     """Register the CUDA kernels with PyTorch, unless the driver is too old for them."""
     if cuda is None or cuda.driver_version() == 0:
-        return
+        return False
     driver, runtime = cuda.driver_version(), cuda.runtime_version()
     if driver // 1000 < runtime // 1000:
         warnings.warn(
@@ -181,7 +181,7 @@ def register() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-        return
+        return False
     for kernel in (
         embed,
         neighborhood_moments,
@@ -195,6 +195,7 @@ def register() -> None:
         resize_maps,
     ):
         torch.library.impl(f"npad::{kernel.__name__}", "CUDA", kernel)
+    return True
 
 
-register()
+registered = register()  # otherwise the reference runs on the GPU

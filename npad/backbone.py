@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import threading
@@ -183,11 +184,11 @@ class Backbone(nn.Module):
         )
 
     def _meta_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Run on tensors without data: only shapes are computed."""
-        state = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
-        meta = {key: value.to("meta") for key, value in state.items()}
-        x = torch.empty(1, 3, *image_size, device="meta", dtype=self.dtype)
-        features = torch.func.functional_call(self.net, meta, (x,))
+        """Run a copy on tensors without data: only shapes are computed."""
+        state = [*self.net.parameters(), *self.net.buffers()]
+        # A copy, since other threads and models may be running the network itself.
+        net = copy.deepcopy(self.net, {id(value): value.to("meta") for value in state})
+        features = net(torch.empty(1, 3, *image_size, device="meta", dtype=self.dtype))
         height, width = (
             features[0].shape[1:3] if self._channels_last_output else features[0].shape[2:]
         )
@@ -245,13 +246,28 @@ def _exact_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with (
-        _exact_lock,
-        torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        ),
-    ):
-        yield
+    cudnn = torch.backends.cudnn
+    # From torch 2.9 on, allow_tf32 raises where a program has used what takes its place.
+    tf32 = (
+        (cudnn.conv, "fp32_precision", "ieee")
+        if hasattr(cudnn, "conv")
+        else (cudnn, "allow_tf32", False)
+    )
+    exact: tuple[tuple[Any, str, object], ...] = (
+        (cudnn, "enabled", True),
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        tf32,
+    )
+    with _exact_lock:
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in exact]
+        try:
+            for owner, name, value in exact:
+                setattr(owner, name, value)
+            yield
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
 
 
 def _checked_layers(

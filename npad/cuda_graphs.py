@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Graphs"]
+__all__ = ["SAFE", "Graphs"]
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
+# Before PyTorch 2.12, a recording that fails leaves the allocator unable to free memory.
+SAFE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+
+_recording = threading.Lock()  # torch allows one recording at a time, whatever the GPU
 KEPT = 4  # shapes: the batch, the rest of a folder, one image, and one to spare
 
 
@@ -96,12 +100,16 @@ class Graphs:
 
 def _record(function: Function, x: Tensor, shared: _Device) -> _Graph | None:
     """The graph, or None where it cannot be made: the function then goes on running as it is."""
-    source = x.clone()
+    with torch.inference_mode(False):  # what was made inside it could not be written to outside
+        source = x.clone()
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads may allocate meanwhile, which the default mode forbids.
-        with torch.cuda.graph(
-            graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
+        with (
+            _recording,
+            torch.cuda.graph(
+                graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
+            ),
         ):
             results = function(source)
     except RuntimeError as error:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import arguments, devices, model_file, ops, progress
+from npad import _native_cuda, arguments, cuda_graphs, devices, model_file, ops, progress
 from npad._version import __version__
 from npad.anomaly_map import FUSIONS, Standardization
 from npad.backbone import Backbone, shared_backbone
@@ -173,6 +173,10 @@ class NPad:
         for name, value in (("n_features", n_features), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"NPad: {name} must be at least 1, got {value}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which records CUDA graphs of its own."""
+        return vars(self) | {"_graphs": None}
 
     # ----------------------------------------------------------------------------------------------
     # Fit.
@@ -398,7 +402,8 @@ class NPad:
     def _on_device(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """From images to scores and maps; on a GPU as CUDA graphs, which are kept."""
         scorer = self._scorer()
-        if self.device.type != "cuda":
+        # The reference, where it runs on a GPU, waits for it, which no graph records.
+        if self.device.type != "cuda" or not (_native_cuda.registered and cuda_graphs.SAFE):
             return scorer
         with _lock:
             if self._graphs is None or self._graphs[0] != scorer.key:
@@ -430,7 +435,8 @@ class NPad:
         ValueError : the device cannot be used.
         """
         self.device = devices.resolve(device)
-        self._backbones, self._graphs = {}, None
+        self._backbones = {}
+        self._graphs = self._index = None
         for name in TENSORS:
             tensor = getattr(self, f"{name}_", None)
             if tensor is not None:

@@ -16,10 +16,16 @@ from torch import Tensor
 __all__ = ["Halving", "explained", "free_bytes", "require", "resolve"]
 
 _MEMINFO = Path("/proc/meminfo")
-_SHORTAGE = re.compile(
-    r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_ALLOC_FAILED"
+_SHORT = re.compile(
+    r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
 )
-_LOST = re.compile(r"CUDA error|cudaError(?!MemoryAllocation)|device-side assert|Xid")
+# What leaves a GPU usable: a kernel that it has no code for, an argument, a recording.
+_LOST = re.compile(
+    r"CUDA error: (?!no kernel image|invalid (?:argument|configuration|device)"
+    r"|operation (?:not permitted|failed))"
+    r"|cudaError(?!NoKernelImage|Invalid(?:Value|Configuration|Device)|StreamCapture)"
+    r"|device-side assert|Xid"
+)
 
 
 def resolve(value: Any) -> torch.device:
@@ -108,7 +114,7 @@ def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
 def is_shortage(error: BaseException) -> bool:
     """Whether an error is a lack of memory, on any device."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and _SHORTAGE.search(str(error)) is not None
+        isinstance(error, RuntimeError) and _SHORT.search(str(error)) is not None
     )
 
 

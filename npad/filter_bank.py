@@ -48,6 +48,7 @@ class FilterBank(nn.Module):
     derivatives: Tensor
     colours: Tensor
     contrast_gain: Tensor
+    binomial: Tensor
 
     def __init__(self, layers: Sequence[int]) -> None:
         super().__init__()
@@ -60,37 +61,39 @@ class FilterBank(nn.Module):
         self.register_buffer("colours", _rounded(_opponent_colours()))
         self.register_buffer("contrast_gain", _rounded(_contrast_gain()))
         self.register_buffer("revision", torch.tensor(REVISION))
+        # Made here: made in a call, it would be copied to a GPU then, for which a call waits and
+        # which no CUDA graph records. Not persistent: the weights hash is older than it.
+        self.register_buffer("binomial", torch.tensor(_BINOMIAL), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features of images (B, 3, H, W) in [0, 1]: one (B, 17, h, w) per chosen level."""
         pyramid = [F.conv2d(images, self.colours)]
         for _ in range(self.layers[-1] + 1):
-            pyramid.append(_halve(pyramid[-1]))
+            pyramid.append(self._halve(pyramid[-1]))
         return [self._level(pyramid[level - 1], pyramid[level + 1]) for level in self.layers]
 
     def _level(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """Features on the grid of `coarse` (stride r) with the detail of `fine` (stride r / 4)."""
         response = _correlate(fine[:, :1], self.oriented).square()
         energy = response[:, :N_ORIENTATIONS] + response[:, N_ORIENTATIONS:]
-        amplitude = (_halve(_halve(energy)) + _FLOOR**2).sqrt()
-        variance = (_halve(_halve(fine.square())) - coarse.square()).clamp_min(0)
+        amplitude = (self._halve(self._halve(energy)) + _FLOOR**2).sqrt()
+        mean_square = self._halve(self._halve(fine.square()))
+        variance = (mean_square - coarse.square()).clamp_min(0)
         contrast = (variance + _FLOOR**2).sqrt() * self.contrast_gain
         slopes = _correlate(coarse[:, :1], self.derivatives)
         return torch.cat([amplitude, coarse, contrast, slopes], dim=1)
+
+    def _halve(self, x: Tensor) -> Tensor:
+        """Halve the resolution of x (B, C, H, W); an odd side is rounded up."""
+        channels, height, width = x.shape[1:]
+        kernel = torch.outer(self.binomial, self.binomial).expand(channels, 1, 4, 4)
+        x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2), mode="reflect")
+        return F.conv2d(x, kernel, stride=2, groups=channels)
 
 
 def _correlate(x: Tensor, kernels: Tensor) -> Tensor:
     pad = kernels.shape[-1] // 2
     return F.conv2d(F.pad(x, (pad, pad, pad, pad), mode="reflect"), kernels)
-
-
-def _halve(x: Tensor) -> Tensor:
-    """Halve the resolution of x (B, C, H, W); an odd side is rounded up."""
-    channels, height, width = x.shape[1:]
-    taps = torch.tensor(_BINOMIAL, device=x.device, dtype=x.dtype)
-    kernel = torch.outer(taps, taps).expand(channels, 1, 4, 4)
-    x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2), mode="reflect")
-    return F.conv2d(x, kernel, stride=2, groups=channels)
 
 
 def _quadrature_pairs() -> Tensor:

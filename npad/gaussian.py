@@ -187,7 +187,8 @@ class NeighborhoodGaussian:
         if not bool(covariance.diagonal(dim1=1, dim2=2).isfinite().all()):
             raise ValueError(
                 "npad: a covariance is not finite: each window needs at least two samples, "
-                "and features must be finite and below 1e18; fit more images"
+                "and features must be finite and below 1e18; fit more images, or, where the backbone "
+                "overflows in float16, give backbone_dtype='bfloat16' or 'float32'"
             )
         return mean, covariance
 

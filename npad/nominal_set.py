@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -80,7 +79,7 @@ class NominalSet:
         self.n_seen = 0
         self._composed: list[Tensor] = []  # centres of the parts so far
         self._bank: list[Tensor] = []  # embeddings not composed yet
-        self._sums: deque[Tensor] = deque()  # of updates whose values are not known to be finite
+        self._sums: list[Tensor] = []  # of updates whose values are not known to be finite
         self._banked = 0
         self._chosen: Tensor | None = None  # by the last finalize
 
@@ -90,7 +89,7 @@ class NominalSet:
         Raises
         ------
         ValueError : no channels, another number of them than before, or NaN or infinite values; those
-            of a tensor on a GPU, for which nothing waits, are told by a later call.
+            of a tensor on a GPU, for which nothing waits, are told by ``compose`` and ``finalize``.
         """
         if x.ndim == 0 or x.shape[-1] == 0:
             raise ValueError(f"NominalSet.update: x must have shape (..., C), got {tuple(x.shape)}")
@@ -99,7 +98,8 @@ class NominalSet:
         if x.numel() == 0:
             return self
         self._sums.append(x.sum(dtype=torch.float64))
-        self._check_finite(behind=0 if x.device.type == "cpu" else 2)
+        if x.device.type == "cpu":  # elsewhere a look would wait for all that is queued
+            self._check_finite()
         room = max(1, self.bank_bytes // (4 * channels))  # embeddings
         for part in x.detach().reshape(-1, channels).split(room):
             if self._banked and self._banked + len(part) > room:
@@ -133,7 +133,7 @@ class NominalSet:
 
     def compose(self) -> NominalSet:
         """Replace the bank by its own centroids."""
-        self._check_finite(behind=0)
+        self._check_finite()
         rows = sum(map(len, self._composed))
         if self.n_centroids >= 1 and rows > 0 and rows * 4 * self._channels() > self.bank_bytes:
             self._composed = [self._choose(_take(self._composed), int(self.n_centroids))[0]]
@@ -156,7 +156,7 @@ class NominalSet:
         """
         if not self.n_seen:
             raise ValueError("NominalSet.finalize: no embeddings; call update first")
-        self._check_finite(behind=0)
+        self._check_finite()
         if not self._bank and len(self._composed) == 1 and self._composed[0] is self._chosen:
             return self  # nothing new
         if self._composed:
@@ -182,11 +182,16 @@ class NominalSet:
     def _channels(self) -> int:
         return int((self._bank or self._composed)[0].shape[1])
 
-    def _check_finite(self, behind: int) -> None:
-        """Look at the sums of all updates but the latest ones, whose work may be queued still."""
-        while len(self._sums) > behind:
-            if not bool(self._sums.popleft().isfinite()):
-                raise ValueError("NominalSet.update: x holds NaN or infinite values")
+    def _check_finite(self) -> None:
+        """Look at the sums of the updates since the last time."""
+        if self._sums:
+            total = torch.stack(self._sums).sum()
+            self._sums.clear()
+            if not bool(total.isfinite()):
+                raise ValueError(
+                    "NominalSet.update: x holds NaN or infinite values; a backbone that overflows in "
+                    "float16 needs backbone_dtype='bfloat16' or 'float32'"
+                )
 
     def _check_channels(self, call: str, channels: int) -> None:
         if self.n_seen and channels != self._channels():

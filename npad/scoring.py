@@ -25,8 +25,9 @@ S = TypeVar("S")
 
 def embed(network: Backbone, projection: Tensor | None, images: Tensor) -> Tensor:
     """(B, 3, H, W) float32 in [0, 1] -> embeddings (B, h, w, C) float32, reduced if so fitted."""
-    x: Tensor = network(images)
-    return x if projection is None else x @ projection
+    with torch.autocast(images.device.type, enabled=False):  # the program's; dtypes are the model's
+        x: Tensor = network(images)
+        return x if projection is None else x @ projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,9 @@ class Run:
     def __init__(self, score: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> None:
         self._score = devices.Halving(score, "NPad.predict")
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # torch has 32 streams of a priority and then hands out the first again. One on which another
+        # thread is recording a graph would take these copies into it; graphs are of priority 0.
+        self._copies = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
@@ -125,7 +128,7 @@ class Run:
             return Flight(batch, scores.cpu(), flat.cpu(), None)
         host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
-        landed.record(torch.cuda.current_stream(self._device))  # it need not be the current device
+        landed.record(torch.cuda.current_stream(self._device))  # another GPU may be current
         return Flight(batch, *host, landed)
 
     def _take(self, images: Tensor) -> Tensor:

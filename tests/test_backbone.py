@@ -153,6 +153,47 @@ def test_models_share_a_backbone_while_one_is_in_use(resnet_file: Path, folder: 
     assert gone() is None
 
 
+@pytest.mark.parametrize("name", ["resnet18", "filterbank"])
+def test_a_grid_is_found_while_the_network_runs(name: str, resnet: Backbone) -> None:
+    """Another model or thread may have it in use: its weights must stay where they are."""
+    backbone = resnet if name == "resnet18" else Backbone(name)
+    assert backbone.grid((96, 160))
+    images = torch.rand(1, 3, 64, 64)
+    expected, seen = backbone(images), []
+
+    def during(module: Any, inputs: Any) -> None:
+        if inputs[0].is_meta:
+            seen.append(backbone(images))
+
+    hook = backbone.net.register_forward_pre_hook(during)
+    try:
+        backbone.grid((128, 160))
+    finally:
+        hook.remove()
+    assert torch.equal(seen[0], expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize(
+    "program", ["pass", "b.fp32_precision = 'tf32'", "c.fp32_precision = 'ieee'"]
+)
+def test_convolutions_are_exact_whatever_the_program_has_set(program: str) -> None:
+    """In a process of its own. The settings need no GPU."""
+    code = f"""
+import torch
+from npad.backbone import _exact_convolutions
+b = torch.backends
+c = b.cudnn.conv
+{program}
+before = c.fp32_precision, b.cudnn.deterministic
+for _ in range(2):
+    with _exact_convolutions(torch.device("cuda")):
+        assert (c.fp32_precision, b.cudnn.deterministic) == ("ieee", True)
+    assert (c.fp32_precision, b.cudnn.deterministic) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_it_stays_frozen(resnet: Backbone) -> None:
     assert not any(p.requires_grad for p in resnet.parameters())
     resnet.train()

@@ -71,6 +71,17 @@ def test_the_first_call_records_and_later_ones_replay(recorder: Recorder) -> Non
         assert torch.equal(b, x.sum(1))
 
 
+def test_recorded_in_inference_mode_and_replayed_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    shared: Any = SimpleNamespace(stream=None, pool=None)
+    x = torch.ones(3, 2)
+    with torch.inference_mode():
+        graph = cuda_graphs._record(double, x, shared)
+    assert graph is not None
+    graph.source.copy_(2 * x)
+
+
 def test_a_graph_for_each_of_the_latest_shapes(recorder: Recorder) -> None:
     graphs = Graphs(double)
     for n in range(1, KEPT + 1):

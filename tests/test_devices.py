@@ -133,20 +133,14 @@ def test_a_second_shortage_is_an_error_and_keeps_the_model(
     assert model.mean_ is before
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "npad.embed: cudaErrorMemoryAllocation: out of memory",
-    ],
-)
-def test_a_shortage_outside_of_the_allocator(text: str) -> None:
-    with (
-        pytest.raises(MemoryError, match=r"^NPad\.fit: more memory was asked for on cpu, .* less$"),
-        devices.explained("NPad.fit", CPU, "ask for less"),
-    ):
-        raise RuntimeError(text)
+@pytest.mark.parametrize("nominal_set", ["kcenter", None])
+def test_a_backbone_that_overflows_names_the_remedy(
+    nominal_set: str | None, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NPad("filterbank", **SMALL, nominal_set=nominal_set)
+    monkeypatch.setattr(model, "_embed", lambda x: torch.full((len(x), 8, 8, 51), torch.inf))
+    with pytest.raises(ValueError, match="backbone_dtype='bfloat16' or 'float32'"):
+        model.fit(images)
 
 
 def test_one_image_cannot_be_halved(
@@ -164,6 +158,42 @@ def test_other_errors_pass_unchanged(
     monkeypatch.setattr(model._network(), "forward", Short(None, most=0, error=error))
     with pytest.raises(RuntimeError) as caught:
         model.predict(images)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "npad.embed: cudaErrorMemoryAllocation: out of memory",
+    ],
+)
+def test_a_shortage_is_not_a_lost_gpu(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 2 * 10**6)
+    message = r"^NPad\.fit: more memory was asked for on cuda:0, 2 MB are free; less"
+    with (
+        pytest.raises(MemoryError, match=message),
+        devices.explained("NPad.fit", torch.device("cuda:0"), "less"),
+    ):
+        raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: operation not permitted when stream is capturing",
+        "npad.resize_maps: cudaErrorInvalidConfiguration: invalid configuration argument",
+    ],
+)
+def test_what_leaves_the_gpu_usable_passes_unchanged(text: str) -> None:
+    error = RuntimeError(text)
+    with (
+        pytest.raises(RuntimeError) as caught,
+        devices.explained("NPad.fit", torch.device("cuda:0"), "less"),
+    ):
+        raise error
     assert caught.value is error
 
 

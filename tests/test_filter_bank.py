@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from npad.filter_bank import N_ORIENTATIONS, FilterBank
 
@@ -42,6 +43,19 @@ def test_levels_can_be_chosen_alone() -> None:
     together = FilterBank((1, 2, 3, 4))(image)
     for level in (1, 2, 3, 4):
         assert torch.equal(FilterBank((level,))(image)[0], together[level - 1])
+
+
+def test_a_call_makes_no_tensor_of_numbers() -> None:
+    """On a GPU each would be a copy for which the call waits, and which no CUDA graph records."""
+
+    class NoNumbers(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            assert func not in (torch.tensor, torch.as_tensor)
+            return func(*args, **kwargs or {})
+
+    bank = FilterBank((1, 2))
+    with NoNumbers():
+        bank(torch.rand(1, 3, 32, 32))
 
 
 def test_a_constant_image_has_no_edge_anywhere() -> None:

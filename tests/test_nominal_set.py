@@ -313,6 +313,14 @@ def test_rejects_arguments(arguments: dict[str, object], message: str) -> None:
         NominalSet(**arguments)  # type: ignore[arg-type]
 
 
+def test_an_update_on_a_device_waits_for_nothing() -> None:
+    """Values of meta tensors cannot be looked at, any more than those that a GPU has yet to compute."""
+    nominal = NominalSet()
+    for _ in range(4):
+        nominal.update(torch.empty(3, 12, device="meta"))
+    assert nominal.n_seen == 12
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -12,14 +12,15 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from npad import NPad, detector
-from npad.images import ImageError
-from npad.scoring import started_ahead
+from npad import NPad, _native_cuda, detector, scoring
+from npad.images import Batch, ImageError
+from npad.scoring import Run, started_ahead
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 
@@ -137,6 +138,16 @@ def test_a_batch_on_the_device(model: NPad, images: np.ndarray) -> None:
         model.score(x.to("meta"))
 
 
+@pytest.mark.parametrize("n_features", [None, 20])
+def test_autocast_of_the_program_changes_nothing(
+    n_features: int | None, images: np.ndarray
+) -> None:
+    model = NPad("filterbank", **SMALL, n_features=n_features).fit(images)
+    expected = model.predict(images).scores
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(model.predict(images).scores, expected)
+
+
 def test_an_empty_batch_on_the_device(model: NPad) -> None:
     scores, maps = model.score(torch.empty(0, 3, 32, 32))
     assert scores.shape == (0,)
@@ -149,6 +160,40 @@ def test_models_can_be_copied_and_moved(model: NPad, images: np.ndarray) -> None
     with pytest.raises(ValueError, match="device='cuda:77' cannot be used here"):
         twin.to("cuda:77")
     assert np.array_equal(twin.predict(images).scores, model.predict(images).scores)
+
+
+def test_a_copy_records_graphs_of_its_own(model: NPad, images: np.ndarray) -> None:
+    """A CUDA graph cannot be copied; a lock stands in for it."""
+    before = copy.copy(model)
+    before._graphs = "key", threading.Lock()  # type: ignore[assignment]
+    twin = copy.deepcopy(before)
+    assert twin._graphs is None
+    assert np.array_equal(twin.predict(images).scores, model.predict(images).scores)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_only_kernels_are_recorded(
+    registered: bool, model: NPad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin, scorer = copy.copy(model), model._scorer()
+    twin.device = torch.device("cuda:0")
+    monkeypatch.setattr(twin, "_scorer", lambda: scorer)
+    monkeypatch.setattr(_native_cuda, "registered", registered)
+    assert (twin._on_device() is scorer) is not registered
+
+
+def test_on_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event must follow the copies, on the stream of the model's own GPU."""
+    device, recorded = torch.device("cuda:1"), []
+    event = SimpleNamespace(record=lambda stream=None: recorded.append(stream))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: "copies")
+    monkeypatch.setattr(scoring, "_to_host", lambda x: x)
+    run = Run(lambda x: (torch.zeros(len(x)), torch.zeros(len(x), 4, 4)), device)
+    monkeypatch.setattr(run, "_take", lambda images: images)
+    run.start(Batch(torch.zeros(2, 3, 4, 4), [(4, 4), (5, 6)], ["a", "b"], [0, 1]))
+    assert recorded == [device]
 
 
 class Killed(torch.utils.data.Dataset):
