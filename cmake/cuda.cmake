@@ -27,9 +27,10 @@ target_link_libraries(npad_cuda PRIVATE ${CMAKE_DL_LIBS})
 if("cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
   set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 20)
 else()
-  # A CMake older than the nvcc does not know its dialects, and would ask for that of C++.
-  set_property(TARGET npad_cuda PROPERTY CXX_STANDARD)
-  target_compile_options(npad_cuda PRIVATE -std=c++20)
+  # A CMake older than the nvcc does not know that dialect and appends the flag of the one it knows.
+  set(CMAKE_CUDA17_STANDARD_COMPILE_OPTION "-std=c++20")
+  set(CMAKE_CUDA17_EXTENSION_COMPILE_OPTION "-std=c++20")
+  set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 17)
 endif()
 target_compile_options(npad_cuda PRIVATE -Werror all-warnings "-Xcompiler=-Wall,-Wextra")
 list(JOIN CMAKE_CUDA_ARCHITECTURES "," architectures)
