@@ -126,5 +126,5 @@ def bench_nearest_centroid(
         rounds=15,
         n_bytes=x.nbytes + centroids.nbytes,
         n_flops=2 * len(x) * centroids.numel(),
-        products=("float16", 3),
+        products=("float16", 1),
     )

@@ -130,7 +130,7 @@ def test_extreme_scales(simt: Simt, scale: float) -> None:
 
 
 def test_rows_that_are_not_aligned(simt: Simt) -> None:
-    """Copies of 4 bytes give the same bits as copies of 16."""
+    """Rows that start anywhere give the same bits as rows at 16 bytes."""
     x, centroids = torch.randn(30, 36), torch.randn(20, 36)
     storage = torch.empty(x.numel() + 1)
     storage[1:] = x.flatten()
