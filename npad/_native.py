@@ -42,7 +42,7 @@ def info() -> dict[str, Any]:
     }
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
@@ -70,7 +70,7 @@ def embed(levels: list[Tensor], grid: list[int]) -> Tensor:
 def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
     if x.shape[0] == 0:
         return
-    x = _dense(x)
+    x = dense(x)
     core.neighborhood_moments(
         x.data_ptr(), x.shape[0], len(count), x.shape[3], count.data_ptr(), mean.data_ptr(),
         scatter.data_ptr(), torch.get_num_threads(),
@@ -119,7 +119,7 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
-    x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
+    x, mean, factor = dense(x), mean.contiguous(), factor.contiguous()
     distance = x.new_empty(x.shape[:3])
     core.mahalanobis(
         x.data_ptr(), len(x), *grid, x.shape[3], mean.data_ptr(), factor.data_ptr(),

@@ -9,14 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from npad._native import core, factor_type, level_tuples
+from npad._native import core, dense, factor_type, level_tuples
 from npad.reference import axis_band, packed_size
 
 cuda: Any = getattr(core, "cuda", None)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
 
 
 def _run(op: str, x: Tensor, *arguments: Tensor | object) -> None:
@@ -40,7 +36,7 @@ def embed(levels: list[Tensor], grid: list[int]) -> Tensor:
 
 
 def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
-    x = _dense(x)
+    x = dense(x)
     _run("neighborhood_moments", x, x, len(x), len(count), x.shape[3], count, mean, scatter)
 
 
@@ -74,25 +70,20 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     covariance = covariance.contiguous()
-    sizes = len(covariance), covariance.shape[1]
-    workspace = covariance.new_empty(cuda.inverse_cholesky_workspace(*sizes), dtype=torch.uint8)
-    packed = covariance.new_empty(len(covariance), packed_size(covariance.shape[1]), dtype=dtype)
-    info = covariance.new_empty(len(covariance), dtype=torch.int32)
+    count, channels = covariance.shape[:2]
+    size = cuda.inverse_cholesky_workspace(count, channels)
+    workspace = covariance.new_empty(size, dtype=torch.uint8)
+    packed = covariance.new_empty(count, packed_size(channels), dtype=dtype)
+    info = covariance.new_empty(count, dtype=torch.int32)
     _run(
-        "inverse_cholesky",
-        covariance,
-        covariance,
-        *sizes,
-        workspace,
-        packed,
-        factor_type(dtype),
-        info,
-    )
+        "inverse_cholesky", covariance, covariance, count, channels, workspace, packed,
+        factor_type(dtype), info,
+    )  # fmt: skip
     return packed, info
 
 
 def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
-    x, mean, factor = _dense(x), mean.contiguous(), factor.contiguous()
+    x, mean, factor = dense(x), mean.contiguous(), factor.contiguous()
     distance = x.new_empty(x.shape[:3])
     _run(
         "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, factor_type(factor.dtype),

@@ -47,8 +47,8 @@ class Backbone(nn.Module):
         timm's own pre-trained weights, from its cache or downloaded.
     dtype : float32, float16 or bfloat16: in which the network computes. The filter bank, whose
         variances float16 would not hold, stays in float32.
-    compile : run the network through ``torch.compile``, which takes a minute at the first batch of
-        each size.
+    compile : run the network through ``torch.compile``, which compiles at the first batch of each
+        size.
 
     Attributes
     ----------
