@@ -219,7 +219,8 @@ class NPad:
     def _fit(self, images: ImageSource) -> None:
         network = self._network(fitting=True)
         self.grid_ = network.grid(self.image_size)
-        self.projection_, batches = self._projection(images)
+        embed_batch = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
+        self.projection_, batches = self._projection(images, embed_batch)
         channels = network.channels if self.projection_ is None else self.projection_.shape[1]
         gaussian = self._new_gaussian(channels) if self._uses_gaussian else None
         nominal = (
@@ -234,7 +235,6 @@ class NPad:
             if nominal is not None:
                 nominal.update(x)
 
-        embed_batch = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
         held_out = Reservoir(self.holdout, self.seed)
         n_images = 0
         with (
@@ -292,7 +292,9 @@ class NPad:
             with progress.task("fit: nominal set", total, self.progress, "centroids") as advance:
                 self.centroids_ = nominal.finalize(advance).centroids_
 
-    def _projection(self, images: ImageSource) -> tuple[Tensor | None, Generator[Batch]]:
+    def _projection(
+        self, images: ImageSource, embed_batch: devices.Halving
+    ) -> tuple[Tensor | None, Generator[Batch]]:
         """Matrix that reduces the embeddings, and the batches to fit."""
         if self.n_features is None:
             return None, images.batches()
@@ -318,7 +320,7 @@ class NPad:
         if not sample:
             return None, batches  # the fit says that there are too few images
         self.projection_ = None
-        embeddings = (self._embed(batch.images) for batch in sample)
+        embeddings = (embed_batch(batch.images)[0] for batch in sample)
         return principal_axes(embeddings, self.n_features), batches
 
     # ----------------------------------------------------------------------------------------------
@@ -343,7 +345,9 @@ class NPad:
         Raises
         ------
         ValueError : images that cannot be read (ImageError).
-        MemoryError, RuntimeError : as ``fit``.
+        MemoryError : as ``fit``.
+        RuntimeError : the GPU has failed; or a score that is not finite, which would pass below any
+            threshold: features larger than the backbone's precision holds.
         """
         self._check_fitted()
         images = self._open(source, skip_bad)

@@ -117,6 +117,17 @@ def test_a_batch_that_does_not_fit_is_halved_once(
     assert network.batches.count(8) == 1  # it is not tried again
 
 
+def test_the_sample_of_principal_axes_is_halved_too(
+    model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Short(model._network().forward, most=4)
+    monkeypatch.setattr(model._network(), "forward", network)
+    with pytest.warns(RuntimeWarning, match="going on with 4") as caught:
+        NPad("filterbank", **SMALL, n_features=9).fit(images)
+    assert len(caught) == 1
+    assert network.batches.count(8) == 1
+
+
 def test_a_second_shortage_is_an_error_and_keeps_the_model(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
