@@ -178,6 +178,9 @@ PYBIND11_MODULE(_core, m) {
             }
         throw py::value_error("npad: instruction set '" + name + "' is not available here");
     });
+    m.def("use_huge_pages", [](uintptr_t memory, int64_t bytes) {
+        cpu::use_huge_pages(pointer<void>(memory), bytes);
+    });
     m.def("packed_size", [](int64_t channels) { return npad::PackedLayout(channels).size(); });
 
     py::enum_<FactorType>(m, "FactorType")

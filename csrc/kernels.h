@@ -111,6 +111,9 @@ struct Isa {
 };
 int available_isas(const Isa* isas[kMaxIsas]);
 
+// A hint for memory that is about to be written.
+void use_huge_pages(void* memory, int64_t bytes);
+
 }  // namespace cpu
 
 // Device pointers. Launched on the stream, which is cudaStream_t; nothing is allocated, nothing

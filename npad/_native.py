@@ -11,6 +11,7 @@ from torch import Tensor
 from npad import ops
 from npad.reference import axis_band, centroid_index_size, packed_size
 
+NEW_MEMORY = 32 << 20  # bytes; as much is not kept by the allocator but cleared anew by the system
 INDEX_SAMPLE = 4096  # centroids, at most, that choose the axes of an index
 INDEX_ITERATIONS = 2
 INDEX_LARGEST = 1e14  # deviations whose squares, summed, stay far from overflow
@@ -46,6 +47,14 @@ def dense(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
+def _large(like: Tensor, *shape: int) -> Tensor:
+    """Memory of float32 for an output that may be large."""
+    out = like.new_empty(shape, dtype=torch.float32)
+    if out.nbytes >= NEW_MEMORY:
+        core.use_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def factor_type(dtype: torch.dtype) -> object:
     return getattr(core.FactorType, str(dtype).removeprefix("torch."))
 
@@ -59,7 +68,7 @@ def embed(levels: list[Tensor], grid: list[int]) -> Tensor:
     # Rows along which nothing is side by side are rare: a copy serves them.
     levels = [x if 1 in (x.stride(1), x.stride(3)) else x.contiguous() for x in levels]
     batch, channels = len(levels[0]), sum(x.shape[1] for x in levels)
-    embedding = levels[0].new_empty(batch, *grid, channels, dtype=torch.float32)
+    embedding = _large(levels[0], batch, *grid, channels)
     core.embed(
         level_tuples(levels), factor_type(levels[0].dtype), batch, *grid, embedding.data_ptr(),
         torch.get_num_threads(),
@@ -203,7 +212,7 @@ def anomaly_map(
     n, h, w = x.shape
     row_first, row_taps = axis_band(h, size[0], sigma)
     column_first, column_taps = axis_band(w, size[1], sigma)
-    maps, scores = x.new_empty(n, *size), x.new_empty(n)
+    maps, scores = _large(x, n, *size), x.new_empty(n)
     core.anomaly_map(
         0 if m is None else m.data_ptr(), 0 if e is None else e.data_ptr(), product, *coefficients,
         n, h, w, row_first.data_ptr(), row_taps.data_ptr(), row_taps.shape[1],
@@ -215,7 +224,7 @@ def anomaly_map(
 
 def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     maps = maps.contiguous()
-    resized = maps.new_empty(sum(h * w for h, w in zip(heights, widths, strict=True)))
+    resized = _large(maps, sum(h * w for h, w in zip(heights, widths, strict=True)))
     core.resize_maps(
         maps.data_ptr(), *maps.shape, heights, widths, resized.data_ptr(), torch.get_num_threads()
     )

@@ -24,6 +24,9 @@ __all__ = ["Backbone", "BackboneError", "shared_backbone"]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
 _REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
+# On a CPU a larger batch goes through the network in parts: an activation of more than 32 MB would be
+# memory that the system hands out, and clears, anew for every layer of every batch.
+_PIXELS_AT_ONCE: Final = 4 * 256**2
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -156,11 +159,18 @@ class Backbone(nn.Module):
         if images.dtype != torch.float32:
             raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
         grid = self.grid((images.shape[2], images.shape[3]))
+        at_once = max(1, len(images))
+        if images.device.type == "cpu":
+            at_once = max(1, _PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+        with _exact_convolutions(images.device):
+            parts = [self._levels(part) for part in images.split(at_once)]
+        levels = parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
+        return ops.embed(levels, grid)
+
+    def _levels(self, images: Tensor) -> list[Tensor]:
         x = (images - self.mean) / self.std
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        with _exact_convolutions(x.device):
-            features = (self._compiled or self._features)(x)
-        return ops.embed(features, grid)
+        return (self._compiled or self._features)(x)
 
     def _features(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(x)

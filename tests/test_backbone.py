@@ -93,6 +93,20 @@ def test_a_rerun_is_bitwise_equal(resnet: Backbone) -> None:
     assert torch.equal(resnet(images), resnet(images))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "filterbank"])
+def test_a_batch_goes_through_in_parts(
+    name: str, resnet: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many images as fit a number of pixels, one at least; the last part has the rest."""
+    backbone = resnet if name == "resnet18" else Backbone(name)
+    images = torch.rand(5, 3, 64, 96)
+    for pixels, at_once in [(2 * 64 * 96, 2), (100, 1)]:
+        monkeypatch.setattr("npad.backbone._PIXELS_AT_ONCE", pixels)
+        parts = torch.cat([backbone(part) for part in images.split(at_once)])
+        assert torch.equal(backbone(images), parts)
+    assert backbone(images[:0]).shape == (0, *backbone.grid((64, 96)), backbone.channels)
+
+
 def test_resnet_takes_layers_2_and_3_and_builds_nothing_deeper(resnet: Backbone) -> None:
     assert resnet.layers == (2, 3)
     assert resnet.channels == 128 + 256
