@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from npad import devices, ops
+from npad.reference import packed_layout
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
 # again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices
 # to be busy, takes a share of what is free, the rest being for what a chunk becomes.
 CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
-EPS_CANDIDATES = torch.logspace(-6, 1, 57)  # eps="auto" tries these multiples of the mean variance
+# eps="auto" chooses among these multiples of the mean variance, from the largest down.
+EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64)
 
 
 class NeighborhoodGaussian:
@@ -96,36 +100,44 @@ class NeighborhoodGaussian:
 
         Notes
         -----
-        The likelihood of x under N(mu, Sigma + eps I) for all eps at once: with Sigma = V diag(l) V^T,
-        log p = -1/2 sum_j [log(l_j + eps) + (V^T (x - mu))_j^2 / (l_j + eps)] + const. It is summed
-        over an even sample of positions, as many as two billion multiplications decompose. Taken is
-        the largest eps within one standard error, over the held-out images, of the best (the rule of
+        The likelihood is that of the distances which scoring will measure: with W the inverse Cholesky
+        factor of Sigma + eps I, log p(x) = sum_j log W_jj - 1/2 || W (x - mu) ||^2 + const, summed over
+        an even sample of positions, fewer where there are more channels. Along each principal axis it
+        rises to one maximum and falls, so two bisections over the candidates do: for the best eps, then
+        for the largest within one standard error, over the held-out images, of the best (the rule of
         Breiman et al., *Classification and Regression Trees*, 1984): of choices that the data cannot
         tell apart, the most regular.
         """
         positions, channels = self.mean.shape
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
         sample = torch.linspace(0, positions - 1, min(n_sample, positions)).round().long().unique()
-        spectra, energies = [], []
-        for p in sample.tolist():
-            mean, covariance = self._window(p, p + 1)
-            values, vectors = torch.linalg.eigh(covariance[0].double())
-            z = held_out.flatten(1, 2)[:, p].double() - mean[0].double()
-            spectra.append(values.clamp(min=0))
-            energies.append((z @ vectors).square())
-        spectrum, energy = torch.stack(spectra), torch.stack(energies, 1)  # (S, C), (M, S, C)
-        scale = float(spectrum.mean()) or 1.0
-        candidates = scale * EPS_CANDIDATES.double()
-        likelihood = torch.stack(
-            [
-                -((spectrum + eps).log() + energy / (spectrum + eps)).sum((1, 2))
-                for eps in candidates
-            ]
-        )  # (candidates, M)
-        best = likelihood[likelihood.mean(1).argmax()]
-        error = best.std(correction=min(1, len(best) - 1)) / len(best) ** 0.5
-        close = likelihood.mean(1) >= best.mean() - error
-        return float(candidates[close.nonzero().max()])
+        windows = [self._window(p, p + 1) for p in sample.tolist()]
+        mean, covariance = (torch.cat(parts) for parts in zip(*windows, strict=True))
+        x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
+        variances = covariance.diagonal(dim1=1, dim2=2)
+        candidates = EPS_CANDIDATES * (float(variances.mean(dtype=torch.float64)) or 1.0)
+        row, column = packed_layout(channels)
+        diagonal = (row == column).nonzero().flatten().to(mean.device)
+
+        @cache
+        def likelihood(i: int) -> Tensor:
+            regular = covariance.clone()
+            regular.diagonal(dim1=1, dim2=2).add_(float(candidates[i]))
+            factor, info = ops.inverse_cholesky(regular, torch.float32)
+            if bool(info.any()):
+                return torch.full((len(x),), -torch.inf, dtype=torch.float64)
+            distance = ops.mahalanobis(x, mean, factor, (1, len(sample)), 1)[:, 0].double()
+            log_det = factor[:, diagonal].double().log().sum(1)
+            return (log_det - distance.square() / 2).sum(1).cpu()
+
+        def falls(i: int) -> bool:
+            return bool(likelihood(i).mean() >= likelihood(i + 1).mean())
+
+        best = bisect_left(range(len(candidates) - 1), True, key=falls)
+        values = likelihood(best)
+        least = values.mean() - values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
+        chosen = bisect_left(range(best), True, key=lambda i: bool(likelihood(i).mean() >= least))
+        return float(candidates[chosen])
 
     def finalize(
         self,
