@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npad import NPad
+from npad import NPad, fitting
 from npad.datasets import find_categories
 from npad.evaluation import evaluate
-from npad.gaussian import NeighborhoodGaussian
 from npad.nominal_set import NominalSet
 from npad.synthetic import make_dataset
 
@@ -61,35 +61,38 @@ VARIANTS: dict[str, dict[str, Any]] = {
 METRICS = ("auroc", "pixel_auroc", "aupro")
 
 
-class CachedNPad(NPad):
-    """NPad whose backbone runs once per image and whose nominal set is found once per embedding.
+class CachedNominalSet(NominalSet):
+    """A nominal set that is found once for the same embeddings.
 
     The first centres of greedy k-center are those of a smaller set, so one long run serves all sizes.
     """
 
-    cache: dict[int, Tensor] = {}  # noqa: RUF012  (shared by all configurations on purpose)
-    nominal_sets: dict[tuple[object, ...], Tensor] = {}  # noqa: RUF012
+    known: dict[tuple[object, ...], Tensor] = {}  # noqa: RUF012  (shared by all on purpose)
 
-    def _finalize(self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None) -> None:
-        nested = self.nominal_set == "kcenter"
-        size = None if nested else self.n_centroids
-        key = self.nominal_set, size, self.n_features, self.reduction, self.seed
-        known = self.nominal_sets.get(key)
-        if nominal is None or known is None or len(known) < self.n_centroids:
-            super()._finalize(gaussian, nominal)
-            if self.centroids_ is not None:
-                self.nominal_sets[key] = self.centroids_
-        else:
-            super()._finalize(gaussian, None)
-            self.centroids_ = known[: int(self.n_centroids)]
+    def finalize(self, advance: Callable[[int], None] | None = None) -> NominalSet:
+        nested = self.method == "kcenter"
+        total = float(sum(part.sum(dtype=torch.float64) for part in self._bank))
+        key = self.method, None if nested else self.n_centroids, self.seed, self.n_seen, total
+        if key in self.known and len(self.known[key]) >= self.n_centroids:
+            self.centroids_ = self.known[key][: int(self.n_centroids)]
+            return self
+        super().finalize(advance)
+        self.known[key] = self.centroids_
+        return self
 
-    def _embed(self, images: Tensor) -> Tensor:
+
+class CachedNPad(NPad):
+    """NPad whose backbone runs once per image."""
+
+    cache: dict[int, Tensor] = {}  # noqa: RUF012
+
+    def _embed(self, images: Tensor, projection: Tensor | None = None) -> Tensor:
         keys = [zlib.crc32(image.numpy()) for image in images]
         if any(key not in self.cache for key in keys):
             for key, embedding in zip(keys, self._network()(images), strict=True):
                 self.cache[key] = embedding.clone()
         x = torch.stack([self.cache[key] for key in keys])
-        return x if self.projection_ is None else x @ self.projection_
+        return x if projection is None else x @ projection
 
 
 def main() -> None:
@@ -102,6 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
+    fitting.NominalSet = CachedNominalSet
     with tempfile.TemporaryDirectory() as folder:
         root = Path(args.data)
         if args.data == "synthetic":

@@ -34,7 +34,6 @@ def main() -> None:
     args = parser.parse_args()
     (category,) = find_categories(args.data)
     model = NPad(args.backbone, weights=args.weights, seed=args.seed)
-    model.projection_ = None
 
     def embed(paths: list[object]) -> Tensor:
         source = model._open(paths, False)

@@ -17,6 +17,16 @@ from npad import ops
 FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
 
 
+def uses_gaussians(fusion: str) -> bool:
+    """Whether the Mahalanobis map is part of it."""
+    return fusion != "euclidean"
+
+
+def uses_nominal_set(fusion: str) -> bool:
+    """Whether the Euclidean map is part of it."""
+    return fusion != "mahalanobis"
+
+
 @dataclass(frozen=True)
 class Standardization:
     """Mean and standard deviation of both maps on nominal images held out from the fit."""
@@ -61,9 +71,9 @@ def fusion_arguments(
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must be between 0 and 1, got {weight}")
-    if fusion != "euclidean" and mahalanobis is None:
+    if uses_gaussians(fusion) and mahalanobis is None:
         raise ValueError(f"fusion {fusion!r} needs the Mahalanobis map")
-    if fusion != "mahalanobis" and euclidean is None:
+    if uses_nominal_set(fusion) and euclidean is None:
         raise ValueError(f"fusion {fusion!r} needs the Euclidean map, which needs a nominal set")
     if fusion == "mahalanobis":
         return mahalanobis, None, False, (1.0, 0.0, 0.0)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["at_most", "choice", "eps", "height_width", "odd"]
+from npad import ops
+
+__all__ = ["DTYPES", "at_most", "choice", "eps", "height_width", "odd"]
+
+# By the names that arguments and model files give them.
+DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in ops.FACTOR_DTYPES}
 
 
 def height_width(size: Any) -> tuple[int, int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,28 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import _native_cuda, arguments, cuda_graphs, devices, model_file, ops, progress
+from npad import _native_cuda, arguments, cuda_graphs, devices, fitting, model_file, ops, progress
 from npad._version import __version__
-from npad.anomaly_map import FUSIONS, Standardization
+from npad.anomaly_map import FUSIONS, Standardization, uses_gaussians, uses_nominal_set
 from npad.backbone import Backbone, shared_backbone
 from npad.cuda_graphs import Graphs
-from npad.gaussian import NeighborhoodGaussian
-from npad.holdout import Reservoir
-from npad.images import Batch, ImageSource
+from npad.images import ImageSource
 from npad.model_file import ModelFileError
-from npad.nominal_set import NominalSet
-from npad.projection import principal_axes, random_axes
 from npad.scoring import Run, Scorer, embed, started_ahead
 
-MIN_IMAGES = 2
-PCA_IMAGES = 64  # images whose embeddings choose the principal axes
 TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
 LESS_MEMORY = (
     "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
 )
 
 _lock = threading.Lock()  # of what models make at first use; not an attribute, so that they copy
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.FACTOR_DTYPES}
 
 
 @dataclass
@@ -109,6 +101,16 @@ class NPad:
     2023. The same input, seed and thread count give bitwise equal models. Defaults: docs/method.md.
     """
 
+    grid_: tuple[int, int]
+    n_images_: int
+    eps_: float | None
+    mean_: Tensor | None
+    factor_: Tensor | None
+    centroids_: Tensor | None
+    projection_: Tensor | None
+    standardization_: Standardization | None
+    skipped_: list[tuple[str, str]]
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
@@ -134,6 +136,7 @@ class NPad:
         batch_size: int = 8,
         progress: bool | None = None,
     ) -> None:
+        dtypes = tuple(arguments.DTYPES)
         self.backbone = backbone
         self.layers = tuple(layers) if layers is not None else None
         self.image_size = arguments.height_width(image_size)
@@ -147,25 +150,27 @@ class NPad:
             fusion = "product" if nominal_set else "mahalanobis"
         self.fusion = arguments.choice("fusion", fusion, FUSIONS)
         self.fusion_weight = arguments.at_most("fusion_weight", fusion_weight, 1)
-        self.factor_dtype = arguments.choice("factor_dtype", factor_dtype, tuple(DTYPES))
+        self.factor_dtype = arguments.choice("factor_dtype", factor_dtype, dtypes)
         self.n_features = n_features
         self.reduction = arguments.choice("reduction", reduction, ("pca", "random"))
         self.holdout = arguments.at_most("holdout", holdout, 0.5)
         self.seed = seed
         self.device = devices.resolve(device)
-        self.backbone_dtype = arguments.choice("backbone_dtype", backbone_dtype, (*DTYPES, None))
+        self.backbone_dtype = arguments.choice("backbone_dtype", backbone_dtype, (*dtypes, None))
         self.compile = compile
         self.batch_size = batch_size
         self.progress = progress
         self._backbones: dict[torch.dtype, Backbone] = {}
         self._graphs: tuple[object, Graphs] | None = None
         self._index: tuple[Tensor, Tensor] | None = None
-        if self.fusion in ("product", "sum", "euclidean") and nominal_set is None:
+        if uses_nominal_set(self.fusion) and nominal_set is None:
             raise ValueError(
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
                 "give nominal_set, or fusion='mahalanobis'"
             )
-        if holdout == 0 and ((self._uses_gaussian and eps == "auto") or self.fusion == "sum"):
+        if holdout == 0 and (
+            (uses_gaussians(self.fusion) and eps == "auto") or self.fusion == "sum"
+        ):
             raise ValueError(
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
                 "use holdout > 0, or a number for eps and another fusion"
@@ -202,126 +207,13 @@ class NPad:
             halved first, once, with a warning.
         RuntimeError : the GPU has failed.
         """
-        before = self._learned()
-        try:
-            with devices.explained("NPad.fit", self.device, LESS_MEMORY):
-                self._fit(self._open(source, skip_bad))
-        except BaseException:  # also Ctrl-C: what was fitted before stays as it was
-            for name in self._learned():
-                delattr(self, name)
-            vars(self).update(before)
-            raise
+        with devices.explained("NPad.fit", self.device, LESS_MEMORY):
+            images = self._open(source, skip_bad)
+            learned = fitting.fit(self, self._network(fitting=True), self._embed, images)
+        for name, value in vars(learned).items():  # only now: until here the model is as it was
+            setattr(self, f"{name}_", value)
+        self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
-
-    def _learned(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name.endswith("_")}
-
-    def _fit(self, images: ImageSource) -> None:
-        network = self._network(fitting=True)
-        self.grid_ = network.grid(self.image_size)
-        embed_batch = devices.Halving(lambda images: (self._embed(images),), "NPad.fit")
-        self.projection_, batches = self._projection(images, embed_batch)
-        channels = network.channels if self.projection_ is None else self.projection_.shape[1]
-        gaussian = self._new_gaussian(channels) if self._uses_gaussian else None
-        nominal = (
-            NominalSet(self.nominal_set, self.n_centroids, seed=self.seed)
-            if self.nominal_set is not None and self._uses_nominal_set
-            else None
-        )
-
-        def add(x: Tensor) -> None:
-            if gaussian is not None:
-                gaussian.update(x)
-            if nominal is not None:
-                nominal.update(x)
-
-        held_out = Reservoir(self.holdout, self.seed)
-        n_images = 0
-        with (
-            closing(batches),
-            progress.task("fit: embeddings", images.n_images, self.progress, "images") as advance,
-        ):
-            for batch in batches:
-                (x,) = embed_batch(batch.images)
-                fitted = held_out.take(x)
-                if len(fitted):
-                    add(fitted)
-                n_images += len(x)
-                advance(len(x))
-        if n_images < MIN_IMAGES:
-            raise ValueError(
-                f"NPad.fit: {n_images} image(s) given; at least {MIN_IMAGES} defect-free images are "
-                "needed, and some tens are recommended"
-            )
-
-        self.eps_: float | None = None if self.eps == "auto" else float(self.eps)
-        self.standardization_ = None
-        if held_out.kept:
-            x = torch.stack(held_out.kept)
-            if gaussian is not None and self.eps_ is None:
-                self.eps_ = gaussian.choose_eps(x)
-            if self.fusion == "sum":
-                self._finalize(gaussian, nominal)
-                mahalanobis, euclidean = self._scorer().distances(x)
-                if mahalanobis is not None and euclidean is not None:
-                    self.standardization_ = Standardization.of(mahalanobis, euclidean)
-            add(x)
-        self._finalize(gaussian, nominal)
-        self.n_images_ = n_images
-        self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if the sample met it too
-
-    def _new_gaussian(self, channels: int) -> NeighborhoodGaussian:
-        positions, packed = self.grid_[0] * self.grid_[1], ops.packed_size(channels)
-        devices.require(
-            positions * packed * (4 + DTYPES[self.factor_dtype].itemsize),
-            self.device,
-            "NPad.fit",
-            f"a Gaussian of {channels} channels at each of {positions} positions",
-            "lower n_features or image_size, or choose fewer layers",
-        )
-        return NeighborhoodGaussian(self.grid_, channels, window=self.window, device=self.device)
-
-    def _finalize(self, gaussian: NeighborhoodGaussian | None, nominal: NominalSet | None) -> None:
-        self.mean_ = self.factor_ = self.centroids_ = None
-        if gaussian is not None:
-            dtype, positions = DTYPES[self.factor_dtype], len(gaussian.count)
-            with progress.task("fit: Gaussians", positions, self.progress, "positions") as advance:
-                self.mean_, self.factor_ = gaussian.finalize(self.eps_ or 0.0, dtype, advance)
-        if nominal is not None:
-            total = self.n_centroids if self.n_centroids >= 1 else None
-            with progress.task("fit: nominal set", total, self.progress, "centroids") as advance:
-                self.centroids_ = nominal.finalize(advance).centroids_
-
-    def _projection(
-        self, images: ImageSource, embed_batch: devices.Halving
-    ) -> tuple[Tensor | None, Generator[Batch]]:
-        """Matrix that reduces the embeddings, and the batches to fit."""
-        if self.n_features is None:
-            return None, images.batches()
-        channels = self._network(fitting=True).channels
-        if self.n_features > channels:
-            raise ValueError(
-                f"NPad: n_features={self.n_features} is more than the {channels} channels of "
-                f"{self.backbone}; give at most that, or None"
-            )
-        generator = torch.Generator().manual_seed(self.seed)
-        if self.reduction == "random":
-            axes = random_axes(channels, self.n_features, generator)
-            return axes.to(self.device), images.batches()
-
-        # A random sample where the source can be read twice, else the images that come first.
-        if images.random_access and images.n_images is not None:
-            order = torch.randperm(images.n_images, generator=generator)[:PCA_IMAGES]
-            sample, batches = list(images.batches(sorted(order.tolist()))), images.batches()
-        else:
-            rest = images.batches()
-            sample = list(itertools.islice(rest, -(-PCA_IMAGES // self.batch_size)))
-            batches = _joined(sample, rest)
-        if not sample:
-            return None, batches  # the fit says that there are too few images
-        self.projection_ = None
-        embeddings = (embed_batch(batch.images)[0] for batch in sample)
-        return principal_axes(embeddings, self.n_features), batches
 
     # ----------------------------------------------------------------------------------------------
     # Predict.
@@ -424,7 +316,6 @@ class NPad:
             centroids=centroids,
             index=self._index_of(centroids) if centroids is not None else None,
             image_size=self.image_size,
-            grid=self.grid_,
             score_window=self.score_window,
             fusion=self.fusion,
             fusion_weight=self.fusion_weight,
@@ -569,7 +460,7 @@ class NPad:
     def _saved_eps(self, value: object) -> float | None:
         if isinstance(value, (int, float)) and value >= 0:
             return float(value)
-        if value is None and not self._uses_gaussian:
+        if value is None and not uses_gaussians(self.fusion):
             return None
         raise ValueError(f"eps is {value!r}")
 
@@ -581,24 +472,16 @@ class NPad:
         if self.n_features is not None:
             expected["projection"] = torch.float32, (channels, self.n_features)
             channels = self.n_features
-        if self._uses_gaussian:
+        if uses_gaussians(self.fusion):
             packed = ops.packed_size(channels)
             expected["mean"] = torch.float32, (positions, channels)
-            expected["factor"] = DTYPES[self.factor_dtype], (positions, packed)
-        if self._uses_nominal_set:
+            expected["factor"] = arguments.DTYPES[self.factor_dtype], (positions, packed)
+        if uses_nominal_set(self.fusion):
             expected["centroids"] = torch.float32, (int(n_centroids or 0), channels)
         return expected
 
     # ----------------------------------------------------------------------------------------------
     # Parts.
-
-    @property
-    def _uses_gaussian(self) -> bool:
-        return self.fusion != "euclidean"
-
-    @property
-    def _uses_nominal_set(self) -> bool:
-        return self.fusion != "mahalanobis"
 
     def _open(self, source: Any, skip_bad: bool) -> ImageSource:
         return ImageSource(
@@ -612,7 +495,7 @@ class NPad:
     def _network(self, *, fitting: bool = False) -> Backbone:
         """The backbone, in the precision of fitting or of scoring."""
         if self.backbone_dtype is not None:
-            dtype = DTYPES[self.backbone_dtype]
+            dtype = arguments.DTYPES[self.backbone_dtype]
         else:  # as measured: float16 costs nothing in scoring, but fitting chooses other centroids
             half = self.device.type == "cuda" and not fitting
             dtype = torch.float16 if half else torch.float32
@@ -623,10 +506,10 @@ class NPad:
                 )
             return self._backbones[dtype]
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, projection: Tensor | None = None) -> Tensor:
         """Embeddings to fit."""
         images = images.to(self.device, non_blocking=True)
-        return embed(self._network(fitting=True), self.projection_, images)
+        return embed(self._network(fitting=True), projection, images)
 
     def _index_of(self, centroids: Tensor) -> Tensor:
         """What speeds up the search among these centroids; kept until there are others."""
@@ -644,9 +527,3 @@ class NPad:
     def _check_fitted(self) -> None:
         if not hasattr(self, "n_images_"):
             raise RuntimeError("NPad: the model is not fitted; call fit or NPad.load first")
-
-
-def _joined(first: Iterable[Batch], rest: Generator[Batch]) -> Generator[Batch]:
-    """One after the other; unlike a chain, closing it closes the rest."""
-    yield from first
-    yield from rest

@@ -17,7 +17,7 @@ from npad.anomaly_map import Standardization
 from npad.backbone import Backbone
 from npad.images import Batch, ImageError
 
-__all__ = ["Run", "Scorer", "embed", "started_ahead"]
+__all__ = ["Run", "Scorer", "distances", "embed", "started_ahead"]
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -28,6 +28,26 @@ def embed(network: Backbone, projection: Tensor | None, images: Tensor) -> Tenso
     with torch.autocast(images.device.type, enabled=False):  # the program's; dtypes are the model's
         x: Tensor = network(images)
         return x if projection is None else x @ projection
+
+
+def distances(
+    x: Tensor,
+    mean: Tensor | None,
+    factor: Tensor | None,
+    centroids: Tensor | None,
+    score_window: int,
+    *,
+    index: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mahalanobis and Euclidean maps of embeddings, each (N, h, w), or None where not in use."""
+    mahalanobis = euclidean = None
+    if mean is not None and factor is not None:
+        grid = x.shape[1], x.shape[2]
+        mahalanobis = ops.mahalanobis(x, mean, factor, grid, score_window)
+    if centroids is not None:
+        distance, _ = ops.nearest_centroid(x.flatten(0, 2), centroids, index)
+        euclidean = distance.reshape(x.shape[:3])
+    return mahalanobis, euclidean
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +61,6 @@ class Scorer:
     centroids: Tensor | None
     index: Tensor | None  # of the centroids
     image_size: tuple[int, int]
-    grid: tuple[int, int]
     score_window: int
     fusion: str
     fusion_weight: float
@@ -54,14 +73,10 @@ class Scorer:
         return tuple(id(v) if isinstance(v, (Tensor, Backbone)) else v for v in values)
 
     def distances(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mahalanobis and Euclidean maps of embeddings, each (N, H, W), or None where not in use."""
-        mahalanobis = euclidean = None
-        if self.mean is not None and self.factor is not None:
-            mahalanobis = ops.mahalanobis(x, self.mean, self.factor, self.grid, self.score_window)
-        if self.centroids is not None:
-            distance, _ = ops.nearest_centroid(x.flatten(0, 2), self.centroids, self.index)
-            euclidean = distance.reshape(x.shape[:3])
-        return mahalanobis, euclidean
+        """The maps of embeddings (N, h, w, C)."""
+        return distances(
+            x, self.mean, self.factor, self.centroids, self.score_window, index=self.index
+        )
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""

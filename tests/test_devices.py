@@ -82,7 +82,7 @@ def test_what_cannot_fit_is_refused_before_the_work(
 def test_the_cpu_is_short_of_memory(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own words, from an allocation that cannot succeed."""
     model = NPad("filterbank", **SMALL)
-    monkeypatch.setattr(model, "_embed", lambda images: torch.empty(10**14))
+    monkeypatch.setattr(model, "_embed", lambda images, projection: torch.empty(10**14))
     with (
         pytest.warns(RuntimeWarning, match="too short for batch_size=8; going on with 4 at a time"),
         pytest.raises(
@@ -149,7 +149,9 @@ def test_a_backbone_that_overflows_names_the_remedy(
     nominal_set: str | None, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = NPad("filterbank", **SMALL, nominal_set=nominal_set)
-    monkeypatch.setattr(model, "_embed", lambda x: torch.full((len(x), 8, 8, 51), torch.inf))
+    monkeypatch.setattr(
+        model, "_embed", lambda x, projection: torch.full((len(x), 8, 8, 51), torch.inf)
+    )
     with pytest.raises(ValueError, match="backbone_dtype='bfloat16' or 'float32'"):
         model.fit(images)
 
