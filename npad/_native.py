@@ -12,9 +12,9 @@ from npad import ops
 from npad.reference import axis_band, centroid_index_size, packed_size
 
 NEW_MEMORY = 32 << 20  # bytes; as much is not kept by the allocator but cleared anew by the system
-INDEX_SAMPLE = 4096  # centroids, at most, that choose the axes of an index
-INDEX_ITERATIONS = 2
-INDEX_LARGEST = 1e14  # deviations whose squares, summed, stay far from overflow
+AXES_SAMPLE = 4096  # rows, at most, that choose axes
+AXES_ITERATIONS = 2
+AXES_LARGEST = 1e14  # deviations whose squares, summed, stay far from overflow
 
 core: Any
 try:
@@ -141,11 +141,14 @@ def centroid_index(centroids: Tensor) -> Tensor:
     centroids = centroids.contiguous()
     k, channels = centroids.shape
     index = centroids.new_zeros(centroid_index_size(k, channels), dtype=torch.int32)
-    sample = centroids[:: -(-k // INDEX_SAMPLE)]
-    mean = sample.mean(0)
-    deviation = sample - mean
-    if bool(deviation.abs().max() < INDEX_LARGEST):  # else it stays zero, which is no index
-        axes = _mixed_axes(deviation, core.centroid_index_axes(channels))
+    n_axes = core.centroid_index_axes(channels)
+    found = leading_axes(centroids, n_axes)
+    if found is not None:  # else it stays zero, which is no index
+        mean, axes = found
+        rank = axes.shape[1]
+        # A random rotation leaves no axis with more of the variance than the others.
+        mixed = (axes @ _random_axes(rank, rank)).to(centroids)
+        axes = torch.nn.functional.pad(mixed.T, (0, 0, 0, n_axes - rank)).contiguous()
         core.centroid_index(
             centroids.data_ptr(), k, channels, mean.data_ptr(), axes.data_ptr(), index.data_ptr(),
             torch.get_num_threads(),
@@ -153,26 +156,38 @@ def centroid_index(centroids: Tensor) -> Tensor:
     return index
 
 
-def _mixed_axes(deviation: Tensor, n_axes: int) -> Tensor:
-    """(n_axes, C): orthonormal axes of about the space in which the rows (S, C) vary most.
+def _random_axes(channels: int, rank: int) -> Tensor:
+    """(channels, rank) float64: orthonormal columns, the same on every call."""
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(channels, rank, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q
+
+
+def leading_axes(rows: Tensor, n_axes: int) -> tuple[Tensor, Tensor] | None:
+    """Mean (C,) of a sample of the rows (N, C), and about its leading principal axes, leading first.
+
+    Axes are orthonormal columns, (C, min(n_axes, C)) float64 on the CPU, however coarse the matrix
+    products of the device are. None where squares of deviations from the mean could overflow.
 
     Power iteration from random directions (Halko, Martinsson, Tropp, *Finding structure with
-    randomness*, 2011). A random rotation at the end leaves no axis with more of the variance than
-    the others. Axes above C are zero.
+    randomness*, 2011); the last product's singular vectors put them in order.
     """
-    channels = deviation.shape[1]
-    rank = min(n_axes, channels)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(rows: int) -> Tensor:
-        return torch.randn(rows, rank, generator=generator, dtype=torch.float64)
-
-    axes = torch.linalg.qr(random(channels)).Q
-    for _ in range(INDEX_ITERATIONS if rank < channels else 0):
+    channels = rows.shape[1]
+    sample = rows
+    if len(rows) > AXES_SAMPLE:  # one of each stretch: steps could keep to one column of a grid
+        generator = torch.Generator().manual_seed(0)
+        place = torch.rand(AXES_SAMPLE, generator=generator, dtype=torch.float64)
+        place += torch.arange(AXES_SAMPLE)
+        sample = rows[(place * (len(rows) / AXES_SAMPLE)).long().to(rows.device)]
+    mean = sample.mean(0)
+    deviation = sample - mean
+    if not bool(deviation.abs().max() < AXES_LARGEST):
+        return None
+    axes = _random_axes(channels, min(n_axes, channels))
+    for _ in range(AXES_ITERATIONS):
         product = deviation.T @ (deviation @ axes.to(deviation))
-        axes = torch.linalg.qr(product.double()).Q
-    mixed = (axes @ torch.linalg.qr(random(rank)).Q).to(deviation)
-    return torch.nn.functional.pad(mixed.T, (0, 0, 0, n_axes - rank)).contiguous()
+        axes, triangle = torch.linalg.qr(product.cpu().double())
+    return mean, axes @ torch.linalg.svd(triangle).U
 
 
 def nearest_centroid(
