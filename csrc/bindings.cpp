@@ -128,14 +128,17 @@ void define_cuda(py::module_ m) {
                pointer<float>(centroids), k, channels, pointer<void>(workspace),
                pointer<float>(distance), pointer<int64_t>(index), reinterpret_cast<Stream>(stream));
     });
+    m.def("farthest_first_axes", cuda::farthest_first_axes);
     m.def("farthest_first_workspace", cuda::farthest_first_workspace);
-    m.def("farthest_first", [](int device, uintptr_t points, int64_t n, int64_t dim,
-                               int64_t n_centroids, int64_t first, uintptr_t workspace,
-                               uintptr_t index, uintptr_t radius, uintptr_t stream) {
-        launch("farthest_first", device, cuda::farthest_first, pointer<float>(points), n, dim,
-               n_centroids, first, pointer<void>(workspace), pointer<int64_t>(index),
-               pointer<float>(radius), reinterpret_cast<Stream>(stream));
-    });
+    m.def("farthest_first",
+          [](int device, uintptr_t points, int64_t n, int64_t dim, int64_t n_centroids,
+             int64_t first, uintptr_t mean, uintptr_t axes, uintptr_t workspace, uintptr_t index,
+             uintptr_t radius, uintptr_t stream) {
+              launch("farthest_first", device, cuda::farthest_first, pointer<float>(points), n, dim,
+                     n_centroids, first, pointer<float>(mean), pointer<float>(axes),
+                     pointer<void>(workspace), pointer<int64_t>(index), pointer<float>(radius),
+                     reinterpret_cast<Stream>(stream));
+          });
     m.def("anomaly_map_workspace", cuda::anomaly_map_workspace);
     m.def("anomaly_map", [](int device, uintptr_t mahalanobis, uintptr_t euclidean, bool product,
                             double a, double b, double c, int64_t n, int64_t h, int64_t w,

@@ -155,9 +155,14 @@ int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);
 int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
                      void* workspace, float* distance, int64_t* index, Stream stream);
 
+// How many rows `axes` has, (rows, dim): the first is zero, the others orthonormal, about the
+// leading principal axes of the points, the leading first. Without axes, null, every point is
+// measured; that is best where this returns 0. Any mean will do.
+int64_t farthest_first_axes(int64_t dim);
 int64_t farthest_first_workspace(int64_t n, int64_t dim);
 int farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
-                   void* workspace, int64_t* index, float* radius, Stream stream);
+                   const float* mean, const float* axes, void* workspace, int64_t* index,
+                   float* radius, Stream stream);
 
 int64_t anomaly_map_workspace(int64_t n, int64_t h, int64_t w);
 int anomaly_map(const float* mahalanobis, const float* euclidean, bool product, double a, double b,

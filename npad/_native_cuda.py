@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from npad._native import core, dense, factor_type, level_tuples
+from npad._native import core, dense, factor_type, leading_axes, level_tuples
 from npad.reference import axis_band, packed_size
 
 cuda: Any = getattr(core, "cuda", None)
@@ -109,11 +109,18 @@ def nearest_centroid(
 
 def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
     points = points.contiguous()
+    n_axes = cuda.farthest_first_axes(points.shape[1])
+    found = leading_axes(points, n_axes - 1) if n_axes else None
+    mean: Tensor | int = 0  # null: every point is measured
+    axes: Tensor | int = 0
+    if found is not None:
+        mean, columns = found
+        axes = torch.nn.functional.pad(columns.T, (0, 0, 1, 0)).to(points)
     workspace = points.new_empty(cuda.farthest_first_workspace(*points.shape), dtype=torch.uint8)
     index, radius = points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
     _run(
-        "farthest_first", points, points, *points.shape, n_centroids, first, workspace, index,
-        radius,
+        "farthest_first", points, points, *points.shape, n_centroids, first, mean, axes, workspace,
+        index, radius,
     )  # fmt: skip
     return index, radius
 

@@ -88,7 +88,7 @@ OPS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[[int
     "farthest_first": (
         ops.farthest_first,
         reference.farthest_first,
-        lambda c: ((4 * torch.randn(301, c)).round(), 40, 7),
+        lambda c: ((4 * torch.randn(301, 3 * c)).round(), 40, 7),
     ),
     "anomaly_map": (
         ops.anomaly_map,
