@@ -31,14 +31,19 @@ class Head {
         Buffer<float> sample(count * stride_);
         std::memset(sample.data(), 0, static_cast<size_t>(count * stride_) * sizeof(float));
         std::memset(mean_.data(), 0, static_cast<size_t>(stride_) * sizeof(float));
+        // One row of each stretch: equal steps could keep to one column of a grid.
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t begin = i * n / count, end = (i + 1) * n / count;
+            const auto place = static_cast<int64_t>(random() % static_cast<uint64_t>(end - begin));
+            std::memcpy(sample.data() + i * stride_, points + (begin + place) * dim,
+                        static_cast<size_t>(dim) * sizeof(float));
+        }
         for (int64_t d = 0; d < dim; ++d) {
             double total = 0;
-            for (int64_t i = 0; i < count; ++i) total += points[i * n / count * dim + d];
+            for (int64_t i = 0; i < count; ++i) total += sample[i * stride_ + d];
             mean_[d] = static_cast<float>(total / static_cast<double>(count));
+            for (int64_t i = 0; i < count; ++i) sample[i * stride_ + d] -= mean_[d];
         }
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t d = 0; d < dim; ++d)
-                sample[i * stride_ + d] = points[i * n / count * dim + d] - mean_[d];
         find_axes(sample, count);
     }
 
@@ -67,18 +72,22 @@ class Head {
         return tree_sum(total);
     }
 
+    // Marsaglia's xorshift, the same sequence on every call.
+    uint64_t random() {
+        state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
+        return state_;
+    }
+
     int64_t dim_, stride_;
     Buffer<float> mean_, axes_;
+    uint64_t state_ = 88172645463325252u;
 };
 
 // Subspace iteration on the covariance of the sample, from fixed pseudo-random directions.
 inline void Head::find_axes(Buffer<float>& sample, int64_t count) {
     Buffer<double> z(kAxes * stride_);
-    uint64_t state = 88172645463325252u;
-    for (int64_t i = 0; i < kAxes * stride_; ++i) {
-        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-        z[i] = i % stride_ < dim_ ? static_cast<double>(state >> 11) * 0x1p-52 - 1 : 0;
-    }
+    for (int64_t i = 0; i < kAxes * stride_; ++i)
+        z[i] = i % stride_ < dim_ ? static_cast<double>(random() >> 11) * 0x1p-52 - 1 : 0;
     orthonormalize(z);
     for (int iteration = 0; iteration < kIterations; ++iteration) {
         std::memset(z.data(), 0, static_cast<size_t>(kAxes * stride_) * sizeof(double));
