@@ -1,10 +1,11 @@
-"""The backbone as it is used, compiled, in half precision, and with its batch normalisations."""
+"""The backbone as it is used, in one piece, compiled, in half precision, and with batch norm."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -53,8 +54,14 @@ def bench_backbone(device: torch.device, case: Case, file: Path, race: Any) -> N
     def with_batch_norm() -> list[Tensor]:
         return list(whole(normalised))
 
+    def in_one_piece() -> Tensor:
+        with patch("npad.backbone._PIXELS_AT_ONCE", images.numel()):
+            return backbones["npad"](images)
+
     expected = backbones["npad"](images)
+    assert (in_one_piece() - expected).norm() < 1e-5 * expected.norm()
     for name, rtol in (("compiled", 1e-4), ("float16", 2e-2), ("bfloat16", 1e-1)):
         assert (backbones[name](images) - expected).norm() < rtol * expected.norm()
     contenders = {name: lambda b=b: b(images) for name, b in backbones.items()}
-    race({**contenders, "timm, features alone": with_batch_norm}, rounds=9)
+    others = {"in one piece": in_one_piece, "timm, features alone": with_batch_norm}
+    race({**contenders, **others}, rounds=9)

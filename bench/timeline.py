@@ -55,7 +55,7 @@ def parts(model: NPad, images: Tensor) -> dict[str, Callable[[], object]]:
     if scorer.mean is not None and scorer.factor is not None:
         mean, factor = scorer.mean, scorer.factor
         found["mahalanobis"] = lambda: ops.mahalanobis(
-            x, mean, factor, scorer.grid, scorer.score_window
+            x, mean, factor, model.grid_, scorer.score_window
         )
     if scorer.centroids is not None:
         centroids = scorer.centroids

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from npad import NPad
 
 BENCH = Path(__file__).parents[1] / "bench"
 TOOLS = ["bash", "cat", "dirname", "mkdir", "mktemp", "rm", "tee", "timeout", "xargs"]
@@ -164,3 +167,12 @@ def test_a_phase_that_fails_is_named_and_the_next_ones_run(tmp_path: Path) -> No
     assert report["benchmarks"] == MADE_UP[:1]
     assert "no compiler" in (out / "build.log").read_text()
     assert len(list(out.iterdir())) <= 8
+
+
+def test_the_timeline_runs_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    model = NPad("filterbank", image_size=32, holdout=0.3).fit(torch.rand(8, 3, 32, 32))
+    parts = load("timeline").parts(model, torch.rand(2, 3, 32, 32))
+    assert len(parts) == 6
+    for part in parts.values():
+        part()
