@@ -157,9 +157,10 @@ int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t 
 
 // How many rows `axes` has, (rows, dim): the first is zero, the others orthonormal, about the
 // leading principal axes of the points, the leading first. Without axes, null, every point is
-// measured; that is best where this returns 0. Any mean will do.
+// measured; that is best where this returns 0. Any mean will do. The workspace is for that many
+// axes, or for none.
 int64_t farthest_first_axes(int64_t dim);
-int64_t farthest_first_workspace(int64_t n, int64_t dim);
+int64_t farthest_first_workspace(int64_t n, int64_t n_axes);
 int farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
                    const float* mean, const float* axes, void* workspace, int64_t* index,
                    float* radius, Stream stream);

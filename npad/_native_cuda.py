@@ -9,8 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from npad import devices
 from npad._native import core, dense, factor_type, leading_axes, level_tuples
 from npad.reference import axis_band, packed_size
+
+AXES_SHARE = 0.5  # of the free memory, which what makes farthest_first fast may take
 
 cuda: Any = getattr(core, "cuda", None)
 
@@ -110,13 +113,18 @@ def nearest_centroid(
 def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
     points = points.contiguous()
     n_axes = cuda.farthest_first_axes(points.shape[1])
-    found = leading_axes(points, n_axes - 1) if n_axes else None
+    size = cuda.farthest_first_workspace(len(points), n_axes)
+    free = devices.free_bytes(points.device)
+    fits = free is None or size < AXES_SHARE * free
+    found = leading_axes(points, n_axes - 1) if n_axes and fits else None
     mean: Tensor | int = 0  # null: every point is measured
     axes: Tensor | int = 0
     if found is not None:
         mean, columns = found
-        axes = torch.nn.functional.pad(columns.T, (0, 0, 1, 0)).to(points)
-    workspace = points.new_empty(cuda.farthest_first_workspace(*points.shape), dtype=torch.uint8)
+        axes = torch.nn.functional.pad(columns.T, (0, 0, 1, 0)).to(points).contiguous()
+    else:
+        size = cuda.farthest_first_workspace(len(points), 0)
+    workspace = points.new_empty(size, dtype=torch.uint8)
     index, radius = points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
     _run(
         "farthest_first", points, points, *points.shape, n_centroids, first, mean, axes, workspace,

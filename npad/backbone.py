@@ -25,7 +25,8 @@ __all__ = ["Backbone", "BackboneError", "shared_backbone"]
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
 _REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
 # On a CPU a larger batch goes through the network in parts: an activation of more than 32 MB would be
-# memory that the system hands out, and clears, anew for every layer of every batch.
+# memory that the system hands out, and clears, anew for every layer of every batch. As measured on two
+# cores with images of 256 x 256.
 _PIXELS_AT_ONCE: Final = 4 * 256**2
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -159,11 +160,12 @@ class Backbone(nn.Module):
         if images.dtype != torch.float32:
             raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
         grid = self.grid((images.shape[2], images.shape[3]))
-        at_once = max(1, len(images))
+        n_parts = 1
         if images.device.type == "cpu":
             at_once = max(1, _PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+            n_parts = max(1, -(-len(images) // at_once))
         with _exact_convolutions(images.device):
-            parts = [self._levels(part) for part in images.split(at_once)]
+            parts = [self._levels(part) for part in images.tensor_split(n_parts)]
         levels = parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
         return ops.embed(levels, grid)
 

@@ -210,9 +210,9 @@ class NPad:
         with devices.explained("NPad.fit", self.device, LESS_MEMORY):
             images = self._open(source, skip_bad)
             learned = fitting.fit(self, self._network(fitting=True), self._embed, images)
-        for name, value in vars(learned).items():  # only now: until here the model is as it was
-            setattr(self, f"{name}_", value)
-        self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
+        found = {f"{name}_": value for name, value in vars(learned).items()}
+        found["skipped_"] = list(dict.fromkeys(images.skipped))  # once, if two passes met it
+        vars(self).update(found)  # in one step: until here the model is as it was
         return self
 
     # ----------------------------------------------------------------------------------------------

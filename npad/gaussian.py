@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
 
@@ -19,6 +18,7 @@ CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
 # eps="auto" chooses among these multiples of the mean variance, from the largest down.
 EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64)
+EPS_STEP = 4  # half a decade
 
 
 class NeighborhoodGaussian:
@@ -100,13 +100,14 @@ class NeighborhoodGaussian:
 
         Notes
         -----
-        The likelihood is that of the distances which scoring will measure: with W the inverse Cholesky
-        factor of Sigma + eps I, log p(x) = sum_j log W_jj - 1/2 || W (x - mu) ||^2 + const, summed over
-        an even sample of positions, fewer where there are more channels. Along each principal axis it
-        rises to one maximum and falls, so two bisections over the candidates do: for the best eps, then
-        for the largest within one standard error, over the held-out images, of the best (the rule of
-        Breiman et al., *Classification and Regression Trees*, 1984): of choices that the data cannot
-        tell apart, the most regular.
+        With W the inverse Cholesky factor of Sigma + eps I, in float32,
+        log p(x) = sum_j log W_jj - 1/2 || W (x - mu) ||^2 + const, each x at its own position, summed
+        over an even sample of positions, fewer where there are more channels. An eps with which one of
+        them cannot be factored is not taken. Along each principal axis the likelihood is a smooth
+        function of log eps, so candidates half a decade apart show its peaks, of which there may be
+        several, and those around them settle the rest. Taken is the largest eps within one standard
+        error, over the held-out images, of the best (the rule of Breiman et al., *Classification and
+        Regression Trees*, 1984): of choices that the data cannot tell apart, the most regular.
         """
         positions, channels = self.mean.shape
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
@@ -130,14 +131,23 @@ class NeighborhoodGaussian:
             log_det = factor[:, diagonal].double().log().sum(1)
             return (log_det - distance.square() / 2).sum(1).cpu()
 
-        def falls(i: int) -> bool:
-            return bool(likelihood(i).mean() >= likelihood(i + 1).mean())
+        def mean_likelihood(i: int) -> float:
+            return float(likelihood(i).mean())
 
-        best = bisect_left(range(len(candidates) - 1), True, key=falls)
-        values = likelihood(best)
-        least = values.mean() - values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
-        chosen = bisect_left(range(best), True, key=lambda i: bool(likelihood(i).mean() >= least))
-        return float(candidates[chosen])
+        def around(i: int) -> range:
+            """Up to the coarse neighbours."""
+            return range(max(0, i - EPS_STEP + 1), min(len(candidates), i + EPS_STEP))
+
+        seen = set(range(0, len(candidates), EPS_STEP))
+        for i in sorted(seen):
+            neighbors = seen & {i - EPS_STEP, i + EPS_STEP}
+            if -torch.inf < mean_likelihood(i) >= max(map(mean_likelihood, neighbors)):
+                seen |= set(around(i))
+        values = likelihood(max(sorted(seen), key=mean_likelihood))
+        error = values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
+        least = float(values.mean() - error)
+        first = min(i for i in seen if mean_likelihood(i) >= least)
+        return float(candidates[min(i for i in around(first) if mean_likelihood(i) >= least)])
 
     def finalize(
         self,

@@ -461,8 +461,7 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
     -----
     Gonzalez, *Clustering to minimize the maximum intercluster distance*, 1985: the covering radius is
     at most twice the smallest possible. Exact on the points given; of equally far points the first is
-    taken. On the CPU, points that the triangle inequality or a partial distance rules out are
-    skipped.
+    taken. Points that a bound on their distance rules out are skipped.
     """
     op = "farthest_first"
     _check_dtype(op, "points", points, torch.float32)

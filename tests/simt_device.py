@@ -58,10 +58,13 @@ class Simt:
 
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
-        address = ctypes.c_void_p.in_dll(self._library, f"simt_{op}_workspace").value
+        return torch.full((self.number(f"{op}_workspace", *sizes),), 0xFF, dtype=torch.uint8)
+
+    def number(self, function: str, *sizes: int) -> int:
+        """What a function of sizes alone returns."""
+        address = ctypes.c_void_p.in_dll(self._library, f"simt_{function}").value
         assert address is not None
-        size = ctypes.CFUNCTYPE(ctypes.c_int64)(address)(*map(ctypes.c_int64, sizes))
-        return torch.full((size,), 0xFF, dtype=torch.uint8)
+        return int(ctypes.CFUNCTYPE(ctypes.c_int64)(address)(*map(ctypes.c_int64, sizes)))
 
     def _run(
         self,

@@ -97,12 +97,12 @@ def test_a_rerun_is_bitwise_equal(resnet: Backbone) -> None:
 def test_a_batch_goes_through_in_parts(
     name: str, resnet: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of as many images as fit a number of pixels, one at least; the last part has the rest."""
+    """Of about one size, each of as many images as fit a number of pixels, one at least."""
     backbone = resnet if name == "resnet18" else Backbone(name)
     images = torch.rand(5, 3, 64, 96)
-    for pixels, at_once in [(2 * 64 * 96, 2), (100, 1)]:
+    for pixels, sizes in [(4 * 64 * 96, [3, 2]), (2 * 64 * 96, [2, 2, 1]), (100, [1] * 5)]:
         monkeypatch.setattr("npad.backbone._PIXELS_AT_ONCE", pixels)
-        parts = torch.cat([backbone(part) for part in images.split(at_once)])
+        parts = torch.cat([backbone(part) for part in images.split(sizes)])
         assert torch.equal(backbone(images), parts)
     assert backbone(images[:0]).shape == (0, *backbone.grid((64, 96)), backbone.channels)
 

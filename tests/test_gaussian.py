@@ -85,6 +85,28 @@ def test_chosen_eps_is_the_largest_within_one_standard_error() -> None:
     assert likelihood(eps * ratio).mean() < least
 
 
+DEAD_CHANNELS = [(20, 10, 12, 0), (30, 20, 24, 0), (20, 11, 13, 1)]
+
+
+@pytest.mark.parametrize(("dead", "live", "n", "seed"), DEAD_CHANNELS)
+def test_chosen_eps_with_nearly_dead_channels(dead: int, live: int, n: int, seed: int) -> None:
+    """The likelihood then has two peaks, orders of magnitude apart; it is the higher that counts."""
+    torch.manual_seed(seed)
+    scale = torch.cat([torch.full((dead,), 1e-3), torch.ones(live)])
+    x, held_out = (torch.randn(m, 1, 1, dead + live) * scale for m in (n, 4))
+    gaussian = NeighborhoodGaussian((1, 1), dead + live, window=1).update(x)
+    mean, covariance = (a[0].double() for a in gaussian._window(0, 1))
+    candidates = covariance.diagonal().mean() * torch.logspace(1, -6, 57, dtype=torch.float64)
+    normals = (
+        torch.distributions.MultivariateNormal(mean, covariance + eps * torch.eye(dead + live))
+        for eps in candidates
+    )
+    values = torch.stack([normal.log_prob(held_out[:, 0, 0].double()) for normal in normals])
+    best = values[values.mean(1).argmax()]
+    expected = candidates[values.mean(1) >= best.mean() - best.std() / 2].max()
+    assert gaussian.choose_eps(held_out) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_chosen_eps_follows_the_scale_of_the_features() -> None:
     x, held_out = torch.randn(12, *GRID, 6), torch.randn(8, *GRID, 6)
     eps = fit(x).choose_eps(held_out)

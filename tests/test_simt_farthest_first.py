@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,8 +31,8 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Simt:
         simt(op, *arguments, processors=1)
 
     sizes = SimpleNamespace(
-        farthest_first_axes=lambda dim: AXES if dim > 96 else 0,
-        farthest_first_workspace=lambda n, dim: len(simt.workspace("farthest_first", n, dim)),
+        farthest_first_axes=partial(simt.number, "farthest_first_axes"),
+        farthest_first_workspace=partial(simt.number, "farthest_first_workspace"),
     )
     monkeypatch.setattr(_native_cuda, "cuda", sizes)
     monkeypatch.setattr(_native_cuda, "_run", run)
@@ -44,7 +45,7 @@ def launch(
     """With axes of one's own; also returns the workspace."""
     n, dim = points.shape
     index, radius = torch.full((n_centroids,), -1), torch.full((n_centroids,), torch.nan)
-    workspace = simt.workspace("farthest_first", n, dim)
+    workspace = simt.workspace("farthest_first", n, len(axes))
     mean = points.mean(0)
     args = (points, n, dim, n_centroids, 0, mean, axes, workspace, index, radius)
     simt("farthest_first", *args, processors=1)
@@ -137,6 +138,21 @@ def test_several_launches(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of one launch is where the next begins."""
     use("simt_fast", monkeypatch)
     assert_same_sequence(integers(262, dim, 300), 259)
+
+
+def test_heads_are_for_long_rows_and_free_memory(
+    simt: Simt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them every point is measured, and the result is the same."""
+    assert [simt.number("farthest_first_axes", dim) for dim in (96, 97)] == [0, AXES]
+    whole = simt.number("farthest_first_workspace", 100, AXES)
+    points = integers(100, 100, 9)
+    for free in (2 * whole, 2 * whole + 1):
+        monkeypatch.setattr("npad.devices.free_bytes", lambda device, free=free: free)
+        with monkeypatch.context() as patch:
+            if free == 2 * whole:
+                patch.setattr(_native_cuda, "leading_axes", None)
+            assert_same_sequence(points, 20)
 
 
 def test_no_centres(simt: Simt) -> None:

@@ -166,21 +166,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 }
 
-int64_t head_floats(int64_t n, int64_t dim) { return dim > kShort ? Heads::floats(n) : 0; }
+int64_t head_floats(int64_t n, bool heads) { return heads ? Heads::floats(n) : 0; }
 
 }  // namespace
 
 int64_t farthest_first_axes(int64_t dim) { return dim > kShort ? kHead : 0; }
 
-int64_t farthest_first_workspace(int64_t n, int64_t dim) {
-    return State::kKeys + (head_floats(n, dim) + n) * static_cast<int64_t>(sizeof(float));
+int64_t farthest_first_workspace(int64_t n, int64_t n_axes) {
+    return State::kKeys + (head_floats(n, n_axes > 0) + n) * static_cast<int64_t>(sizeof(float));
 }
 
 int farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
                    const float* mean, const float* axes, void* workspace, int64_t* index,
                    float* radius, Stream stream) {
     if (n_centroids == 0) return cudaSuccess;
-    const State state(workspace, head_floats(n, dim));
+    const State state(workspace, head_floats(n, axes != nullptr));
     const bool aligned = dim % 4 == 0 && reinterpret_cast<uintptr_t>(points) % sizeof(float4) == 0;
     const auto kernel =
         axes == nullptr
