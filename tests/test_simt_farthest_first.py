@@ -146,13 +146,17 @@ def test_heads_are_for_long_rows_and_free_memory(
     """Without them every point is measured, and the result is the same."""
     assert [simt.number("farthest_first_axes", dim) for dim in (96, 97)] == [0, AXES]
     whole = simt.number("farthest_first_workspace", 100, AXES)
-    points = integers(100, 100, 9)
+    points, chosen = integers(100, 100, 9), []
+
+    def axes_of(rows: Tensor, n_axes: int) -> tuple[Tensor, Tensor] | None:
+        chosen.append(free)
+        return leading_axes(rows, n_axes)
+
+    monkeypatch.setattr(_native_cuda, "leading_axes", axes_of)
     for free in (2 * whole, 2 * whole + 1):
         monkeypatch.setattr("npad.devices.free_bytes", lambda device, free=free: free)
-        with monkeypatch.context() as patch:
-            if free == 2 * whole:
-                patch.setattr(_native_cuda, "leading_axes", None)
-            assert_same_sequence(points, 20)
+        assert_same_sequence(points, 20)
+    assert chosen == [2 * whole + 1]
 
 
 def test_no_centres(simt: Simt) -> None:
