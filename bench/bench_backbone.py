@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npad.backbone import Backbone
+from npad.features.backbone import Backbone
 
 NAME, LAYERS = "resnet18", (2, 3)
 
@@ -55,7 +55,7 @@ def bench_backbone(device: torch.device, case: Case, file: Path, race: Any) -> N
         return list(whole(normalised))
 
     def in_one_piece() -> Tensor:
-        with patch("npad.backbone._PIXELS_AT_ONCE", images.numel()):
+        with patch("npad.features.backbone._PIXELS_AT_ONCE", images.numel()):
             return backbones["npad"](images)
 
     expected = backbones["npad"](images)

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from npad import NPad
-from npad.cuda_graphs import Graphs
-from npad.images import ImageSource
-from npad.scoring import embed
+from npad.images.source import ImageSource
+from npad.scoring.cuda_graphs import Graphs
+from npad.scoring.pipeline import embed
 
 SIZE = 256
 N_IMAGES = 256  # of a fit on a GPU
@@ -49,7 +49,7 @@ def on_cpu() -> tuple[dict[str, Any], list[Path]]:
     from anomalib.models.image.patchcore import torch_model
     from peer_methods import Anomalib, Clock, Npad
 
-    from npad.datasets import find_categories
+    from npad.evaluation.datasets import find_categories
 
     if not (os.environ.get("NPAD_DATA") and os.environ.get("NPAD_WEIGHTS")):
         pytest.skip("NPAD_DATA and NPAD_WEIGHTS are not set")

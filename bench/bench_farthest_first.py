@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 FEW = 20  # centres of a loop that is timed
 
@@ -36,8 +37,8 @@ def embeddings() -> Tensor:
 
 
 def real_embeddings(data: Path, weights: Path) -> Tensor:
-    from npad.backbone import Backbone
-    from npad.images import ImageSource
+    from npad.features.backbone import Backbone
+    from npad.images.source import ImageSource
 
     backbone = Backbone("resnet18", (2, 3), weights / "resnet18_layers123.safetensors")
     source = ImageSource(data / "mtd" / "train" / "good", image_size=(256, 256))

@@ -43,8 +43,8 @@ def real() -> tuple[Tensor, Tensor]:
     data, weights = os.environ.get("NPAD_DATA"), os.environ.get("NPAD_WEIGHTS")
     if not data or not weights:
         pytest.skip("NPAD_DATA and NPAD_WEIGHTS are not set")
-    from npad.backbone import Backbone
-    from npad.images import ImageSource
+    from npad.features.backbone import Backbone
+    from npad.images.source import ImageSource
 
     backbone = Backbone("resnet18", (2, 3), Path(weights) / "resnet18_layers123.safetensors")
 

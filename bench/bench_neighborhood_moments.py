@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import ops, reference
-from npad.gaussian import NeighborhoodGaussian
+from npad import ops
+from npad.ops import reference
+from npad.statistics.gaussian import NeighborhoodGaussian
 
 
 class Case(NamedTuple):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 
 class Case(NamedTuple):

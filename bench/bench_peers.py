@@ -42,7 +42,7 @@ from peer_methods import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from npad.datasets import Category
+    from npad.evaluation.datasets import Category
 
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "numpy", "scikit-learn")
 
@@ -81,7 +81,7 @@ def peak_rss_bytes() -> int:
 
 
 def category_of(data: Path) -> Category:
-    from npad.datasets import find_categories
+    from npad.evaluation.datasets import find_categories
 
     (category,) = find_categories(data)
     return category
@@ -202,8 +202,8 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from npad.datasets import read_mask
-    from npad.metrics import image_metrics, pixel_metrics
+    from npad.evaluation.datasets import read_mask
+    from npad.evaluation.metrics import image_metrics, pixel_metrics
 
     result: dict[str, Any] = {}
     for phase in ("fit", "predict"):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 
 class Case(NamedTuple):

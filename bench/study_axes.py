@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from npad import NPad
-from npad.images import ImageSource
+from npad.images.source import ImageSource
 
 AXES = (16, 32, 48, 64, 96, 128, 192)
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from npad import NPad, fitting
-from npad.datasets import find_categories
-from npad.evaluation import evaluate
-from npad.nominal_set import NominalSet
-from npad.synthetic import make_dataset
+from npad.evaluation.datasets import find_categories
+from npad.evaluation.measure import evaluate
+from npad.evaluation.synthetic import make_dataset
+from npad.statistics.nominal_set import NominalSet
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},

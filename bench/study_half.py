@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from npad import NPad
-from npad.datasets import find_categories
-from npad.evaluation import CategoryResult, evaluate, score
+from npad.evaluation.datasets import find_categories
+from npad.evaluation.measure import CategoryResult, evaluate, score
 
 METRICS = ("auroc", "pixel_auroc", "aupro")
 HALVES = ("float16", "bfloat16")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from npad import NPad, ops
-from npad.anomaly_map import fusion_arguments, smoothing_sigma
-from npad.datasets import find_categories, read_mask
-from npad.gaussian import NeighborhoodGaussian
-from npad.metrics import image_metrics, pixel_metrics
-from npad.nominal_set import NominalSet
+from npad.evaluation.datasets import find_categories, read_mask
+from npad.evaluation.metrics import image_metrics, pixel_metrics
+from npad.scoring.fusion import fusion_arguments, smoothing_sigma
+from npad.statistics.gaussian import NeighborhoodGaussian
+from npad.statistics.nominal_set import NominalSet
 
 SIZE = (256, 256)
 

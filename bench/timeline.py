@@ -21,9 +21,10 @@ from bench_detector import SIZE, random_images, random_weights
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from npad import NPad, anomaly_map, ops
-from npad.images import ImageSource
-from npad.scoring import embed
+from npad import NPad, ops
+from npad.images.source import ImageSource
+from npad.scoring import fusion
+from npad.scoring.pipeline import embed
 
 ROUNDS = 20
 ROWS = 12
@@ -62,11 +63,11 @@ def parts(model: NPad, images: Tensor) -> dict[str, Callable[[], object]]:
         found["nearest_centroid"] = lambda: ops.nearest_centroid(
             x.flatten(0, 2), centroids, scorer.index
         )
-    fusion = anomaly_map.fusion_arguments(
+    terms = fusion.fusion_arguments(
         *scorer.distances(x), scorer.fusion, scorer.fusion_weight, scorer.standardization
     )
-    sigma = anomaly_map.smoothing_sigma(scorer.image_size)
-    found["anomaly_map"] = lambda: ops.anomaly_map(*fusion, scorer.image_size, sigma)
+    sigma = fusion.smoothing_sigma(scorer.image_size)
+    found["anomaly_map"] = lambda: ops.anomaly_map(*terms, scorer.image_size, sigma)
     found["all"] = lambda: scorer(images)
     found["score()"] = lambda: model.score(images)
     return found

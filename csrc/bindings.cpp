@@ -1,5 +1,5 @@
 // The only file that knows pybind11: addresses and sizes in, kernels called without the GIL.
-// Arguments are checked in npad/ops.py.
+// Arguments are checked in npad/ops/__init__.py.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,6 +1,6 @@
 // Every kernel launcher of npad, in one place: plain pointers, int64 sizes, a thread count.
 // All arrays but levels are contiguous and row-major; embeddings are channels last. Arguments are
-// checked in npad/ops.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
+// checked in npad/ops/__init__.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
 #pragma once
 
 #include <cstdint>
@@ -62,7 +62,7 @@ inline int64_t centroid_index_axes(int64_t channels) {
 }
 
 // centroids (k, channels), mean (channels) and orthonormal axes (axes, channels) -> index, whose
-// size is that of npad/reference.py.
+// size is that of npad/ops/reference.py.
 using CentroidIndex = void(const float* centroids, int64_t k, int64_t channels, const float* mean,
                            const float* axes, float* index, int threads);
 

@@ -11,7 +11,7 @@
 //
 //   stored / needed: 1.018 at C = 384, 1.027 at C = 256, 1.071 at C = 100
 //
-// npad/reference.py holds the same definition in Python for the reference ops; a test compares
+// npad/ops/reference.py holds the same definition in Python for the reference ops; a test compares
 // them.
 #pragma once
 

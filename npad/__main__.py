@@ -1,5 +1,5 @@
 """`python -m npad`."""
 
-from npad.cli import main
+from npad.cli.commands import main
 
 main()

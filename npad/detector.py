@@ -14,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import _native_cuda, arguments, cuda_graphs, devices, fitting, model_file, ops, progress
+from npad import arguments, devices, fitting, model_file, ops, progress
 from npad._version import __version__
-from npad.anomaly_map import FUSIONS, Standardization, uses_gaussians, uses_nominal_set
-from npad.backbone import Backbone, shared_backbone
-from npad.cuda_graphs import Graphs
-from npad.images import ImageSource
+from npad.features.backbone import Backbone, shared_backbone
+from npad.images.source import ImageSource
 from npad.model_file import ModelFileError
-from npad.scoring import Run, Scorer, embed, started_ahead
+from npad.ops import _cuda
+from npad.scoring import cuda_graphs
+from npad.scoring.cuda_graphs import Graphs
+from npad.scoring.fusion import FUSIONS, Standardization, uses_gaussians, uses_nominal_set
+from npad.scoring.pipeline import Run, Scorer, embed, started_ahead
 
 TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
 LESS_MEMORY = (
@@ -299,7 +301,7 @@ class NPad:
         """From images to scores and maps; on a GPU as CUDA graphs, which are kept."""
         scorer = self._scorer()
         # The reference, where it runs on a GPU, waits for it, which no graph records.
-        if self.device.type != "cuda" or not (_native_cuda.registered and cuda_graphs.SAFE):
+        if self.device.type != "cuda" or not (_cuda.registered and cuda_graphs.SAFE):
             return scorer
         with _lock:
             if self._graphs is None or self._graphs[0] != scorer.key:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from npad import arguments, devices, ops, progress
-from npad.anomaly_map import Standardization, uses_gaussians, uses_nominal_set
-from npad.backbone import Backbone
-from npad.gaussian import NeighborhoodGaussian
-from npad.holdout import Reservoir
-from npad.images import Batch, ImageSource
-from npad.nominal_set import NominalSet
-from npad.projection import principal_axes, random_axes
-from npad.scoring import distances
+from npad.features.backbone import Backbone
+from npad.features.projection import principal_axes, random_axes
+from npad.images.source import Batch, ImageSource
+from npad.scoring.fusion import Standardization, uses_gaussians, uses_nominal_set
+from npad.scoring.pipeline import distances
+from npad.statistics.gaussian import NeighborhoodGaussian
+from npad.statistics.holdout import Reservoir
+from npad.statistics.nominal_set import NominalSet
 
 if TYPE_CHECKING:
     from npad.detector import NPad

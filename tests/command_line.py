@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from npad import cli, command
+from npad.cli import commands, program
 
 SMALL = ("--backbone", "filterbank", "--image-size", "64", "--n-centroids", "50", "--threads", "1")
 
@@ -30,7 +30,7 @@ def npad(*args):
         mock.patch.object(warnings, "showwarning"),
         pytest.raises(SystemExit) as end,
     ):
-        command.run(cli.app, [str(arg) for arg in args])
+        program.run(commands.app, [str(arg) for arg in args])
     texts = []
     for stream in (out, err):
         stream.flush()

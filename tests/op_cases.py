@@ -8,7 +8,8 @@ import torch
 from fitted import gaussians
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 GRID = (4, 3)
 Arguments = tuple[object, ...]

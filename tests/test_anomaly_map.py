@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from npad import ops, reference
-from npad.anomaly_map import (
+from npad import ops
+from npad.ops import reference
+from npad.scoring.fusion import (
     FUSIONS,
     Standardization,
     fusion_arguments,

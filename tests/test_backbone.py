@@ -17,7 +17,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from npad.backbone import Backbone, BackboneError, shared_backbone
+from npad.features.backbone import Backbone, BackboneError, shared_backbone
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def test_a_batch_goes_through_in_parts(
     backbone = resnet if name == "resnet18" else Backbone(name)
     images = torch.rand(5, 3, 64, 96)
     for pixels, sizes in [(4 * 64 * 96, [3, 2]), (2 * 64 * 96, [2, 2, 1]), (100, [1] * 5)]:
-        monkeypatch.setattr("npad.backbone._PIXELS_AT_ONCE", pixels)
+        monkeypatch.setattr("npad.features.backbone._PIXELS_AT_ONCE", pixels)
         parts = torch.cat([backbone(part) for part in images.split(sizes)])
         assert torch.equal(backbone(images), parts)
     assert backbone(images[:0]).shape == (0, *backbone.grid((64, 96)), backbone.channels)
@@ -195,7 +195,7 @@ def test_convolutions_are_exact_whatever_the_program_has_set(program: str) -> No
     """In a process of its own. The settings need no GPU."""
     code = f"""
 import torch
-from npad.backbone import _exact_convolutions
+from npad.features.backbone import _exact_convolutions
 b = torch.backends
 c = b.cudnn.conv
 {program}
@@ -379,7 +379,7 @@ def test_no_download_names_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_refused_connection_fails_at_once(tmp_path: Path, offline: str) -> None:
     """For real, with nothing replaced: no answer at the address of the hub."""
     code = (
-        "import time, timm; from npad.backbone import Backbone; start = time.monotonic()\n"
+        "import time, timm; from npad.features.backbone import Backbone; start = time.monotonic()\n"
         "try: Backbone('resnet18')\n"
         "except Exception as e: print(type(e).__name__, e); print(time.monotonic() - start)"
     )
@@ -399,7 +399,7 @@ def test_a_refused_connection_fails_at_once(tmp_path: Path, offline: str) -> Non
 
 def test_importing_it_does_not_import_timm() -> None:
     code = (
-        "import sys; from npad.backbone import Backbone; Backbone('filterbank')\n"
+        "import sys; from npad.features.backbone import Backbone; Backbone('filterbank')\n"
         "print('timm' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from npad.batch_norm import fold_batch_norm
+from npad.features.batch_norm import fold_batch_norm
 
 
 def with_statistics(net: nn.Module) -> nn.Module:

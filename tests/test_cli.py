@@ -24,17 +24,18 @@ from command_line import SMALL, fail, npad, succeed
 from image_files import make_category, save_image, smooth_pixels
 from PIL import Image
 
-from npad import NPad, __version__, command
-from npad.prediction_files import find_inputs
+from npad import NPad, __version__
+from npad.cli import program
+from npad.cli.prediction_files import find_inputs
 
 # A line on standard output tells when the package is imported and the program takes over. Ctrl-C
 # is ignored by a shell's background jobs and by their children: here it is not.
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import npad.cli, npad.detector
+import npad.cli.commands, npad.detector
 print("ready", flush=True)
-npad.cli.main()
+npad.cli.commands.main()
 """
 
 
@@ -69,10 +70,10 @@ def files(folder):
 
 def test_every_argument_of_npad_is_an_option_with_its_default():
     parameters = inspect.signature(NPad).parameters
-    assert command._defaults() == {name: p.default for name, p in parameters.items()}
-    assert set(command.OPTIONS) == set(parameters) - {"progress"}
+    assert program._defaults() == {name: p.default for name, p in parameters.items()}
+    assert set(program.OPTIONS) == set(parameters) - {"progress"}
     shown = re.sub(r"\s+", " ", npad("fit", "--help").out)
-    for name in command.OPTIONS:
+    for name in program.OPTIONS:
         assert f"--{name.replace('_', '-')} " in shown
         default = parameters[name].default
         default = "off" if default is False else default
@@ -465,20 +466,20 @@ def test_module_and_closed_pipe(tmp_path):
     with start("info", program=("-m", "npad")) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == command.PIPE_CLOSED
+    assert process.returncode == program.PIPE_CLOSED
 
     with start("fit", tmp_path / "none", "-o", "m", program=("-m", "npad")) as process:
         said, err = process.communicate()
-    assert (process.returncode, said, err.count("\n")) == (command.USAGE, "", 1)
+    assert (process.returncode, said, err.count("\n")) == (program.USAGE, "", 1)
     assert err.startswith("npad: error: Invalid value for 'DIR'")
     assert err.endswith("(see npad fit --help)\n")
 
 
 IMPORTED = """
 import sys
-import npad.cli
+import npad.cli.commands
 try:
-    npad.cli.main()
+    npad.cli.commands.main()
 finally:
     print(sorted({"torch", "numpy", "PIL", "rich"} & sys.modules.keys()), file=sys.stderr)
 """
@@ -491,9 +492,9 @@ finally:
         (("--help",), 0),
         (("--version",), 0),
         (("fit", "--help"), 0),
-        (("fitt",), command.USAGE),
-        (("fit", "nowhere", "-o", "m"), command.USAGE),
-        (("predict", "--batch-size", "0"), command.USAGE),
+        (("fitt",), program.USAGE),
+        (("fit", "nowhere", "-o", "m"), program.USAGE),
+        (("predict", "--batch-size", "0"), program.USAGE),
     ],
 )
 def test_what_needs_no_libraries_imports_none(args, code):
@@ -520,7 +521,7 @@ def test_interrupt_while_libraries_are_imported(category, tmp_path):
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         said, err = process.communicate()
-    assert (process.returncode, said, err) == (command.INTERRUPTED, "", "npad: interrupted\n")
+    assert (process.returncode, said, err) == (program.INTERRUPTED, "", "npad: interrupted\n")
     assert not (tmp_path / "m").exists()
 
 
@@ -530,7 +531,7 @@ def test_full_standard_output():
         start("info", program=("-m", "npad"), stdout=full) as process,
     ):
         err = process.stderr.read()
-    assert process.returncode == command.FAILED
+    assert process.returncode == program.FAILED
     assert err.count("\n") == 1
     assert err.lower().startswith("npad: error: no space left on device")
 
@@ -550,7 +551,7 @@ def test_interrupt(job, longest, large, model, tmp_path):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         said, err = process.communicate()
-    assert process.returncode == command.INTERRUPTED, (delay, err)
+    assert process.returncode == program.INTERRUPTED, (delay, err)
     assert (said, err) == ("", "npad: interrupted\n"), delay
     left = files(tmp_path)
     if job == "predict":
@@ -582,7 +583,7 @@ def test_terminal(large, tmp_path):
     except OSError:  # the other end was closed
         pass
     os.close(master)
-    assert process.wait() == command.INTERRUPTED
+    assert process.wait() == program.INTERRUPTED
     text = shown.decode()
     assert re.search(r"fit: embeddings .*\d+/1,502 images, \S+/s, \d:\d\d:\d\d left", text)
     assert text.count("\x1b[?25h") == text.count("\x1b[?25l")

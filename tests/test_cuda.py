@@ -9,7 +9,7 @@ from fitted import SINGULAR, singular
 from op_cases import EMPTY, GRID, OPS, SEVERAL, moved, on, strided, tensors
 
 from npad import ops
-from npad.gaussian import NeighborhoodGaussian
+from npad.statistics.gaussian import NeighborhoodGaussian
 
 pytestmark = pytest.mark.cuda
 
@@ -130,7 +130,7 @@ def test_singular_covariances(case: str) -> None:
 def test_scores_agree_with_those_of_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.importorskip("scipy")
     from npad import NPad
-    from npad.synthetic import make_dataset
+    from npad.evaluation.synthetic import make_dataset
 
     folder = make_dataset(tmp_path_factory.mktemp("data") / "woven", seed=0)
     path = folder.parent / "model.npad"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import cuda_graphs
-from npad.cuda_graphs import KEPT, Graphs
+from npad.scoring import cuda_graphs
+from npad.scoring.cuda_graphs import KEPT, Graphs
 
 
 class Stream:

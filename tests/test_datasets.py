@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from image_files import make_category, save_image, smooth_pixels
 
-from npad.datasets import DatasetError, Sample, find_categories, read_mask
-from npad.images import ImageError, read_image
+from npad.evaluation.datasets import DatasetError, Sample, find_categories, read_mask
+from npad.images.source import ImageError, read_image
 
 
 @pytest.fixture

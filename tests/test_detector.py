@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from npad import NPad
-from npad.datasets import find_categories
-from npad.evaluation import evaluate, score
+from npad.evaluation.datasets import find_categories
+from npad.evaluation.measure import evaluate, score
+from npad.evaluation.synthetic import make_dataset
 from npad.model_file import ModelFileError, read_model, write_model
-from npad.synthetic import make_dataset
 
 SMALL = {"image_size": 64, "n_centroids": 200, "progress": False}
 

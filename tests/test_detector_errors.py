@@ -17,9 +17,9 @@ from image_files import make_category, save_image, smooth_pixels
 from PIL import Image
 
 from npad import NPad, model_file
-from npad.datasets import DatasetError, find_categories
-from npad.evaluation import evaluate
-from npad.images import ImageError
+from npad.evaluation.datasets import DatasetError, find_categories
+from npad.evaluation.measure import evaluate
+from npad.images.source import ImageError
 from npad.model_file import ModelFileError
 
 

@@ -12,7 +12,8 @@ import torch
 from accuracy import assert_accurate
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 Layout = Callable[[Tensor], Tensor]
 

@@ -12,8 +12,8 @@ from fake_model import SIZE, FakeModel, save, write_category
 from PIL import Image
 from sklearn import metrics as sk
 
-from npad import evaluation, metrics, results
-from npad.datasets import Category, Sample, find_categories
+from npad.evaluation import measure, metrics, results
+from npad.evaluation.datasets import Category, Sample, find_categories
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(5)),
@@ -29,11 +29,11 @@ def category(tmp_path):
 
 @pytest.fixture
 def result(category):
-    return evaluation.evaluate(FakeModel(), category)
+    return measure.evaluate(FakeModel(), category)
 
 
 def direct(category, kinds):
-    """Labels, scores, masks and maps of images of some types, without the evaluation."""
+    """Labels, scores, masks and maps of images of some types, without the measure."""
     train = np.mean([np.asarray(Image.open(p), dtype=float).mean() for p in category.train])
     chosen = [s for s in category.test if s.defect_type in kinds]
     maps = [np.abs(np.asarray(Image.open(s.path), np.float32) - np.float32(train)) for s in chosen]
@@ -89,7 +89,7 @@ def test_curves_keep_their_ends_and_their_area(result):
 def test_pictures_are_the_worst_first_and_bounded(tmp_path):
     tests = [("good", f"{i:03}", 0, 1) for i in range(30)]
     tests += [(f"type{k}", f"{i:03}", 8 * k, 1) for k in range(11) for i in range(3)]
-    result = evaluation.evaluate(
+    result = measure.evaluate(
         FakeModel(), find_categories(write_category(tmp_path / "many", tests))[0]
     )
     groups = {g: [p for p in result.pictures if p.group == g] for g in ("good", "defective")}
@@ -108,11 +108,11 @@ def test_pictures_are_the_worst_first_and_bounded(tmp_path):
 def test_maps_and_masks_are_brought_to_the_metric_size(tmp_path):
     tests = [("good", "000", 0, 2), ("good", "001", 0, 1), ("dent", "000", 90, 4)]
     category = find_categories(write_category(tmp_path / "plate", tests))[0]
-    at_model_size = evaluation.evaluate(FakeModel(), category)
+    at_model_size = measure.evaluate(FakeModel(), category)
     assert at_model_size.metric_size == SIZE
     assert at_model_size.types["dent"]["n_regions"] == 1
     assert at_model_size.metrics["pixel_auroc"] > 0.999
-    smaller = evaluation.evaluate(FakeModel(), category, metric_size=(12, 16))
+    smaller = measure.evaluate(FakeModel(), category, metric_size=(12, 16))
     assert smaller.metric_size == (12, 16)
     assert smaller.pictures[0].mask.shape == (12, 16)
     mask = next(p.mask for p in smaller.pictures if p.image.is_anomalous)
@@ -120,13 +120,13 @@ def test_maps_and_masks_are_brought_to_the_metric_size(tmp_path):
     expected[4:6, 4:8] = True
     np.testing.assert_array_equal(mask, expected)
     with pytest.raises(ValueError, match="metric_size must be positive, got 0 x 16"):
-        evaluation.evaluate(FakeModel(), category, metric_size=(0, 16))
+        measure.evaluate(FakeModel(), category, metric_size=(0, 16))
 
 
 def test_score_does_not_fit(category):
     model = FakeModel()
-    fitted = evaluation.evaluate(model, category)
-    scored = evaluation.score(model, category)
+    fitted = measure.evaluate(model, category)
+    scored = measure.score(model, category)
     assert model.fits == 1
     assert math.isnan(scored.fit_seconds)
     assert fitted.fit_seconds > 0
@@ -144,7 +144,7 @@ def test_empty_masks_are_nominal_and_noted(category):
     masks = [s.mask_path for s in category.test if s.defect_type == "scratch"]
     for path in masks:
         save(np.zeros(SIZE), path)
-    result = evaluation.evaluate(FakeModel(), category)
+    result = measure.evaluate(FakeModel(), category)
     assert result.types["scratch"]["n_regions"] == 0
     assert math.isnan(result.types["scratch"]["aupro"])
     assert result.types["scratch"]["auroc"] > 0
@@ -157,7 +157,7 @@ def test_empty_masks_are_nominal_and_noted(category):
 @pytest.mark.parametrize("kind", ["good", "dent"])
 def test_one_class_is_nan_and_null(category, kind):
     only = dataclasses.replace(category, test=[s for s in category.test if s.defect_type == kind])
-    result = evaluation.evaluate(FakeModel(), only)
+    result = measure.evaluate(FakeModel(), only)
     assert math.isnan(result.metrics["auroc"])
     assert math.isnan(result.threshold)
     plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
@@ -172,7 +172,7 @@ def test_bad_images_are_listed(category):
         path.rename(path.with_name("bad.png"))
     root = category.train[0].parents[2]
     (again,) = find_categories(root)
-    result = evaluation.evaluate(FakeModel(), again, skip_bad=True)
+    result = measure.evaluate(FakeModel(), again, skip_bad=True)
     assert len(result.skipped) == 2
     assert all(
         path.endswith("bad.png") and reason == "cut short" for path, reason in result.skipped
@@ -184,13 +184,13 @@ def test_json_and_summary(category, result):
     other = dataclasses.replace(result, name="other", fit_seconds=math.nan, metrics={
         **result.metrics, "auroc": 0.5, "aupro": math.nan
     })  # fmt: skip
-    rows = evaluation.summarize([result, other])
+    rows = measure.summarize([result, other])
     assert [row["category"] for row in rows] == ["plate", "other", "mean"]
     assert rows[-1]["auroc"] == pytest.approx((result.metrics["auroc"] + 0.5) / 2)
     assert rows[-1]["aupro"] == result.metrics["aupro"]
     assert rows[-1]["fit_seconds"] == result.fit_seconds
-    assert evaluation.summarize([]) == []
-    plain = json.loads(json.dumps(evaluation.to_json([result, other]), allow_nan=False))
+    assert measure.summarize([]) == []
+    plain = json.loads(json.dumps(measure.to_json([result, other]), allow_nan=False))
     assert plain["summary"][1]["aupro"] is None
     assert plain["versions"]["numpy"] == np.__version__
     first = plain["categories"][0]
@@ -208,7 +208,7 @@ def test_mask_of_another_size_names_both(category):
     sample = next(s for s in category.test if s.is_anomalous)
     save(np.ones((10, 11)) * 255, sample.mask_path)
     with pytest.raises(ValueError, match=r"is 10 x 11 pixels but .* is 24 x 32") as error:
-        evaluation.evaluate(FakeModel(), category)
+        measure.evaluate(FakeModel(), category)
     assert str(sample.mask_path) in str(error.value)
     assert str(sample.path) in str(error.value)
 
@@ -218,7 +218,7 @@ def test_a_bad_mask_is_met_before_fitting(category):
     sample.mask_path.write_bytes(b"no image")
     model = FakeModel()
     with pytest.raises(ValueError, match=sample.mask_path.name):
-        evaluation.evaluate(model, category)
+        measure.evaluate(model, category)
     assert model.fits == 0
 
 
@@ -226,8 +226,8 @@ def test_defect_without_mask_and_nothing_scored(category):
     path = category.test[0].path
     bare = Category("plate", category.train, [Sample(path, "dent", None)])
     with pytest.raises(ValueError, match="a defective image needs a mask"):
-        evaluation.evaluate(FakeModel(), bare)
+        measure.evaluate(FakeModel(), bare)
     path = path.rename(path.with_name("bad.png"))
     lost = Category("plate", category.train, [Sample(path, "good", None)])
     with pytest.raises(ValueError, match="plate: none of its test images could be scored"):
-        evaluation.evaluate(FakeModel(), lost, skip_bad=True)
+        measure.evaluate(FakeModel(), lost, skip_bad=True)

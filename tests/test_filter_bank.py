@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from npad.filter_bank import N_ORIENTATIONS, FilterBank
+from npad.features.filter_bank import N_ORIENTATIONS, FilterBank
 
 AMPLITUDE = slice(0, 6)
 MEAN = slice(6, 9)

@@ -6,8 +6,9 @@ import torch
 from fitted import SINGULAR, singular
 from torch import Tensor
 
-from npad import ops, reference
-from npad.gaussian import NeighborhoodGaussian
+from npad import ops
+from npad.ops import reference
+from npad.statistics.gaussian import NeighborhoodGaussian
 
 GRID = (4, 5)
 
@@ -129,7 +130,7 @@ def test_chunks_do_not_change_the_factors(
 ) -> None:
     gaussian = fit(torch.randn(20, *GRID, 12))
     whole = gaussian.finalize(0.1, dtype)
-    monkeypatch.setattr("npad.gaussian.CHUNK_BYTES", 4 * 12**2 * 3)
+    monkeypatch.setattr("npad.statistics.gaussian.CHUNK_BYTES", 4 * 12**2 * 3)
     done: list[int] = []
     chunked = gaussian.finalize(0.1, dtype, done.append)
     assert torch.equal(whole[0], chunked[0])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from npad import holdout
-from npad.holdout import Reservoir
+from npad.statistics import holdout
+from npad.statistics.holdout import Reservoir
 
 
 def split(n: int, fraction: float, seed: int = 0, batch: int = 7) -> tuple[list[int], list[int]]:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from image_files import encode, save_image, smooth_pixels
 from PIL import Image
 
-from npad import images as images_module
-from npad.images import ImageError, ImageSource, list_images, read_image
+from npad.images import source as images_module
+from npad.images.source import ImageError, ImageSource, list_images, read_image
 
 LOSSLESS = ["png", "bmp", "tif", "tiff", "webp"]
 
@@ -690,7 +690,7 @@ def test_leaving_the_loop_ends_the_threads(folder):
 def test_ctrl_c(folder):
     script = """
         import sys, time
-        from npad.images import ImageSource
+        from npad.images.source import ImageSource
         source = ImageSource([sys.argv[1]] * 1000, image_size=(256, 256), workers=4)
         for batch in source.batches():
             print("going", flush=True)

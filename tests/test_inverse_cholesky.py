@@ -5,7 +5,8 @@ import torch
 from accuracy import assert_accurate
 from fitted import covariances, whitening_error
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 63, 65, 100, 203])

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 
 def double(x: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn import metrics as sk
 
-from npad import metrics
+from npad.evaluation import metrics
 
 NAN = float("nan")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from op_cases import OPS, tensors
 
-from npad import _native_cuda
+from npad.ops import _cuda
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def use(monkeypatch: pytest.MonkeyPatch, driver: int, runtime: int = 13000) -> None:
     module = SimpleNamespace(driver_version=lambda: driver, runtime_version=lambda: runtime)
-    monkeypatch.setattr(_native_cuda, "cuda", module)
+    monkeypatch.setattr(_cuda, "cuda", module)
 
 
 @pytest.mark.parametrize("driver", [11080, 12090])
@@ -38,7 +38,7 @@ def test_a_driver_older_than_the_runtime_is_named(
     use(monkeypatch, driver)
     major, minor = divmod(driver // 10, 100)
     with pytest.warns(RuntimeWarning, match="need a driver for CUDA 13.0") as caught:
-        _native_cuda.register()
+        _cuda.register()
     assert f"this one is for {major}.{minor}" in str(caught[0].message)
     assert registered == []
 
@@ -51,20 +51,20 @@ def test_the_cpu_goes_on(
     use(monkeypatch, driver)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        _native_cuda.register()
+        _cuda.register()
     op, _, make = OPS[name]
     assert all(a.isfinite().all() for a in tensors(op(*make(7))))
 
 
 def test_no_driver_is_no_news(registered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, 0)
-    _native_cuda.register()
+    _cuda.register()
     assert registered == []
 
 
 def test_no_cuda_kernels_is_no_news(registered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native_cuda, "cuda", None)
-    _native_cuda.register()
+    monkeypatch.setattr(_cuda, "cuda", None)
+    _cuda.register()
     assert registered == []
 
 
@@ -73,5 +73,5 @@ def test_a_driver_of_the_same_major_version_or_newer_will_do(
     driver: int, runtime: int, registered: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, driver, runtime)
-    _native_cuda.register()
+    _cuda.register()
     assert sorted(registered) == sorted(OPS)

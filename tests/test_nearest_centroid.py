@@ -9,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npad import _native, ops, reference
-from npad.reference import centroid_index_size
+from npad import ops
+from npad.ops import _cpu, reference
+from npad.ops.reference import centroid_index_size
 
 
-@pytest.fixture(params=_native.core.isas())
+@pytest.fixture(params=_cpu.core.isas())
 def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Also those with a kernel of their own for the index only."""
-    before = _native.core.isa()
-    _native.core.set_isa(request.param)
+    before = _cpu.core.isa()
+    _cpu.core.set_isa(request.param)
     yield request.param
-    _native.core.set_isa(before)
+    _cpu.core.set_isa(before)
 
 
 def integers(n: int, channels: int, high: int) -> Tensor:
@@ -261,20 +262,20 @@ def test_index_by_batches_threads_and_strides(every_isa: str) -> None:
 
 def test_index_of_one_instruction_set_serves_another() -> None:
     x, centroids = embeddings(100, 200), embeddings(300, 200)
-    before = _native.core.isa()
+    before = _cpu.core.isa()
     expected = ops.nearest_centroid(x, centroids)
     try:
         indices = []
-        for name in _native.core.isas():
-            _native.core.set_isa(name)
+        for name in _cpu.core.isas():
+            _cpu.core.set_isa(name)
             indices.append(ops.centroid_index(centroids))
-        for name in _native.core.isas():
-            _native.core.set_isa(name)
+        for name in _cpu.core.isas():
+            _cpu.core.set_isa(name)
             for index in indices:
                 _, nearest = ops.nearest_centroid(x, centroids, index)
                 assert torch.equal(nearest, expected[1])
     finally:
-        _native.core.set_isa(before)
+        _cpu.core.set_isa(before)
 
 
 def test_index_is_in_use(every_isa: str) -> None:

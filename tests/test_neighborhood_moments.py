@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 
 def moments(*batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

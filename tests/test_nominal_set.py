@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from npad import k_means, ops
-from npad.k_means import lloyd
-from npad.nominal_set import METHODS, NominalSet
+from npad import ops
+from npad.statistics import k_means
+from npad.statistics.k_means import lloyd
+from npad.statistics.nominal_set import METHODS, NominalSet
 
 
 def embeddings(n: int, channels: int = 12, seed: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from npad.overlay import color_map, draw_overlay
+from npad.evaluation.overlay import color_map, draw_overlay
 
 HEAT = np.linspace(0, 1, 101, dtype=np.float32)[None]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import npad
-from npad._native import core
+from npad.ops._cpu import core
 
 
 def run(code):
@@ -51,10 +51,10 @@ def test_an_unknown_name_is_an_attribute_error():
         "import npad; npad.NPad",
         "from npad import ops",
         "import npad.ops",
-        "import npad._native",
-        "from npad._native import core",
-        "from npad.gaussian import NeighborhoodGaussian",
-        "from npad.nominal_set import NominalSet",
+        "import npad.ops._cpu",
+        "from npad.ops._cpu import core",
+        "from npad.statistics.gaussian import NeighborhoodGaussian",
+        "from npad.statistics.nominal_set import NominalSet",
     ],
 )
 def test_whoever_imports_the_ops_gets_the_kernels(import_):
@@ -85,7 +85,7 @@ def test_the_import_does_not_initialise_the_driver(tmp_path):
     (tmp_path / "driver.c").write_text(DRIVER)
     library = ["-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
     subprocess.run(["cc", *library], check=True)
-    code = "import npad._native_cuda as native; print(native.cuda.driver_version())"
+    code = "import npad.ops._cuda as native; print(native.cuda.driver_version())"
     path = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     done = subprocess.run(
         [sys.executable, "-c", code],

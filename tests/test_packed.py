@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from npad import ops, reference
-from npad._native import core
+from npad import ops
+from npad.ops import reference
+from npad.ops._cpu import core
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 31, 100, 129, 256])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from npad.projection import principal_axes, random_axes
+from npad.features.projection import principal_axes, random_axes
 
 
 def test_principal_axes_are_those_of_the_covariance() -> None:

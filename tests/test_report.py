@@ -18,9 +18,9 @@ import pytest
 from fake_model import FakeModel, write_category
 from PIL import Image
 
-from npad import evaluation, report
-from npad.datasets import find_categories
-from npad.images import ImageError
+from npad.evaluation import measure, report
+from npad.evaluation.datasets import find_categories
+from npad.images.source import ImageError
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(12)),
@@ -42,7 +42,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     root = write_category(tmp_path_factory.mktemp("data") / "plate", TESTS)
-    return evaluation.evaluate(FakeModel(), find_categories(root)[0])
+    return measure.evaluate(FakeModel(), find_categories(root)[0])
 
 
 @pytest.fixture(scope="module")

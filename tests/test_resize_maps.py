@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from npad import ops, reference
-from npad.anomaly_map import resized
+from npad import ops
+from npad.ops import reference
+from npad.scoring.fusion import resized
 
 
 def check(maps: Tensor, sizes: list[tuple[int, int]]) -> None:

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from npad import NPad, _native_cuda, detector, scoring
-from npad.images import Batch, ImageError
-from npad.scoring import Run, started_ahead
+from npad import NPad, detector
+from npad.images.source import Batch, ImageError
+from npad.ops import _cuda
+from npad.scoring import pipeline
+from npad.scoring.pipeline import Run, started_ahead
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 
@@ -178,7 +180,7 @@ def test_only_kernels_are_recorded(
     twin, scorer = copy.copy(model), model._scorer()
     twin.device = torch.device("cuda:0")
     monkeypatch.setattr(twin, "_scorer", lambda: scorer)
-    monkeypatch.setattr(_native_cuda, "registered", registered)
+    monkeypatch.setattr(_cuda, "registered", registered)
     assert (twin._on_device() is scorer) is not registered
 
 
@@ -189,7 +191,7 @@ def test_on_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: "copies")
-    monkeypatch.setattr(scoring, "_to_host", lambda x: x)
+    monkeypatch.setattr(pipeline, "_to_host", lambda x: x)
     run = Run(lambda x: (torch.zeros(len(x)), torch.zeros(len(x), 4, 4)), device)
     monkeypatch.setattr(run, "_take", lambda images: images)
     run.start(Batch(torch.zeros(2, 3, 4, 4), [(4, 4), (5, 6)], ["a", "b"], [0, 1]))

@@ -10,7 +10,7 @@ from accuracy import assert_accurate
 from simt_device import Simt, load
 from torch import Tensor
 
-from npad import reference
+from npad.ops import reference
 
 PRODUCT, SUM, ALONE = (True, (0.4, 0.6, 0.5)), (False, (0.3, -0.7, 2.0)), (False, (1.0, 0.0, 0.0))
 

@@ -10,7 +10,7 @@ from accuracy import assert_accurate
 from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
-from npad import reference
+from npad.ops import reference
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
 

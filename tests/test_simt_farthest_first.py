@@ -12,8 +12,8 @@ from accuracy import assert_accurate
 from simt_device import Simt, load
 from torch import Tensor
 
-from npad import _native_cuda, reference
-from npad._native import leading_axes
+from npad.ops import _cuda, reference
+from npad.ops._cpu import leading_axes
 
 AXES = 64  # rows of them, the first zero, for points of more than 96 dimensions
 
@@ -34,8 +34,8 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Simt:
         farthest_first_axes=partial(simt.number, "farthest_first_axes"),
         farthest_first_workspace=partial(simt.number, "farthest_first_workspace"),
     )
-    monkeypatch.setattr(_native_cuda, "cuda", sizes)
-    monkeypatch.setattr(_native_cuda, "_run", run)
+    monkeypatch.setattr(_cuda, "cuda", sizes)
+    monkeypatch.setattr(_cuda, "_run", run)
     return simt
 
 
@@ -54,7 +54,7 @@ def launch(
 
 def assert_same_sequence(points: Tensor, n_centroids: int, first: int = 0) -> None:
     """In float64, which is exact on integers."""
-    index, radius = _native_cuda.farthest_first(points, n_centroids, first)
+    index, radius = _cuda.farthest_first(points, n_centroids, first)
     expected, expected_radius = reference.farthest_first(points.double(), n_centroids, first)
     assert torch.equal(index, expected)
     assert torch.equal(radius, expected_radius.float())
@@ -102,7 +102,7 @@ def test_all_points(simt: Simt, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [7, 100])
 def test_constant_data(simt: Simt, dim: int) -> None:
-    index, radius = _native_cuda.farthest_first(torch.full((40, dim), 0.3), 40, 20)
+    index, radius = _cuda.farthest_first(torch.full((40, dim), 0.3), 40, 20)
     assert index.tolist() == [20, *(i for i in range(40) if i != 20)]
     assert (radius == 0).all()
 
@@ -122,7 +122,7 @@ def test_rows_that_are_not_aligned(simt: Simt, dim: int) -> None:
 def test_covering_radius(simt: Simt, scale: float, dim: int) -> None:
     """At the largest scale there are no axes."""
     points = scale * (torch.randn(200, 20) * torch.arange(1, 21) ** -1.0 @ torch.randn(20, dim))
-    index, radius = _native_cuda.farthest_first(points, 20, 0)
+    index, radius = _cuda.farthest_first(points, 20, 0)
     covering, working = torch.empty(20).double(), torch.empty(20)
     for k in range(20):
         chosen = points[index[: k + 1]]
@@ -152,7 +152,7 @@ def test_heads_are_for_long_rows_and_free_memory(
         chosen.append(free)
         return leading_axes(rows, n_axes)
 
-    monkeypatch.setattr(_native_cuda, "leading_axes", axes_of)
+    monkeypatch.setattr(_cuda, "leading_axes", axes_of)
     for free in (2 * whole, 2 * whole + 1):
         monkeypatch.setattr("npad.devices.free_bytes", lambda device, free=free: free)
         assert_same_sequence(points, 20)
@@ -160,7 +160,7 @@ def test_heads_are_for_long_rows_and_free_memory(
 
 
 def test_no_centres(simt: Simt) -> None:
-    assert _native_cuda.farthest_first(torch.randn(3, 5), 0, 0)[0].shape == (0,)
+    assert _cuda.farthest_first(torch.randn(3, 5), 0, 0)[0].shape == (0,)
 
 
 def orthonormal(rows: int, dim: int) -> Tensor:

@@ -9,7 +9,8 @@ from fitted import covariances, whitening_error
 from simt_device import Simt, load
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
 

@@ -9,7 +9,7 @@ from fitted import gaussians
 from simt_device import Simt, load
 from torch import Tensor
 
-from npad import reference
+from npad.ops import reference
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
 

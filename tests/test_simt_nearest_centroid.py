@@ -8,7 +8,7 @@ from accuracy import assert_accurate
 from simt_device import Simt, load
 from torch import Tensor
 
-from npad import reference
+from npad.ops import reference
 
 
 @pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])

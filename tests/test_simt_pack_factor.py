@@ -6,7 +6,8 @@ import pytest
 import torch
 from simt_device import Simt, load
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FactorType
 

@@ -8,7 +8,7 @@ from fitted import SINGULAR, singular, zeros
 from simt_device import Simt, load
 
 from npad import ops
-from npad.gaussian import NeighborhoodGaussian
+from npad.statistics.gaussian import NeighborhoodGaussian
 
 GRID, CHANNELS = (4, 5), 10
 

@@ -9,7 +9,7 @@ from fitted import Moments, reference_moments
 from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
-from npad import reference
+from npad.ops import reference
 
 
 @pytest.fixture(params=["simt_fast", "simt_checked"])

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from npad import synthetic
-from npad.datasets import find_categories, read_mask
+from npad.evaluation import synthetic
+from npad.evaluation.datasets import find_categories, read_mask
 
 
 def contents(root):

@@ -6,7 +6,8 @@ from accuracy import assert_accurate
 from fitted import reference_moments
 from torch import Tensor
 
-from npad import ops, reference
+from npad import ops
+from npad.ops import reference
 
 
 def single(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

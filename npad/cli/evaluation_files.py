@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from npad.atomic_file import replacing
-from npad.datasets import Category
-from npad.evaluation import Model, evaluate
-from npad.report import write_report
-from npad.results import CategoryResult, summarize, to_json
+from npad.evaluation.datasets import Category
+from npad.evaluation.measure import Model, evaluate
+from npad.evaluation.report import write_report
+from npad.evaluation.results import CategoryResult, summarize, to_json
 
 __all__ = ["REPORT", "evaluate_all", "print_table"]
 
@@ -51,10 +51,10 @@ def evaluate_all(
 
     Parameters
     ----------
-    categories : from `npad.datasets.find_categories`
+    categories : from `npad.evaluation.datasets.find_categories`
     makers : of models that differ in their seed alone
     folder : made if it is not there
-    skip_bad, progress : as for `npad.evaluation.evaluate`
+    skip_bad, progress : as for `npad.evaluation.measure.evaluate`
 
     Returns
     -------

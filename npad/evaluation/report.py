@@ -1,7 +1,7 @@
 """One HTML file that shows how well a model does: figures, curves, and the images it gets wrong.
 
 The page needs nothing but itself: pictures and plots are part of it, and there is no script. Its
-size is bounded by thumbnails and by the number of images that `npad.evaluation` picks.
+size is bounded by thumbnails and by the number of images that `npad.evaluation.measure` picks.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.atomic_file import replacing
-from npad.images import read_image
-from npad.overlay import color_map, draw_overlay
-from npad.plots import draw_curve, draw_histogram
-from npad.results import METRICS, PRO_LIMIT, CategoryResult, Picture, summarize, versions
+from npad.evaluation.overlay import color_map, draw_overlay
+from npad.evaluation.plots import draw_curve, draw_histogram
+from npad.evaluation.results import METRICS, PRO_LIMIT, CategoryResult, Picture, summarize, versions
+from npad.images.source import read_image
 
 __all__ = ["write_report"]
 

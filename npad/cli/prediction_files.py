@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from npad.anomaly_map import resized
 from npad.atomic_file import naming
-from npad.images import ImageError, list_images, read_image
-from npad.overlay import draw_overlay
+from npad.evaluation.overlay import draw_overlay
+from npad.images.source import ImageError, list_images, read_image
 from npad.progress import track
+from npad.scoring.fusion import resized
 
 if TYPE_CHECKING:
     from npad.detector import Prediction

@@ -2,7 +2,7 @@
 
 Each calls a ``torch.library`` op in the namespace ``npad``, so the device of the tensors picks the
 kernel and ``torch.compile`` and ``torch.export`` see it. Where no kernel is registered for a device,
-the definition in :mod:`npad.reference` runs. Arguments are checked here and nowhere else.
+the definition in :mod:`npad.ops.reference` runs. Arguments are checked here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from npad import _schemas  # noqa: F401  (torch.ops.npad)
-from npad.reference import centroid_index_size, packed_size
+from npad.ops import _schemas  # noqa: F401  (torch.ops.npad)
+from npad.ops.reference import centroid_index_size, packed_size
 
 __all__ = [
     "FACTOR_DTYPES",
@@ -554,7 +554,7 @@ def resize_maps(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
     Returns
     -------
     (sum of height * width,) float32: one map after another, so that one copy moves them all.
-    ``npad.anomaly_map.resized`` cuts it into maps.
+    ``npad.scoring.fusion.resized`` cuts it into maps.
 
     Raises
     ------
@@ -580,4 +580,4 @@ def resize_maps(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 # Whoever imports the ops gets the kernels. Last, since the kernels report progress through them.
-from npad import _native  # noqa: E402, F401
+from npad.ops import _cpu  # noqa: E402, F401

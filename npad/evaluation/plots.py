@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npad.datasets import GOOD
-from npad.results import CategoryResult
+from npad.evaluation.datasets import GOOD
+from npad.evaluation.results import CategoryResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from npad.arrays import item_images, split_images
-from npad.decoding import (
+from npad.images.arrays import item_images, split_images
+from npad.images.decoding import (
     SUFFIXES,
     Array,
     ImageError,

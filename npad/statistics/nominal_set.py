@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from npad import ops
-from npad.k_means import k_means
+from npad.statistics.k_means import k_means
 
 METHODS = ("kcenter", "kmeans")
 

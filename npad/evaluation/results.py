@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npad.datasets import GOOD
+from npad.evaluation.datasets import GOOD
 
 __all__ = [
     "METRICS",

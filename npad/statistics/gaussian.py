@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops
-from npad.reference import packed_layout
+from npad.ops.reference import packed_layout
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
 # again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from npad._version import __version__
-from npad.command import Arguments, UsageError, check_device, command, new_model, run
+from npad.cli.program import Arguments, UsageError, check_device, command, new_model, run
 
 __all__ = ["app", "main"]
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MEASURE = ("npad.detector", "npad.evaluation_files")  # modules of evaluate and demo
+MEASURE = ("npad.detector", "npad.cli.evaluation_files")  # modules of evaluate and demo
 
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="DIR")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
@@ -127,7 +127,7 @@ def _color_range(text: str) -> tuple[float, float]:
     return low, high
 
 
-@command(app, "npad.detector", "npad.prediction_files")
+@command(app, "npad.detector", "npad.cli.prediction_files")
 def predict(
     model_file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")],
     paths: Annotated[
@@ -175,8 +175,8 @@ def predict(
     Writes OUT/scores.csv, OUT/scores.jsonl, OUT/overlays and, with --maps, OUT/maps. A higher score
     is more anomalous.
     """
+    from npad.cli.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
     from npad.detector import NPad  # noqa: PLC0415
-    from npad.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
 
     _set_threads(threads)
     check_device(device)
@@ -260,7 +260,7 @@ def demo(
     Makes it from --seed, with planted defects, in OUT; then does what evaluate does. Needs no
     download and less than a minute.
     """
-    from npad.synthetic import make_dataset  # noqa: PLC0415
+    from npad.evaluation.synthetic import make_dataset  # noqa: PLC0415
 
     _set_threads(threads)
     seed = arguments.get("seed", 0)
@@ -281,8 +281,8 @@ def _evaluate(
     skip_bad: bool,
     quiet: bool,
 ) -> None:
-    from npad.datasets import find_categories  # noqa: PLC0415
-    from npad.evaluation_files import REPORT, evaluate_all, print_table  # noqa: PLC0415
+    from npad.cli.evaluation_files import REPORT, evaluate_all, print_table  # noqa: PLC0415
+    from npad.evaluation.datasets import find_categories  # noqa: PLC0415
 
     if seeds and "seed" in arguments:
         raise UsageError("--seed and --seeds exclude each other")

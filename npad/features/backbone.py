@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from npad import ops
-from npad.backbone_weights import BackboneError, first_line, load_weights, weights_hash
-from npad.batch_norm import fold_batch_norm
-from npad.filter_bank import N_LEVELS, FilterBank
+from npad.features.batch_norm import fold_batch_norm
+from npad.features.filter_bank import N_LEVELS, FilterBank
+from npad.features.weights import BackboneError, first_line, load_weights, weights_hash
 
 __all__ = ["Backbone", "BackboneError", "shared_backbone"]
 

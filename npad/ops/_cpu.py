@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npad import ops
-from npad.reference import axis_band, centroid_index_size, packed_size
+from npad.ops.reference import axis_band, centroid_index_size, packed_size
 
 NEW_MEMORY = 32 << 20  # bytes; as much is not kept by the allocator but cleared anew by the system
 AXES_SAMPLE = 4096  # rows, at most, that choose axes
@@ -269,4 +269,4 @@ def register() -> None:
 register()
 
 # After the CPU kernels, whose module it takes from here.
-from npad import _native_cuda  # noqa: E402, F401
+from npad.ops import _cuda  # noqa: E402, F401

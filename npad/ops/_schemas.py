@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from npad import reference
-from npad.reference import centroid_index_size, packed_size
+from npad.ops import reference
+from npad.ops.reference import centroid_index_size, packed_size
 
 _SCHEMAS = {
     "embed": "(Tensor[] levels, int[2] grid) -> Tensor",

@@ -17,11 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from npad import metrics
-from npad.anomaly_map import resized
-from npad.datasets import GOOD, Category, Sample, read_mask
+from npad.evaluation import metrics
+from npad.evaluation.datasets import GOOD, Category, Sample, read_mask
+from npad.evaluation.results import (
+    PRO_LIMIT,
+    CategoryResult,
+    Curve,
+    Picture,
+    ScoredImage,
+    summarize,
+    to_json,
+)
 from npad.progress import task
-from npad.results import PRO_LIMIT, CategoryResult, Curve, Picture, ScoredImage, summarize, to_json
+from npad.scoring.fusion import resized
 
 __all__ = ["CategoryResult", "Model", "Prediction", "evaluate", "score", "summarize", "to_json"]
 
@@ -83,7 +91,7 @@ def evaluate(
     Parameters
     ----------
     model : `npad.NPad`, or anything with its ``fit``, ``predict_batches`` and ``settings``
-    category : from `npad.datasets.find_categories`
+    category : from `npad.evaluation.datasets.find_categories`
     metric_size : (height, width) to which maps are resized bilinearly and masks by nearest pixel
         before the pixel metrics; None is the model's ``image_size``
     skip_bad : go on after an image that cannot be read, and list it in the result

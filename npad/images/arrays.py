@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npad.decoding import DTYPES, Array
+from npad.images.decoding import DTYPES, Array
 
 __all__ = ["item_images", "split_images"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from npad.decoding import list_images, read_image
+from npad.images.decoding import list_images, read_image
 
 __all__ = ["Category", "DatasetError", "Sample", "find_categories", "read_mask"]
 

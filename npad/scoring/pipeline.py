@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import anomaly_map, devices, ops
-from npad.anomaly_map import Standardization
-from npad.backbone import Backbone
-from npad.images import Batch, ImageError
+from npad import devices, ops
+from npad.features.backbone import Backbone
+from npad.images.source import Batch, ImageError
+from npad.scoring import fusion
+from npad.scoring.fusion import Standardization
 
 __all__ = ["Run", "Scorer", "distances", "embed", "started_ahead"]
 
@@ -81,11 +82,11 @@ class Scorer:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
         maps = self.distances(embed(self.network, self.projection, images))
-        fusion = anomaly_map.fusion_arguments(
+        terms = fusion.fusion_arguments(
             *maps, self.fusion, self.fusion_weight, self.standardization
         )
-        sigma = anomaly_map.smoothing_sigma(self.image_size)
-        smooth, scores = ops.anomaly_map(*fusion, self.image_size, sigma)
+        sigma = fusion.smoothing_sigma(self.image_size)
+        smooth, scores = ops.anomaly_map(*terms, self.image_size, sigma)
         return scores, smooth
 
 
@@ -116,7 +117,7 @@ class Flight:
                 f"NPad.predict: the score of {name} is not finite: its features are larger than the "
                 "backbone's precision holds; use backbone_dtype='float32'"
             )
-        return scores, anomaly_map.cut(maps, self.batch.sizes)
+        return scores, fusion.cut(maps, self.batch.sizes)
 
 
 class Run:

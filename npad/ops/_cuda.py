@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from npad import devices
-from npad._native import core, dense, factor_type, leading_axes, level_tuples
-from npad.reference import axis_band, packed_size
+from npad.ops._cpu import core, dense, factor_type, leading_axes, level_tuples
+from npad.ops.reference import axis_band, packed_size
 
 AXES_SHARE = 0.5  # of the free memory, which what makes farthest_first fast may take
 

@@ -1,0 +1,1 @@
+"""Measuring a model on images with known defects."""

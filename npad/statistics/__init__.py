@@ -1,0 +1,1 @@
+"""From embeddings to what a fit leaves: Gaussians, a nominal set, images held out."""
