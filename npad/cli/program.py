@@ -101,7 +101,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
 
 def _defaults() -> Arguments:
     """Defaults of NPad, read from its source: importing it takes seconds."""
-    tree = ast.parse(Path(__file__).with_name("detector.py").read_text(encoding="utf-8"))
+    tree = ast.parse((Path(__file__).parents[1] / "detector.py").read_text(encoding="utf-8"))
     functions = (
         part
         for node in tree.body
