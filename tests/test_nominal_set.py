@@ -1,7 +1,9 @@
 """The nominal set: bank, composition, merging, k-center and k-means."""
 
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from npad import ops
-from npad.statistics import k_means
-from npad.statistics.k_means import lloyd
-from npad.statistics.nominal_set import METHODS, NominalSet
+from npad.nominal_methods import METHODS, Method
+from npad.statistics.k_center import _projected
+from npad.statistics.nominal_set import NominalSet
 
 
 def embeddings(n: int, channels: int = 12, seed: int = 0) -> Tensor:
@@ -27,15 +29,6 @@ def embeddings(n: int, channels: int = 12, seed: int = 0) -> Tensor:
 
 def covering_radius(x: Tensor, centroids: Tensor) -> float:
     return float(torch.cdist(x.double(), centroids.double()).min(1).values.max())
-
-
-@pytest.fixture(params=[True, False], ids=["faiss", "pytorch"])
-def faiss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the test with faiss and without it."""
-    if request.param:
-        pytest.importorskip("faiss")
-    else:
-        monkeypatch.setitem(sys.modules, "faiss", None)  # import raises ImportError
 
 
 def test_k_center_of_the_embeddings_themselves() -> None:
@@ -62,7 +55,7 @@ def test_projection(projection: int) -> None:
 
 def test_projection_keeps_distances_on_average() -> None:
     x = torch.randn(500, 200)
-    projected = NominalSet(projection=50)._project(x)
+    projected = _projected(x, 50, seed=0)
     ratio = projected.square().sum(1) / x.square().sum(1)
     assert projected.shape == (500, 50)
     assert abs(float(ratio.mean()) - 1) < 0.05
@@ -180,7 +173,6 @@ def test_update_after_finalize() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.usefixtures("faiss")
 def test_a_rerun_is_bitwise_equal(method: str) -> None:
     x = embeddings(3000)
     first, again = (
@@ -190,7 +182,6 @@ def test_a_rerun_is_bitwise_equal(method: str) -> None:
     assert torch.equal(first, again)
 
 
-@pytest.mark.usefixtures("faiss")
 def test_k_means_finds_separate_clusters() -> None:
     centres = 50 * torch.eye(8)
     x = (centres[:, None] + torch.randn(8, 200, 8)).reshape(-1, 8)
@@ -205,7 +196,6 @@ def test_k_means_finds_separate_clusters() -> None:
     assert torch.isnan(torch.tensor(best.radius_))
 
 
-@pytest.mark.usefixtures("faiss")
 def test_k_means_with_duplicates_and_empty_clusters() -> None:
     """More centroids than distinct points: every one is finite and every point has one near."""
     x = torch.arange(6.0).repeat(100)[:, None].repeat(1, 4)
@@ -215,69 +205,59 @@ def test_k_means_with_duplicates_and_empty_clusters() -> None:
     assert float(nominal.distance(x).max()) < 0.1
 
 
-def test_pytorch_k_means_lowers_the_inertia(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
+def test_k_means_is_as_good_as_scikit_learn() -> None:
     x = embeddings(3000)
-    start = x[torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:40]]
-    nominal = NominalSet("kmeans", 40, seed=0).update(x).finalize()
-    before = ops.nearest_centroid(x, start)[0].square().sum()
-    assert nominal.distance(x).square().sum() < 0.85 * before
+    ours = (NominalSet("kmeans", 40, seed=i).update(x).finalize() for i in range(5))
+    theirs = (KMeans(40, n_init=1, random_state=i).fit(x.numpy()) for i in range(5))
+    total = sum(float(nominal.distance(x).square().sum()) for nominal in ours)
+    assert total < 1.1 * sum(k_means.inertia_ for k_means in theirs)
 
 
-def inertia(x: Tensor, centroids: Tensor) -> float:
-    return float(ops.nearest_centroid(x, centroids)[0].square().sum())
+def test_k_means_looks_at_a_seeded_sample() -> None:
+    x = embeddings(600)
+    first, other = (
+        NominalSet("kmeans", 1, seed=seed).update(x).finalize().centroids_ for seed in (0, 1)
+    )
+    sample = x[torch.randperm(600, generator=torch.Generator().manual_seed(0))[:256]]
+    torch.testing.assert_close(first[0], sample.mean(0), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(first, other)
 
 
-def generators(n: int = 5) -> Iterator[torch.Generator]:
-    return (torch.Generator().manual_seed(seed) for seed in range(n))
+def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)  # import raises ImportError
+    monkeypatch.delitem(sys.modules, "npad.statistics.k_means", raising=False)
+    for make in (METHODS["kmeans"].load, lambda: NominalSet("kmeans")):
+        with pytest.raises(
+            ImportError, match=r"nominal_set='kmeans' needs .*faiss.* pip install \"npad\[faiss\]\""
+        ):
+            make()
+    NominalSet("kcenter")
 
 
-def with_outliers(n: int) -> Tensor:
-    """One in a hundred lies far from all others."""
-    x = embeddings(n)
-    x[::100] *= 10
-    return x
-
-
-@pytest.mark.parametrize("make", [embeddings, with_outliers])
-def test_k_means_start_is_better_than_a_random_one(make: Callable[[int], Tensor]) -> None:
-    x, n = make(3000), 40
-    random = sum(inertia(x, x[torch.randperm(len(x), generator=g)[:n]]) for g in generators())
-    chosen = sum(inertia(x, x[k_means.start(x, n, g)]) for g in generators())
-    assert chosen < 0.8 * random
-
-
-@pytest.mark.parametrize("make", [embeddings, with_outliers])
-def test_pytorch_k_means_is_as_good_as_scikit_learn(
-    make: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
+def test_a_method_is_a_line_in_the_registry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    x, n = make(3000), 40
-    ours = [inertia(x, lloyd(x, n, g)) for g in generators()]
-    theirs = [KMeans(n, n_init=1, random_state=i).fit(x.numpy()).inertia_ for i in range(5)]
-    assert sum(ours) < 1.03 * sum(theirs)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            k_means,
-            "start",
-            lambda points, n, g: torch.randperm(len(points), generator=g)[:n],
-        )
-        from_random = [inertia(x, lloyd(x, n, g)) for g in generators()]
-    assert sum(ours) < sum(from_random)
+    (tmp_path / "first_points.py").write_text(
+        "def first_points(points, n, *, seed, projection, advance):\n    return points[:n], 2.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "first", Method("the first points", "first_points:first_points"))
+    x = embeddings(50)
+    nominal = NominalSet("first", 10).update(x).finalize()
+    assert torch.equal(nominal.centroids_, x[:10])
+    assert nominal.radius_ == 2.5
 
 
-@pytest.mark.parametrize("n_distinct", [1, 7, 300])
-@pytest.mark.parametrize("n", [1, 2, 20, 300])
-def test_k_means_start_is_of_distinct_points(n: int, n_distinct: int) -> None:
-    x = torch.randn(n_distinct, 4).repeat_interleave(300 // n_distinct + 1, 0)[:300]
-    first, again = (k_means.start(x, n, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert first.shape == (n,)
-    assert len(x[first].unique(dim=0)) == min(n, len(x.unique(dim=0)))
+def test_the_registry_imports_no_library() -> None:
+    code = "import sys, npad.nominal_methods; print({'torch', 'faiss'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
 
 
-def test_progress_adds_up() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_progress_adds_up(method: str) -> None:
     counts: list[int] = []
-    NominalSet(n_centroids=200).update(embeddings(3000)).finalize(counts.append)
+    NominalSet(method, 200).update(embeddings(3000)).finalize(counts.append)
     assert sum(counts) == 200
     assert min(counts) >= 0
 
@@ -301,7 +281,7 @@ def test_half_precision_embeddings_are_held_in_float32() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "dbscan"}, r"method must be one of \('kcenter', 'kmeans'\), got 'dbscan'"),
+        ({"method": "dbscan"}, "method must be one of 'kcenter', 'kmeans', got 'dbscan'"),
         ({"n_centroids": 0}, "n_centroids must be a whole number of at least 1 or a fraction"),
         ({"n_centroids": 2.5}, "got 2.5"),
         ({"n_centroids": -0.1}, "got -0.1"),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from npad import ops
-from npad.statistics.k_means import k_means
+from npad.nominal_methods import METHODS
 
-METHODS = ("kcenter", "kmeans")
+__all__ = ["NominalSet"]
 
 
 class NominalSet:
@@ -21,20 +21,26 @@ class NominalSet:
 
     Parameters
     ----------
-    method : "kcenter" (greedy k-center, which keeps rare nominal patches) or "kmeans" (the paper's
-        clusters; faiss where it is installed, PyTorch otherwise)
+    method : how they are chosen, one of `npad.nominal_methods.METHODS`
     n_centroids : number of centroids, or a fraction below 1 of all embeddings; where there are
         fewer embeddings, all are kept
-    projection : dimensions of the random projection on which k-center works; None is the embeddings
-        themselves, with no copy of them
+    projection : dimensions of the random projection on which the method works, if it can; None is
+        the embeddings themselves, with no copy of them
     bank_bytes : memory of the bank
-    seed : of the projection and of k-means
+    seed : of every random choice
 
     Attributes
     ----------
     centroids_ : (K, C) float32; with k-center, embeddings that were seen
     radius_ : covering radius of the last k-center in the space it worked on; NaN for k-means
     n_seen : number of embeddings so far
+
+    Raises
+    ------
+    ValueError
+        An argument out of its range.
+    ImportError
+        The method needs a package that is not installed.
 
     Notes
     -----
@@ -60,7 +66,9 @@ class NominalSet:
         seed: int = 0,
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"NominalSet: method must be one of {METHODS}, got {method!r}")
+            raise ValueError(
+                f"NominalSet: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}"
+            )
         whole = n_centroids >= 1 and n_centroids == int(n_centroids)
         if not (whole or 0 < n_centroids < 1):
             raise ValueError(
@@ -71,6 +79,7 @@ class NominalSet:
             raise ValueError(f"NominalSet: projection must be at least 1 or None, got {projection}")
         if bank_bytes < 1:
             raise ValueError(f"NominalSet: bank_bytes must be positive, got {bank_bytes}")
+        self._choose_points = METHODS[method].load()
         self.method = method
         self.n_centroids = n_centroids
         self.projection = projection
@@ -88,8 +97,9 @@ class NominalSet:
 
         Raises
         ------
-        ValueError : no channels, another number of them than before, or NaN or infinite values; those
-            of a tensor on a GPU, for which nothing waits, are told by ``compose`` and ``finalize``.
+        ValueError
+            No channels, another number of them than before, or NaN or infinite values; those of a
+            tensor on a GPU, for which nothing waits, are told by ``compose`` and ``finalize``.
         """
         if x.ndim == 0 or x.shape[-1] == 0:
             raise ValueError(f"NominalSet.update: x must have shape (..., C), got {tuple(x.shape)}")
@@ -114,7 +124,8 @@ class NominalSet:
 
         Raises
         ------
-        ValueError : the sets have different settings or channels.
+        ValueError
+            The sets have different settings or channels.
         """
         for name in ("method", "n_centroids", "projection", "seed"):
             own, others = getattr(self, name), getattr(other, name)
@@ -152,7 +163,8 @@ class NominalSet:
 
         Raises
         ------
-        ValueError : nothing was collected.
+        ValueError
+            Nothing was collected.
         """
         if not self.n_seen:
             raise ValueError("NominalSet.finalize: no embeddings; call update first")
@@ -206,32 +218,9 @@ class NominalSet:
         """The centroids of the points, and their covering radius."""
         if len(points) <= n:
             return points, 0.0
-        if self.method == "kmeans":
-            return k_means(points, n, self.seed), float("nan")
-        done = 0
-
-        def report(now: int, total: int) -> None:
-            nonlocal done
-            if advance is not None:
-                advance(now - done)
-            done = now
-
-        with ops.report_progress(report):
-            index, radius = ops.farthest_first(self._project(points), n)
-        return points[index], float(radius[-1])
-
-    def _project(self, points: Tensor) -> Tensor:
-        """Random orthogonal projection, scaled to keep distances on average.
-
-        Drawn on the CPU, so that it is the same for every device.
-        """
-        channels = points.shape[1]
-        if self.projection is None or self.projection >= channels:
-            return points
-        generator = torch.Generator().manual_seed(self.seed)
-        gaussian = torch.randn(channels, self.projection, generator=generator, dtype=torch.float64)
-        matrix = torch.linalg.qr(gaussian).Q * (channels / self.projection) ** 0.5
-        return points @ matrix.to(points)
+        return self._choose_points(
+            points, n, seed=self.seed, projection=self.projection, advance=advance
+        )
 
 
 def _take(parts: list[Tensor]) -> Tensor:
