@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npad import arguments, devices, fitting, model_file, ops, progress
+from npad import devices, model_file, ops, progress
 from npad._version import __version__
-from npad.features.backbone import Backbone, shared_backbone
-from npad.images.source import ImageSource
+from npad.features.backbone import Backbone, BackboneError, embed_in_parts, shared_backbone
+from npad.fitting import AXES_IMAGES, Fit
+from npad.images import ImageSource
+from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
 from npad.ops import _cuda
 from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
-from npad.scoring.fusion import FUSIONS, Standardization, uses_gaussians, uses_nominal_set
-from npad.scoring.pipeline import Run, Scorer, embed, started_ahead
+from npad.scoring.pipeline import Run, score_in_parts, started_ahead
+from npad.scoring.scorer import Scorer, reduce
+from npad.settings import ARGUMENTS, Settings
 
-TENSORS = ("projection", "mean", "factor", "centroids")  # each with a trailing _ as attributes
+__all__ = ["NPad", "Prediction"]
+
 LESS_MEMORY = (
     "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
 )
 
-_lock = threading.Lock()  # of what models make at first use; not an attribute, so that they copy
+_lock = threading.Lock()  # of the graphs that models make at first use
 
 
 @dataclass
@@ -54,47 +60,17 @@ class Prediction:
 class NPad:
     """N-pad anomaly detector.
 
+    As in scikit-learn, arguments are stored as they are given and checked when they are used: by
+    ``fit``, ``load`` and whatever scores.
+
     Parameters
     ----------
-    backbone : any timm name with ``features_only``, or "filterbank", which needs no weights
-    layers : timm ``out_indices`` of the feature levels; None takes the two of stride 8 and 16
-    image_size : int or (height, width): images are resized to it, without a crop
-    weights : path of the backbone's weights (safetensors, or a torch file, read with
-        ``weights_only=True``); None downloads timm's
-    window : odd side of the training window of the Gaussians
-    score_window : odd side of the evaluation window
-    eps : added to the diagonal of every covariance, in squared units of the features; "auto" takes the
-        one that makes held-out nominal embeddings most likely
-    nominal_set : "kcenter", "kmeans" or None
-    n_centroids : size of the nominal set; a fraction below 1 is of all nominal embeddings
-    fusion : "product" of both distances (default), "sum" of both standardised on held-out nominal
-        images, "mahalanobis" or "euclidean" alone; None is "product", or "mahalanobis" without a
-        nominal set
-    fusion_weight : share of the Mahalanobis distance in "product" and "sum", from 0 to 1; the
-        Euclidean one has the rest. Nothing that is fitted depends on it
-    factor_dtype : "float32", "float16" or "bfloat16", storage of the Gaussians' factors
-    n_features : dimensions to which embeddings are reduced; None keeps all
-    reduction : "pca" of a sample of nominal embeddings, or a seeded "random" orthogonal projection
-    holdout : fraction of the images (at most 64 images) kept from the fit while eps and
-        standardisation are chosen; they are fitted afterwards
-    seed : of every random choice
-    device : torch device, or "auto": a GPU if there is one
-    backbone_dtype : "float32", "float16" or "bfloat16", in which the backbone computes; None fits in
-        float32 and scores in float16 on a GPU, in float32 elsewhere
-    compile : run the backbone through ``torch.compile``
-    batch_size : images that go through the backbone together
-    progress : True, False, or None: bars for what takes over two seconds, on a terminal only
+    {arguments}
 
     Attributes
     ----------
-    grid_ : (H, W) of the embeddings
-    n_images_ : images fitted
-    eps_ : the eps in use; None where "auto" had nothing to choose for
-    mean_, factor_ : (P, C) float32 and (P, packed): the Gaussians, or None where the fusion does not
-        use them
-    centroids_ : (K, C) float32, the nominal set, or None
-    projection_ : (channels of the backbone, n_features) float32, or None
-    standardization_ : Standardization of the "sum", or None
+    settings_ : Settings, with which the model was fitted
+    {learned}
     skipped_ : (name, reason) of files skipped by ``fit(..., skip_bad=True)``
 
     Notes
@@ -103,14 +79,7 @@ class NPad:
     2023. The same input, seed and thread count give bitwise equal models. Defaults: docs/method.md.
     """
 
-    grid_: tuple[int, int]
-    n_images_: int
-    eps_: float | None
-    mean_: Tensor | None
-    factor_: Tensor | None
-    centroids_: Tensor | None
-    projection_: Tensor | None
-    standardization_: Standardization | None
+    settings_: Settings
     skipped_: list[tuple[str, str]]
 
     def __init__(
@@ -138,52 +107,86 @@ class NPad:
         batch_size: int = 8,
         progress: bool | None = None,
     ) -> None:
-        dtypes = tuple(arguments.DTYPES)
         self.backbone = backbone
-        self.layers = tuple(layers) if layers is not None else None
-        self.image_size = arguments.height_width(image_size)
+        self.layers = layers
+        self.image_size = image_size
         self.weights = weights
-        self.window = arguments.odd("window", window)
-        self.score_window = arguments.odd("score_window", score_window)
-        self.eps = arguments.eps(eps)
-        self.nominal_set = arguments.choice("nominal_set", nominal_set, ("kcenter", "kmeans", None))
+        self.window = window
+        self.score_window = score_window
+        self.eps = eps
+        self.nominal_set = nominal_set
         self.n_centroids = n_centroids
-        if fusion is None:
-            fusion = "product" if nominal_set else "mahalanobis"
-        self.fusion = arguments.choice("fusion", fusion, FUSIONS)
-        self.fusion_weight = arguments.at_most("fusion_weight", fusion_weight, 1)
-        self.factor_dtype = arguments.choice("factor_dtype", factor_dtype, dtypes)
+        self.fusion = fusion
+        self.fusion_weight = fusion_weight
+        self.factor_dtype = factor_dtype
         self.n_features = n_features
-        self.reduction = arguments.choice("reduction", reduction, ("pca", "random"))
-        self.holdout = arguments.at_most("holdout", holdout, 0.5)
+        self.reduction = reduction
+        self.holdout = holdout
         self.seed = seed
-        self.device = devices.resolve(device)
-        self.backbone_dtype = arguments.choice("backbone_dtype", backbone_dtype, (*dtypes, None))
+        self.device = device
+        self.backbone_dtype = backbone_dtype
         self.compile = compile
         self.batch_size = batch_size
         self.progress = progress
-        self._backbones: dict[torch.dtype, Backbone] = {}
-        self._graphs: tuple[object, Graphs] | None = None
-        self._index: tuple[Tensor, Tensor] | None = None
-        if uses_nominal_set(self.fusion) and nominal_set is None:
-            raise ValueError(
-                f"NPad: fusion={self.fusion!r} needs a nominal set; "
-                "give nominal_set, or fusion='mahalanobis'"
-            )
-        if holdout == 0 and (
-            (uses_gaussians(self.fusion) and eps == "auto") or self.fusion == "sum"
-        ):
-            raise ValueError(
-                "NPad: eps='auto' and fusion='sum' need held-out images; "
-                "use holdout > 0, or a number for eps and another fusion"
-            )
-        for name, value in (("n_features", n_features), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"NPad: {name} must be at least 1, got {value}")
+        self._forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, which records CUDA graphs of its own."""
-        return vars(self) | {"_graphs": None}
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Learned values, of which `npad.learned` has the list."""
+
+    # ----------------------------------------------------------------------------------------------
+    # Arguments.
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """All arguments, as they were given; ``deep`` is scikit-learn's and changes nothing."""
+        return {argument.name: getattr(self, argument.name) for argument in ARGUMENTS}
+
+    def set_params(self, **params: Any) -> NPad:
+        """Set arguments by name.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            No argument has this name.
+        """
+        for name, value in params.items():
+            if name not in self.get_params():
+                known = ", ".join(self.get_params())
+                raise ValueError(f"NPad: there is no argument {name!r}; there are {known}")
+            setattr(self, name, value)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that a model file keeps, checked, as JSON types.
+
+        All but ``device`` and ``progress``, which belong to the machine and not to the model. For a
+        fitted model, the ones that it was fitted with, where a change has no effect before the next
+        fit.
+
+        Raises
+        ------
+        ValueError
+            A value that an argument may not have.
+        """
+        return self._settings().to_json()
+
+    def _settings(self) -> Settings:
+        """The arguments in force."""
+        now = Settings(**self.get_params())
+        return now.fixed_by(self.settings_) if self._is_fitted else now
+
+    @property
+    def _is_fitted(self) -> bool:
+        return "settings_" in vars(self)
+
+    def _check_fitted(self) -> None:
+        if not self._is_fitted:
+            raise RuntimeError("NPad: the model is not fitted; call fit or NPad.load first")
 
     # ----------------------------------------------------------------------------------------------
     # Fit.
@@ -203,19 +206,71 @@ class NPad:
 
         Raises
         ------
-        ValueError : too few images, images that cannot be read (ImageError), an argument that does
-            not fit the data.
-        MemoryError : what is needed, what is free, and what lowers it. A batch that does not fit is
-            halved first, once, with a warning.
-        RuntimeError : the GPU has failed.
+        ValueError
+            An argument that may not be, or does not fit the data; too few images; images that cannot
+            be read (ImageError).
+        ImportError
+            The method of the nominal set needs a package that is not installed.
+        MemoryError
+            What is needed, what is free, and what lowers it. A batch that does not fit is halved first,
+            once, with a warning.
+        RuntimeError
+            The GPU has failed.
         """
-        with devices.explained("NPad.fit", self.device, LESS_MEMORY):
-            images = self._open(source, skip_bad)
-            learned = fitting.fit(self, self._network(fitting=True), self._embed, images)
-        found = {f"{name}_": value for name, value in vars(learned).items()}
-        found["skipped_"] = list(dict.fromkeys(images.skipped))  # once, if two passes met it
-        vars(self).update(found)  # in one step: until here the model is as it was
+        settings = Settings(**self.get_params())
+        device = devices.resolve(settings.device)
+        with devices.explained("NPad.fit", device, LESS_MEMORY), devices.plain(device):
+            network = self._network(settings, device, fitting=True)
+            network.grid(settings.image_size)  # a size that does not work is told before the work
+            images = _open(source, settings, device, skip_bad)
+            learned = _fit(settings, _embedder(network, device, "NPad.fit"), images)
+        self._adopt(settings, learned, network)
+        self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
+
+    def _adopt(self, settings: Settings, learned: Learned, network: Backbone) -> None:
+        """Become the model of these; until here it is what it was."""
+        found = {f"{name}_": value for name, value in vars(learned).items()}
+        vars(self).update(found, settings_=settings, backbone_=network.identity)
+
+    def embed(self, source: Any, *, skip_bad: bool = False) -> Tensor:
+        """Embeddings of images, as a fit computes them.
+
+        Parameters
+        ----------
+        source, skip_bad : as for ``fit``
+
+        Returns
+        -------
+        (N, h, w, C) float32, on the device. A fitted model reduces them as it does when it scores; one
+        that is not fitted keeps all channels, whatever ``n_features``.
+
+        Raises
+        ------
+        ValueError, MemoryError, RuntimeError
+            As for ``fit``.
+        """
+        return torch.cat(list(self.embed_batches(source, skip_bad=skip_bad)))
+
+    def embed_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Tensor]:
+        """Embeddings batch by batch, in memory that does not grow with the number of images."""
+        settings = self._settings()
+        device = devices.resolve(settings.device)
+        projection = self._learned(device).projection if self._is_fitted else None
+        embed = _embedder(self._own_network(settings, device, fitting=True), device, "NPad.embed")
+        images = _open(source, settings, device, skip_bad)
+
+        def run() -> Iterator[Tensor]:
+            with closing(images.batches()) as batches:
+                for batch in batches:
+                    with (
+                        devices.explained("NPad.embed", device, LESS_MEMORY),
+                        devices.plain(device),
+                    ):
+                        x = reduce(embed(batch.images), projection)
+                    yield x
+
+        return run()
 
     # ----------------------------------------------------------------------------------------------
     # Predict.
@@ -244,14 +299,16 @@ class NPad:
             threshold: features larger than the backbone's precision holds.
         """
         self._check_fitted()
-        images = self._open(source, skip_bad)
-        run = Run(self._on_device(), self.device)
-        depth = 2 if self.device.type == "cuda" and images.n_images is not None else 1
+        settings = self._settings()
+        device = devices.resolve(settings.device)
+        images = _open(source, settings, device, skip_bad)
+        run = Run(self._on_device(settings, device), device)
+        depth = 2 if device.type == "cuda" and images.n_images is not None else 1
         told = 0
         with (
             closing(images.batches()) as batches,
-            progress.task("predict", images.n_images, self.progress, "images") as advance,
-            devices.explained("NPad.predict", self.device, LESS_MEMORY),
+            progress.task("predict", images.n_images, settings.progress, "images") as advance,
+            devices.explained("NPad.predict", device, LESS_MEMORY),
         ):
             for flight in started_ahead(batches, run.start, depth):
                 scores, maps = flight.finish()
@@ -261,7 +318,6 @@ class NPad:
         if images.skipped[told:]:
             yield Prediction(np.empty(0), [], [], images.skipped[told:])
 
-    @torch.no_grad()
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
 
@@ -276,124 +332,92 @@ class NPad:
 
         Raises
         ------
-        TypeError : dtype.
-        ValueError : shape or device.
-        MemoryError, RuntimeError : as ``fit``.
+        TypeError
+            The dtype of the images.
+        ValueError
+            Their shape or device.
+        MemoryError, RuntimeError
+            As for ``fit``.
         """
         self._check_fitted()
+        settings = self._settings()
+        device = devices.resolve(settings.device)
+        height, width = settings.image_size
         if images.dtype != torch.float32:
             raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(
-                f"NPad.score: images must have shape (B, 3, H, W) = (B, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}), got {tuple(images.shape)}"
+                f"NPad.score: images must have shape (B, 3, H, W) = (B, 3, {height}, {width}), "
+                f"got {tuple(images.shape)}"
             )
-        if images.device != self.device:
+        if images.device != device:
             raise ValueError(
-                f"NPad.score: images are on {images.device} but the model is on {self.device}; "
+                f"NPad.score: images are on {images.device} but the model is on {device}; "
                 "move one with .to(device)"
             )
-        with devices.explained("NPad.score", self.device, LESS_MEMORY):
-            scores, maps = devices.Halving(self._on_device(), "NPad.score")(images)
+        with devices.explained("NPad.score", device, LESS_MEMORY):
+            run = devices.Halving(self._on_device(settings, device), "NPad.score")
+            scores, maps = run(images)
         return scores, maps
 
-    def _on_device(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """From images to scores and maps; on a GPU as CUDA graphs, which are kept."""
-        scorer = self._scorer()
-        # The reference, where it runs on a GPU, waits for it, which no graph records.
-        if self.device.type != "cuda" or not (_cuda.registered and cuda_graphs.SAFE):
-            return scorer
-        with _lock:
-            if self._graphs is None or self._graphs[0] != scorer.key:
-                self._graphs = scorer.key, Graphs(scorer)
-            return self._graphs[1]
+    def scorer(self) -> Scorer:
+        """The model as a module of PyTorch, from images to scores and maps.
 
-    def _scorer(self) -> Scorer:
-        centroids = self.centroids_
-        return Scorer(
-            network=self._network(),
-            projection=self.projection_,
-            mean=self.mean_,
-            factor=self.factor_,
-            centroids=centroids,
-            index=self._index_of(centroids) if centroids is not None else None,
-            image_size=self.image_size,
-            score_window=self.score_window,
-            fusion=self.fusion,
-            fusion_weight=self.fusion_weight,
-            standardization=self.standardization_,
-        )
-
-    def to(self, device: str | torch.device) -> NPad:
-        """Move the model to a torch device, or to a GPU if there is one ("auto"); returns the model.
+        Returns
+        -------
+        Scorer, for ``torch.export``, ``state_dict`` and the like. It shares the model's tensors.
 
         Raises
         ------
-        ValueError : the device cannot be used.
+        RuntimeError
+            The model is not fitted.
         """
-        self.device = devices.resolve(device)
-        self._backbones = {}
-        self._graphs = self._index = None
-        for name in TENSORS:
-            tensor = getattr(self, f"{name}_", None)
-            if tensor is not None:
-                setattr(self, f"{name}_", tensor.to(self.device))
+        self._check_fitted()
+        settings = self._settings()
+        return self._scorer(settings, devices.resolve(settings.device))
+
+    def to(self, device: str | torch.device) -> NPad:
+        """Move the model to a torch device, or to a GPU if there is one ("auto").
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            The device cannot be used.
+        """
+        found = devices.resolve(device)
+        if self._is_fitted:
+            self._learned(found)
+        self.device = found
         return self
 
     # ----------------------------------------------------------------------------------------------
     # Model files.
-
-    def settings(self) -> dict[str, Any]:
-        """Every argument, as JSON types."""
-        return {
-            "backbone": self.backbone,
-            "layers": list(self.layers) if self.layers is not None else None,
-            "image_size": list(self.image_size),
-            "weights": str(self.weights) if self.weights is not None else None,
-            "window": self.window,
-            "score_window": self.score_window,
-            "eps": self.eps,
-            "nominal_set": self.nominal_set,
-            "n_centroids": self.n_centroids,
-            "fusion": self.fusion,
-            "fusion_weight": self.fusion_weight,
-            "factor_dtype": self.factor_dtype,
-            "n_features": self.n_features,
-            "reduction": self.reduction,
-            "holdout": self.holdout,
-            "seed": self.seed,
-            "backbone_dtype": self.backbone_dtype,
-            "compile": self.compile,
-            "batch_size": self.batch_size,
-        }
 
     def save(self, path: str | Path) -> None:
         """Write the fitted model: one safetensors file with a JSON header, whole or not at all.
 
         Raises
         ------
-        ModelFileError : the file cannot be written; what was there before is whole.
+        ModelFileError
+            The file cannot be written; what was there before is whole.
         """
         self._check_fitted()
-        network = self._network()
+        settings, learned = self._settings(), self._learned()
+        network = self._own_network(settings, devices.resolve(settings.device))
         header = {
             "npad_version": __version__,
-            "settings": self.settings(),
-            "backbone": {
-                "name": network.name,
-                "layers": list(network.layers),
-                "weights_hash": network.weights_hash,
-            },
+            "settings": settings.to_json(),
+            "backbone": self.backbone_,
             "channels": network.channels,
-            "grid": list(self.grid_),
-            "n_images": self.n_images_,
-            "n_centroids": len(self.centroids_) if self.centroids_ is not None else None,
-            "eps": self.eps_,
-            "standardization": asdict(self.standardization_) if self.standardization_ else None,
+            **learned.to_json(),
         }
-        tensors = {name: getattr(self, f"{name}_") for name in TENSORS}
-        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        model_file.write_model(path, header, present, progress=self.progress)
+        needed = {tensor.name for tensor in TENSORS if tensor.when(settings)}
+        tensors = {name: x for name, x in learned.tensors().items() if name in needed}
+        model_file.write_model(path, header, tensors, progress=settings.progress)
 
     @classmethod
     def load(
@@ -415,117 +439,229 @@ class NPad:
 
         Raises
         ------
-        ModelFileError : the file is damaged, of a newer format, or was fitted on another backbone.
-        BackboneError : the backbone's weights cannot be had.
-        ValueError : the device cannot be used.
+        ModelFileError
+            The file is damaged, of a newer format, or was fitted on another backbone.
+        BackboneError
+            The backbone's weights cannot be had.
+        ValueError
+            The device cannot be used.
         """
-        device = devices.resolve(device)
+        found = devices.resolve(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
-            settings = header["settings"]
+            given = header["settings"] | {"device": device, "progress": progress}
             if weights is not None:
-                settings = settings | {"weights": str(weights)}
-            model = cls(**settings, device=device, progress=progress)
-            model.grid_ = arguments.height_width(tuple(header["grid"]))
-            model.n_images_ = int(header["n_images"])
-            model.eps_ = model._saved_eps(header["eps"])
-            saved = header["standardization"]
-            model.standardization_ = Standardization(**saved) if saved else None
-            model.skipped_ = []
-            expected = model._expected_tensors(int(header["channels"]), header["n_centroids"])
-            backbone = header["backbone"]["name"], header["backbone"]["weights_hash"]
+                given["weights"] = weights
+            model = cls(**given)
+            settings = Settings(**given)
+            learned = Learned.of(header, settings)
+            channels, n_centroids = int(header["channels"]), int(header["n_centroids"] or 0)
+            sizes = _sizes(settings, learned.grid, channels, n_centroids)
+            backbone = {key: str(header["backbone"][key]) for key in ("name", "weights_hash")}
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
                 f"has a header that this npad cannot use ({reason}); fit and save the model again"
             )
             raise ModelFileError(path, problem) from error
-        model_file.check_tensors(path, tensors, expected)
-        network = model._network()
-        if (network.name, network.weights_hash) != backbone:
+        model_file.check_tensors(path, tensors, Learned.expected(settings, sizes))
+        network = model._network(settings, found)
+        other = _other_backbone(network, backbone)
+        if other:
+            raise ModelFileError(path, other)
+        if network.grid(settings.image_size) != learned.grid:
             raise ModelFileError(
                 path,
-                f"was fitted on {backbone[0]} with weights {backbone[1][:12]}, but the weights given "
-                f"are {network.name} {network.weights_hash[:12]}; give the same file with weights=",
+                f"has grid {learned.grid}, which its backbone does not make of images of "
+                f"{settings.image_size}; fit and save the model again",
             )
-        if network.grid(model.image_size) != model.grid_:
-            raise ModelFileError(
-                path,
-                f"has grid {model.grid_}, which its backbone does not make of images of "
-                f"{model.image_size}; fit and save the model again",
-            )
-        for name in TENSORS:
-            tensor = tensors.get(name)
-            setattr(model, f"{name}_", tensor.to(device) if tensor is not None else None)
+        model._adopt(settings, learned.having(tensors).to(found), network)
+        model.skipped_ = []
         return model
 
-    def _saved_eps(self, value: object) -> float | None:
-        if isinstance(value, (int, float)) and value >= 0:
-            return float(value)
-        if value is None and not uses_gaussians(self.fusion):
-            return None
-        raise ValueError(f"eps is {value!r}")
+    # ----------------------------------------------------------------------------------------------
+    # Copies. What can be made again is not copied: a pickle finds its backbone as ``load`` does, and
+    # copies in one process share it.
 
-    def _expected_tensors(
-        self, channels: int, n_centroids: int | None
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        positions = self.grid_[0] * self.grid_[1]
-        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        if self.n_features is not None:
-            expected["projection"] = torch.float32, (channels, self.n_features)
-            channels = self.n_features
-        if uses_gaussians(self.fusion):
-            packed = ops.packed_size(channels)
-            expected["mean"] = torch.float32, (positions, channels)
-            expected["factor"] = arguments.DTYPES[self.factor_dtype], (positions, packed)
-        if uses_nominal_set(self.fusion):
-            expected["centroids"] = torch.float32, (int(n_centroids or 0), channels)
-        return expected
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the backbones, the scorer and its CUDA graphs."""
+        return {name: value for name, value in vars(self).items() if name not in _CACHES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __copy__(self) -> NPad:
+        return self._twin(self.__getstate__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NPad:
+        return self._twin(copy.deepcopy(self.__getstate__(), memo))
+
+    def _twin(self, state: dict[str, Any]) -> NPad:
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(state)
+        twin._networks = dict(self._networks)
+        return twin
+
+    def _forget(self) -> None:
+        """Start without what is made at first use."""
+        self._networks: dict[tuple[object, ...], Backbone] = {}
+        self._scoring: tuple[tuple[object, ...], Scorer] | None = None
+        self._graphs: tuple[Scorer, Graphs] | None = None
 
     # ----------------------------------------------------------------------------------------------
     # Parts.
 
-    def _open(self, source: Any, skip_bad: bool) -> ImageSource:
-        return ImageSource(
-            source,
-            image_size=self.image_size,
-            batch_size=self.batch_size,
-            skip_bad=skip_bad,
-            page_locked=self.device.type == "cuda",
-        )
-
-    def _network(self, *, fitting: bool = False) -> Backbone:
+    def _network(
+        self, settings: Settings, device: torch.device, *, fitting: bool = False
+    ) -> Backbone:
         """The backbone, in the precision of fitting or of scoring."""
-        if self.backbone_dtype is not None:
-            dtype = arguments.DTYPES[self.backbone_dtype]
+        if settings.backbone_dtype is not None:
+            dtype = getattr(torch, settings.backbone_dtype)
         else:  # as measured: float16 costs nothing in scoring, but fitting chooses other centroids
-            half = self.device.type == "cuda" and not fitting
+            half = device.type == "cuda" and not fitting
             dtype = torch.float16 if half else torch.float32
+        key = (
+            settings.backbone, settings.layers, settings.weights, dtype, settings.compile, device
+        )  # fmt: skip
+        network = self._networks.get(key)
+        if network is None:
+            network = self._networks[key] = shared_backbone(*key)
+        return network
+
+    def _own_network(
+        self, settings: Settings, device: torch.device, *, fitting: bool = False
+    ) -> Backbone:
+        """As `_network`; for a fitted model, only the one that it was fitted on will do.
+
+        Raises
+        ------
+        BackboneError
+            The weights are other ones now.
+        """
+        network = self._network(settings, device, fitting=fitting)
+        problem = _other_backbone(network, self.backbone_) if self._is_fitted else None
+        if problem:
+            raise BackboneError(f"NPad: the model {problem}")
+        return network
+
+    def _learned(self, device: torch.device | None = None) -> Learned:
+        """What the fit left, moved to the device first if it is elsewhere."""
+        learned = Learned(**{f.name: getattr(self, f"{f.name}_") for f in fields(Learned)})
+        tensors = learned.tensors().values()
+        if device is not None and any(tensor.device != device for tensor in tensors):
+            learned = learned.to(device)
+            vars(self).update({f"{name}_": x for name, x in learned.tensors().items()})
+            self._scoring = self._graphs = None
+        return learned
+
+    def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
+        """Made when it is first used, and again when something that it depends on is another."""
+        learned, network = self._learned(device), self._own_network(settings, device)
+        parts = (
+            network,
+            *learned.tensors().values(),
+        )  # the scorer keeps them, so their ids are theirs
+        live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
+        key = *map(id, parts), *live, learned.standardization
+        if self._scoring is None or self._scoring[0] != key:
+            self._scoring = key, Scorer(network, learned, settings)
+        return self._scoring[1]
+
+    def _on_device(
+        self, settings: Settings, device: torch.device
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """From images to scores and maps; on a GPU as CUDA graphs, which are kept."""
+        scorer = self._scorer(settings, device)
+        run = partial(score_in_parts, scorer)
+        # The reference, where it runs on a GPU, waits for it, which no graph records.
+        if device.type != "cuda" or not (_cuda.registered and cuda_graphs.SAFE):
+            return run
         with _lock:
-            if dtype not in self._backbones:
-                self._backbones[dtype] = shared_backbone(
-                    self.backbone, self.layers, self.weights, dtype, self.compile, self.device
-                )
-            return self._backbones[dtype]
-
-    def _embed(self, images: Tensor, projection: Tensor | None = None) -> Tensor:
-        """Embeddings to fit."""
-        images = images.to(self.device, non_blocking=True)
-        return embed(self._network(fitting=True), projection, images)
-
-    def _index_of(self, centroids: Tensor) -> Tensor:
-        """What speeds up the search among these centroids; kept until there are others."""
-        if self._index is None or self._index[0] is not centroids:
-            self._index = centroids, ops.centroid_index(centroids)
-        return self._index[1]
+            if self._graphs is None or self._graphs[0] is not scorer:
+                self._graphs = scorer, Graphs(run)
+            return self._graphs[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the fitted model, without its backbone."""
         self._check_fitted()
-        tensors = (getattr(self, f"{name}_") for name in TENSORS)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self._learned().nbytes
 
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "n_images_"):
-            raise RuntimeError("NPad: the model is not fitted; call fit or NPad.load first")
+
+_CACHES = ("_networks", "_scoring", "_graphs")
+
+
+def _open(source: Any, settings: Settings, device: torch.device, skip_bad: bool) -> ImageSource:
+    return ImageSource(
+        source,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        skip_bad=skip_bad,
+        page_locked=device.type == "cuda",
+    )
+
+
+def _embedder(network: Backbone, device: torch.device, call: str) -> Callable[[Tensor], Tensor]:
+    """Images from the CPU -> embeddings (B, h, w, D), a batch halved where memory is short."""
+
+    def embed(images: Tensor) -> tuple[Tensor]:
+        return (embed_in_parts(network, images.to(device, non_blocking=True)),)
+
+    halving = devices.Halving(embed, call)
+    return lambda images: halving(images)[0]
+
+
+def _fit(settings: Settings, embed: Callable[[Tensor], Tensor], images: ImageSource) -> Learned:
+    """One pass over the images, and a look at some of them before, where axes are to be chosen."""
+    fit = Fit(settings, embed)
+    if settings.chooses_axes and images.random_access and images.n_images is not None:
+        generator = torch.Generator().manual_seed(settings.seed)
+        sample = torch.randperm(images.n_images, generator=generator)[:AXES_IMAGES]
+        with closing(images.batches(sorted(sample.tolist()))) as batches:
+            fit.choose_axes(embed(batch.images) for batch in batches)
+    with (
+        closing(images.batches()) as batches,
+        progress.task("fit: embeddings", images.n_images, settings.progress, "images") as advance,
+    ):
+        for batch in batches:
+            fit.update(batch.images)
+            advance(len(batch.images))
+    return fit.finalize()
+
+
+def _sizes(
+    settings: Settings, grid: tuple[int, int], channels: int, n_centroids: int
+) -> dict[str, int]:
+    """What the symbols of `npad.learned` stand for."""
+    reduced = settings.n_features or channels
+    return {
+        "P": grid[0] * grid[1],
+        "D": channels,
+        "C": reduced,
+        "packed": ops.packed_size(reduced),
+        "K": n_centroids,
+    }
+
+
+def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
+    """What is wrong with a backbone for a model that was fitted on one; None where it is the same."""
+    name, digest = fitted["name"], fitted["weights_hash"]
+    if (network.name, network.weights_hash) == (name, digest):
+        return None
+    return (
+        f"was fitted on {name} with weights {digest[:12]}, but the weights given are "
+        f"{network.name} {network.weights_hash[:12]}; give the same file with weights="
+    )
+
+
+def _list(rows: Iterable[tuple[str, str]]) -> str:
+    """Entries of a docstring's section."""
+    return "\n    ".join(f"{name} : {meaning}" for name, meaning in rows)
+
+
+if NPad.__doc__:  # not where Python runs without docstrings
+    NPad.__doc__ = NPad.__doc__.format(
+        arguments=_list((a.name, f"{a.help} Default: {a.default_text}.") for a in ARGUMENTS),
+        learned=_list((f"{name}_", meaning) for name, meaning in MEANINGS.items()),
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Halving", "explained", "free_bytes", "require", "resolve"]
+__all__ = ["Halving", "explained", "free_bytes", "plain", "require", "resolve"]
 
 _MEMINFO = Path("/proc/meminfo")
 _SHORT = re.compile(
@@ -109,6 +109,13 @@ def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
                 "more: start it again; if that recurs, look at the driver's log. No file was changed"
             ) from error
         raise
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast of the program around: dtypes are the model's."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def is_shortage(error: BaseException) -> bool:

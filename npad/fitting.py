@@ -2,198 +2,395 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from npad import arguments, devices, ops, progress
-from npad.features.backbone import Backbone
+from npad import devices, ops, progress
 from npad.features.projection import principal_axes, random_axes
-from npad.images.source import Batch, ImageSource
-from npad.scoring.fusion import Standardization, uses_gaussians, uses_nominal_set
-from npad.scoring.pipeline import distances
+from npad.learned import Learned, Standardization
+from npad.scoring.scorer import distances, reduce
+from npad.settings import Settings, uses_gaussians, uses_nominal_set
 from npad.statistics.gaussian import NeighborhoodGaussian
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
-if TYPE_CHECKING:
-    from npad.detector import NPad
+__all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit"]
 
-__all__ = ["Learned", "fit"]
+MIN_IMAGES: Final = 2
+AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
 
-MIN_IMAGES = 2
-PCA_IMAGES = 64  # images whose embeddings choose the principal axes
-
-Embed = Callable[[Tensor, Tensor | None], Tensor]
+Embed = Callable[[Tensor], Tensor]
+S = TypeVar("S", NeighborhoodGaussian, NominalSet)
 
 
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """What a fit has found. See the attributes of ``NPad``, which has them with a trailing ``_``."""
-
-    grid: tuple[int, int]
-    n_images: int
-    eps: float | None
-    projection: Tensor | None
-    mean: Tensor | None
-    factor: Tensor | None
-    centroids: Tensor | None
-    standardization: Standardization | None
-
-
-def fit(model: NPad, network: Backbone, embed: Embed, images: ImageSource) -> Learned:
-    """Fit the images with the settings of a model, which is not changed.
+class Fit:
+    """Statistics of nominal images, in memory that does not grow with their number.
 
     Parameters
     ----------
-    model : whose arguments say how
-    network : what the embeddings come from
-    embed : images (B, 3, H, W) on the CPU and a projection, or None -> embeddings (B, h, w, C)
-    images : the defect-free images
+    settings : how to fit
+    embed : images (B, 3, H, W) float32 in [0, 1] -> embeddings (B, h, w, D), whose device is that of
+        all statistics; not needed where only embeddings are given
 
-    Raises
-    ------
-    ValueError, MemoryError : as ``NPad.fit``.
+    Attributes
+    ----------
+    n_images : images so far
+    projection : (D, C) float32, to which embeddings are reduced; None before it is chosen, or where
+        all features are kept
+
+    Notes
+    -----
+    A share of the images is held out from the statistics until `finalize` has chosen eps and the
+    standardisation on them; then they are fitted too. With principal axes, embeddings wait until there
+    are `AXES_IMAGES` of them, unless `choose_axes` came before.
     """
-    grid = network.grid(model.image_size)
-    projection: Tensor | None = None
-    embed_batch = devices.Halving(lambda x: (embed(x, projection),), "NPad.fit")
-    projection, batches = _projection(model, network.channels, embed_batch, images)
-    channels = network.channels if projection is None else projection.shape[1]
-    gaussian = _new_gaussian(model, grid, channels) if uses_gaussians(model.fusion) else None
-    nominal = (
-        NominalSet(model.nominal_set, model.n_centroids, seed=model.seed)
-        if model.nominal_set is not None and uses_nominal_set(model.fusion)
-        else None
-    )
 
-    def add(x: Tensor) -> None:
-        if gaussian is not None:
-            gaussian.update(x)
-        if nominal is not None:
-            nominal.update(x)
+    def __init__(self, settings: Settings, embed: Embed | None = None) -> None:
+        self.settings = settings
+        self.n_images = 0
+        self.projection: Tensor | None = None
+        self._embed = embed
+        self._grid: tuple[int, int] | None = None
+        self._n_channels = 0  # of the embeddings as they come
+        self._waiting: list[Tensor] = []  # for axes
+        self._held_out = Reservoir(settings.holdout, settings.seed)
+        self._gaussian: NeighborhoodGaussian | None = None
+        self._nominal: NominalSet | None = None
+        if uses_nominal_set(settings.fusion):
+            assert settings.nominal_set is not None
+            self._nominal = NominalSet(
+                settings.nominal_set, settings.n_centroids, seed=settings.seed
+            )
+        self._eps: float | None = None if settings.eps == "auto" else float(settings.eps)
+        self._standardization: Standardization | None = None
 
-    held_out = Reservoir(model.holdout, model.seed)
-    n_images = 0
-    with (
-        closing(batches),
-        progress.task("fit: embeddings", images.n_images, model.progress, "images") as advance,
-    ):
-        for batch in batches:
-            (x,) = embed_batch(batch.images)
-            fitted = held_out.take(x)
-            if len(fitted):
-                add(fitted)
-            n_images += len(x)
-            advance(len(x))
-    if n_images < MIN_IMAGES:
-        raise ValueError(
-            f"NPad.fit: {n_images} image(s) given; at least {MIN_IMAGES} defect-free images are "
-            "needed, and some tens are recommended"
+    # ----------------------------------------------------------------------------------------------
+    # Images.
+
+    def update(self, images: Tensor | None = None, *, embeddings: Tensor | None = None) -> Fit:
+        """Add a batch, as images or as embeddings.
+
+        Parameters
+        ----------
+        images : (B, 3, H, W) float32 in [0, 1]
+        embeddings : (B, h, w, D) float32, as the backbone gives them
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError
+            Neither images nor embeddings, or both; images without a way to embed them.
+        ValueError
+            Embeddings of another grid or of other channels than before; more features asked for
+            than there are channels; values that are not finite.
+        MemoryError
+            The statistics would not fit into memory.
+        """
+        x = self._embeddings(images, embeddings)
+        self._begin(x)
+        self.n_images += len(x)
+        if self._needs_axes():
+            self._waiting.append(x)
+            if self.n_images >= AXES_IMAGES:
+                self._end_waiting()
+        else:
+            self._take(x)
+        return self
+
+    def choose_axes(self, sample: Iterable[Tensor]) -> None:
+        """Choose the principal axes now, by embeddings (B, h, w, D) that `update` gets as well.
+
+        For a source that can be read twice: a random sample stands for it better than what comes
+        first.
+        """
+        embeddings = list(sample)
+        if embeddings:
+            self._begin(embeddings[0])
+            if self._needs_axes():
+                self._choose_axes(embeddings)
+
+    def _needs_axes(self) -> bool:
+        return self.settings.n_features is not None and self.projection is None
+
+    def _embeddings(self, images: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        if (images is None) == (embeddings is None):
+            raise TypeError("Fit.update: give images or embeddings, one of them")
+        if embeddings is not None:
+            return embeddings
+        if self._embed is None:
+            raise TypeError("Fit.update: this fit was made without embed=; give embeddings=")
+        assert images is not None
+        return self._embed(images)
+
+    def _begin(self, x: Tensor) -> None:
+        """Look at embeddings as they come."""
+        grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
+        if self._grid is not None:
+            if (grid, channels) != (self._grid, self._n_channels):
+                raise ValueError(
+                    f"Fit.update: embeddings must be {self._grid} with {self._n_channels} channels as "
+                    f"before, got {grid} with {channels}"
+                )
+            return
+        n_features = self.settings.n_features
+        if n_features is not None and n_features > channels:
+            raise ValueError(
+                f"NPad: n_features={n_features} is more than the {channels} channels of "
+                f"{self.settings.backbone}; give at most that, or None"
+            )
+        self._grid, self._n_channels = grid, channels
+        if n_features is not None and self.settings.reduction == "random":
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            self.projection = random_axes(channels, n_features, generator).to(x.device)
+
+    def _choose_axes(self, embeddings: list[Tensor]) -> None:
+        assert self.settings.n_features is not None
+        self.projection = principal_axes(embeddings, self.settings.n_features)
+
+    def _end_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting and self._needs_axes():
+            self._choose_axes(waiting)
+        for x in waiting:
+            self._take(x)
+
+    def _take(self, x: Tensor) -> None:
+        """Reduce, hold out a share, fit the rest."""
+        with devices.plain(x.device):
+            x = reduce(x, self.projection)
+        if self._gaussian is None and uses_gaussians(self.settings.fusion):
+            self._gaussian = self._new_gaussian(x)
+        fitted = self._held_out.take(x)
+        if len(fitted):
+            self._add(fitted)
+
+    def _add(self, x: Tensor) -> None:
+        if self._gaussian is not None:
+            self._gaussian.update(x)
+        if self._nominal is not None:
+            self._nominal.update(x)
+
+    def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
+        grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
+        positions, packed = grid[0] * grid[1], ops.packed_size(channels)
+        devices.require(
+            positions * packed * (4 + self._factor_dtype.itemsize),
+            x.device,
+            "NPad.fit",
+            f"a Gaussian of {channels} channels at each of {positions} positions",
+            "lower n_features or image_size, or choose fewer layers",
+        )
+        return NeighborhoodGaussian(grid, channels, window=self.settings.window, device=x.device)
+
+    # ----------------------------------------------------------------------------------------------
+    # Other fits.
+
+    def merge(self, other: Fit) -> Fit:
+        """Add what another fit of the same settings has seen; that one is used up.
+
+        The Gaussians are those of one fit of all images, up to float32 rounding; the nominal sets are
+        composed (see `npad.statistics.nominal_set.NominalSet`).
+
+        Parameters
+        ----------
+        other : with principal axes, it has chosen none, or these same ones
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            Other settings, another grid or channels, or other axes.
+        """
+        if other.settings != self.settings:
+            raise ValueError("Fit.merge: the fits have different settings; merge fits of the same")
+        if other._grid is None:
+            return self
+        shapes = [(fit._grid, fit._n_channels) for fit in (self, other)]
+        if self._grid is not None and shapes[0] != shapes[1]:
+            raise ValueError(
+                "Fit.merge: grid and channels are {} here and {} in other".format(*shapes)
+            )
+        axes = [fit.projection for fit in (self, other) if fit.projection is not None]
+        if len(axes) == 2 and not torch.equal(*axes):
+            raise ValueError(
+                "Fit.merge: the fits have different axes; give the second the projection of the first"
+            )
+        self._grid, self._n_channels = shapes[1]
+        self.projection = axes[0] if axes else None
+        self._gaussian = _joined(self._gaussian, other._gaussian)
+        self._nominal = _joined(self._nominal, other._nominal)
+        self._held_out.merge(other._held_out, self._add)
+        self.n_images += other.n_images
+        self._waiting += other._waiting
+        if not self._needs_axes() or self.n_images >= AXES_IMAGES:
+            self._end_waiting()
+        return self
+
+    # ----------------------------------------------------------------------------------------------
+    # The end.
+
+    def finalize(self) -> Learned:
+        """Choose eps on the images held out, fit them too, and make of it all what a model keeps.
+
+        The fit can go on afterwards; until other images are held out, eps stays.
+
+        Raises
+        ------
+        ValueError
+            Too few images, or a covariance that is not positive definite with this eps.
+        MemoryError
+            As for `update`.
+        """
+        if self.n_images < MIN_IMAGES:
+            raise ValueError(
+                f"NPad.fit: {self.n_images} image(s) given; at least {MIN_IMAGES} defect-free images "
+                "are needed, and some tens are recommended"
+            )
+        self._end_waiting()
+        standardization = self._end_holdout()
+        mean, factor = self._gaussians()
+        assert self._grid is not None
+        return Learned(
+            grid=self._grid,
+            n_images=self.n_images,
+            eps=self._eps,
+            standardization=standardization,
+            projection=self.projection,
+            mean=mean,
+            factor=factor,
+            centroids=self._centroids(),
         )
 
-    eps = None if model.eps == "auto" else float(model.eps)
-    standardization = None
-    if held_out.kept:
-        x = torch.stack(held_out.kept)
-        if gaussian is not None and eps is None:
-            eps = gaussian.choose_eps(x)
-        if model.fusion == "sum":
-            standardization = _standardization(model, gaussian, nominal, eps, x)
-        add(x)
-    return Learned(
-        grid,
-        n_images,
-        eps,
-        projection,
-        *_gaussians(model, gaussian, eps),
-        _centroids(model, nominal),
-        standardization,
-    )
+    def _end_holdout(self) -> Standardization | None:
+        """What is chosen on the images held out, which are then fitted."""
+        if not self._held_out.kept:
+            return self._standardization
+        x = torch.stack(self._held_out.kept)
+        if self._gaussian is not None and self.settings.chooses_eps:
+            self._eps = self._gaussian.choose_eps(x)
+        if self.settings.fusion == "sum":
+            self._standardization = self._standardize(x)
+        self._held_out.kept.clear()
+        self._add(x)
+        return self._standardization
 
-
-def _projection(
-    model: NPad, channels: int, embed_batch: devices.Halving, images: ImageSource
-) -> tuple[Tensor | None, Generator[Batch]]:
-    """Matrix that reduces the embeddings, and the batches to fit."""
-    if model.n_features is None:
-        return None, images.batches()
-    if model.n_features > channels:
-        raise ValueError(
-            f"NPad: n_features={model.n_features} is more than the {channels} channels of "
-            f"{model.backbone}; give at most that, or None"
+    def _standardize(self, held_out: Tensor) -> Standardization:
+        """By the distances to what has been fitted so far, which is then let go."""
+        mean, factor = self._gaussians()
+        mahalanobis, euclidean = distances(
+            held_out, mean, factor, self._centroids(), self.settings.score_window
         )
-    generator = torch.Generator().manual_seed(model.seed)
-    if model.reduction == "random":
-        axes = random_axes(channels, model.n_features, generator)
-        return axes.to(model.device), images.batches()
+        assert mahalanobis is not None
+        assert euclidean is not None
+        return Standardization.of(mahalanobis, euclidean)
 
-    # A random sample where the source can be read twice, else the images that come first.
-    if images.random_access and images.n_images is not None:
-        order = torch.randperm(images.n_images, generator=generator)[:PCA_IMAGES]
-        sample, batches = list(images.batches(sorted(order.tolist()))), images.batches()
-    else:
-        rest = images.batches()
-        sample = list(itertools.islice(rest, -(-PCA_IMAGES // model.batch_size)))
-        batches = _joined(sample, rest)
-    if not sample:
-        return None, batches  # the fit says that there are too few images
-    embeddings = (embed_batch(batch.images)[0] for batch in sample)
-    return principal_axes(embeddings, model.n_features), batches
+    def _gaussians(self) -> tuple[Tensor | None, Tensor | None]:
+        """Means and factors."""
+        if self._gaussian is None:
+            return None, None
+        positions = len(self._gaussian.count)
+        with self._task("fit: Gaussians", positions, "positions") as advance:
+            return self._gaussian.finalize(self._eps or 0.0, self._factor_dtype, advance)
+
+    def _centroids(self) -> Tensor | None:
+        if self._nominal is None:
+            return None
+        n = self.settings.n_centroids
+        with self._task("fit: nominal set", n if n >= 1 else None, "centroids") as advance:
+            return self._nominal.finalize(advance).centroids_
+
+    def _task(
+        self, description: str, total: float | None, unit: str
+    ) -> AbstractContextManager[progress.Advance]:
+        return progress.task(description, total, self.settings.progress, unit)
+
+    @property
+    def _factor_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.settings.factor_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    # ----------------------------------------------------------------------------------------------
+    # A fit that is written down and goes on later.
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that the fit is, as JSON types and tensors; `npad.model_file.write_model` takes both."""
+        values: dict[str, Any] = {
+            "settings": self.settings.to_json(),
+            "n_images": self.n_images,
+            "grid": self._grid,
+            "n_channels": self._n_channels,
+            "eps": self._eps,
+            "standardization": asdict(self._standardization) if self._standardization else None,
+        }
+        tensors: dict[str, Tensor] = {}
+        if self.projection is not None:
+            tensors["projection"] = self.projection
+        if self._waiting:
+            tensors["waiting"] = torch.cat(self._waiting)
+        for name, part in self._parts().items():
+            values[name], found = part.state()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in found.items()}
+        return values, tensors
+
+    @classmethod
+    def from_state(
+        cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor], embed: Embed | None = None
+    ) -> Fit:
+        """Go on where `state` was taken: the result is that of a fit that never stopped.
+
+        Parameters
+        ----------
+        values, tensors : from `state`; the statistics live where the tensors do
+        embed : as for `Fit`
+
+        Raises
+        ------
+        KeyError, ValueError
+            This is no state of a fit.
+        """
+        fit = cls(Settings(**values["settings"]), embed)
+        fit.n_images = int(values["n_images"])
+        if values["grid"] is not None:
+            height, width = values["grid"]
+            fit._grid = int(height), int(width)
+        fit._n_channels = int(values["n_channels"])
+        fit._eps = values["eps"]
+        if values["standardization"] is not None:
+            fit._standardization = Standardization(**values["standardization"])
+        fit.projection = tensors.get("projection")
+        fit._waiting = [tensors["waiting"]] if "waiting" in tensors else []
+        if "gaussian" in values:
+            fit._gaussian = NeighborhoodGaussian((1, 1), 1)
+        for name, part in fit._parts().items():
+            prefix = f"{name}."
+            own = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+            part.restore(values[name], own)
+        return fit
+
+    def _parts(self) -> dict[str, Reservoir | NeighborhoodGaussian | NominalSet]:
+        parts = {
+            "held_out": self._held_out,
+            "gaussian": self._gaussian,
+            "nominal": self._nominal,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
 
-def _new_gaussian(model: NPad, grid: tuple[int, int], channels: int) -> NeighborhoodGaussian:
-    positions, packed = grid[0] * grid[1], ops.packed_size(channels)
-    devices.require(
-        positions * packed * (4 + arguments.DTYPES[model.factor_dtype].itemsize),
-        model.device,
-        "NPad.fit",
-        f"a Gaussian of {channels} channels at each of {positions} positions",
-        "lower n_features or image_size, or choose fewer layers",
-    )
-    return NeighborhoodGaussian(grid, channels, window=model.window, device=model.device)
-
-
-def _standardization(
-    model: NPad,
-    gaussian: NeighborhoodGaussian | None,
-    nominal: NominalSet | None,
-    eps: float | None,
-    held_out: Tensor,
-) -> Standardization | None:
-    """Of the distances to what has been fitted so far, which is then let go."""
-    learned = *_gaussians(model, gaussian, eps), _centroids(model, nominal)
-    mahalanobis, euclidean = distances(held_out, *learned, model.score_window)
-    if mahalanobis is None or euclidean is None:
-        return None
-    return Standardization.of(mahalanobis, euclidean)
-
-
-def _gaussians(
-    model: NPad, gaussian: NeighborhoodGaussian | None, eps: float | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Means and factors."""
-    if gaussian is None:
-        return None, None
-    dtype, positions = arguments.DTYPES[model.factor_dtype], len(gaussian.count)
-    with progress.task("fit: Gaussians", positions, model.progress, "positions") as advance:
-        return gaussian.finalize(eps or 0.0, dtype, advance)
-
-
-def _centroids(model: NPad, nominal: NominalSet | None) -> Tensor | None:
-    if nominal is None:
-        return None
-    total = model.n_centroids if model.n_centroids >= 1 else None
-    with progress.task("fit: nominal set", total, model.progress, "centroids") as advance:
-        return nominal.finalize(advance).centroids_
-
-
-def _joined(first: Iterable[Batch], rest: Generator[Batch]) -> Generator[Batch]:
-    """One after the other; unlike a chain, closing it closes the rest."""
-    yield from first
-    yield from rest
+def _joined(part: S | None, other: S | None) -> S | None:
+    """Statistics of both; either may be None."""
+    if part is None or other is None:
+        return other if part is None else part
+    part.merge(other)
+    return part

@@ -1,7 +1,6 @@
 """The command line: what it writes, what it says, how it ends."""
 
 import csv
-import inspect
 import json
 import os
 import pty
@@ -27,6 +26,7 @@ from PIL import Image
 from npad import NPad, __version__
 from npad.cli import program
 from npad.cli.prediction_files import find_inputs
+from npad.settings import ARGUMENTS
 
 # A line on standard output tells when the package is imported and the program takes over. Ctrl-C
 # is ignored by a shell's background jobs and by their children: here it is not.
@@ -68,16 +68,13 @@ def files(folder):
 # --- options ---
 
 
-def test_every_argument_of_npad_is_an_option_with_its_default():
-    parameters = inspect.signature(NPad).parameters
-    assert program._defaults() == {name: p.default for name, p in parameters.items()}
-    assert set(program.OPTIONS) == set(parameters) - {"progress"}
+def test_every_argument_of_npad_is_an_option_with_its_help_and_default():
     shown = re.sub(r"\s+", " ", npad("fit", "--help").out)
-    for name in program.OPTIONS:
-        assert f"--{name.replace('_', '-')} " in shown
-        default = parameters[name].default
-        default = "off" if default is False else default
-        assert default is None or f"[default: {default}]" in shown
+    assert {a.name for a in ARGUMENTS} - {a.name for a in program.OPTIONS} == {"progress"}
+    for argument in program.OPTIONS:
+        assert f"--{argument.name.replace('_', '-')} {argument.values} {argument.help}" in shown
+        assert f"[default: {argument.default_text}]" in shown
+    assert "[default: filterbank]" in re.sub(r"\s+", " ", npad("demo", "--help").out)
 
 
 def test_options_reach_the_model(category, tmp_path):

@@ -15,6 +15,7 @@ import torch
 from npad import NPad
 
 pytestmark = pytest.mark.cuda
+DEVICE = torch.device("cuda:0")
 SMALL = {"image_size": 64, "n_centroids": 100, "progress": False}
 
 
@@ -35,21 +36,21 @@ def test_auto_and_to(model: NPad, images: np.ndarray) -> None:
     assert twin.centroids_.device.type == "cpu"
     np.testing.assert_allclose(twin.predict(images).scores, expected.scores, rtol=1e-3)
     twin.to("auto")
-    assert twin.device == model.device
+    assert twin.device == DEVICE
     assert np.array_equal(twin.predict(images).scores, expected.scores)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_graph_gives_what_its_function_gives(model: NPad, batch: int) -> None:
-    scorer = model._scorer()
+    scorer = model.scorer()
     for _ in range(4):
-        x = torch.rand(batch, 3, 64, 64, device=model.device)
+        x = torch.rand(batch, 3, 64, 64, device=DEVICE)
         for a, b in zip(model.score(x), scorer(x), strict=True):
             assert torch.equal(a, b)
 
 
 def test_more_batch_sizes_than_are_kept(model: NPad) -> None:
-    x = torch.rand(9, 3, 64, 64, device=model.device)
+    x = torch.rand(9, 3, 64, 64, device=DEVICE)
     expected, _ = model.score(x)
     for n in (*range(1, 10), *range(1, 10)):
         scores, _ = model.score(x[:n])
@@ -60,7 +61,7 @@ def test_threads_and_streams(model: NPad, images: np.ndarray) -> None:
     expected = model.predict(images)
 
     def predict(_: int) -> np.ndarray:
-        with torch.cuda.stream(torch.cuda.Stream(model.device)):
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
             return model.predict(images).scores
 
     with ThreadPoolExecutor(4) as pool:
@@ -71,7 +72,7 @@ def test_threads_and_streams(model: NPad, images: np.ndarray) -> None:
 def test_models_share_a_backbone(model: NPad, images: np.ndarray) -> None:
     before = torch.cuda.memory_allocated()
     others = [NPad("filterbank", **SMALL, device="cuda").fit(images) for _ in range(4)]
-    assert all(other._network() is model._network() for other in others)
+    assert all(other.scorer().network is model.scorer().network for other in others)
     grown = torch.cuda.memory_allocated() - before
     assert grown < 1.1 * sum(other.nbytes for other in others) + (1 << 20)
 
@@ -83,7 +84,7 @@ def test_a_changed_setting_is_not_replayed(model: NPad, images: np.ndarray) -> N
 
 
 def test_memory_is_flat(model: NPad) -> None:
-    x = torch.rand(4, 3, 64, 64, device=model.device)
+    x = torch.rand(4, 3, 64, 64, device=DEVICE)
     model.score(x)
     before = torch.cuda.memory_allocated()
     for _ in range(2500):
@@ -96,8 +97,10 @@ def test_no_memory_left(model: NPad, images: np.ndarray) -> None:
     """Halved once, then told; afterwards the model is as good as before."""
     expected = model.predict(images).scores
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(model.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(model.device) / total)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(
+        torch.cuda.memory_reserved(DEVICE) / total
+    )
     try:
         model.batch_size = 20
         with (

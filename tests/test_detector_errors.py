@@ -28,6 +28,11 @@ def small(**arguments):
     return NPad(**defaults | arguments)
 
 
+def fit_nowhere(**arguments):
+    """What is wrong with the arguments is told before the images are looked for."""
+    small(**arguments).fit("nowhere")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(threads):
     """These images are too small for two."""
@@ -205,7 +210,7 @@ def test_no_source(source):
 @pytest.mark.parametrize("value", [0, 2, -3])
 def test_even_window(name, value, folder, tmp_path):
     with pytest.raises(ValueError, match=rf"{name} must be an odd .* got {value}"):
-        small(**{name: value})
+        small(**{name: value}).fit(folder)
     option = f"--{name.replace('_', '-')}={value}"
     fail(2, "fit", folder, "-o", tmp_path / "m", *SMALL, option, says=[name, "odd", value])
 
@@ -213,14 +218,14 @@ def test_even_window(name, value, folder, tmp_path):
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x", "", None, 1.5])
 def test_device_that_is_none(device, model):
     message = rf"device must be a torch device such as 'cpu' .*, got {device!r}$"
-    for use in (small, lambda **arguments: NPad.load(model, **arguments)):
+    for use in (fit_nowhere, lambda **arguments: NPad.load(model, **arguments)):
         with pytest.raises(ValueError, match=message):
             use(device=device)
 
 
 def test_device_that_is_not_there(model):
     message = r"device='cuda:99' cannot be used here \([^.]*\); give device='cpu', or one that"
-    for use in (small, lambda **arguments: NPad.load(model, **arguments)):
+    for use in (fit_nowhere, lambda **arguments: NPad.load(model, **arguments)):
         with pytest.raises(ValueError, match=message):
             use(device="cuda:99")
 
@@ -228,7 +233,7 @@ def test_device_that_is_not_there(model):
 @pytest.mark.parametrize("size", [(64, 64, 3), "64", 64.0, (64.0, 64), (0, 64), [], None])
 def test_image_size_that_is_none(size):
     with pytest.raises(ValueError, match=r"image_size must be a positive int or \(height, width\)"):
-        small(image_size=size)
+        fit_nowhere(image_size=size)
 
 
 def test_window_larger_than_the_grid_is_one_gaussian(pixels, folder, tmp_path):

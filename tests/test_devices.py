@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import NPad, devices
+from npad import NPad, detector, devices
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_what_cannot_fit_is_refused_before_the_work(
 def test_the_cpu_is_short_of_memory(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own words, from an allocation that cannot succeed."""
     model = NPad("filterbank", **SMALL)
-    monkeypatch.setattr(model, "_embed", lambda images, projection: torch.empty(10**14))
+    monkeypatch.setattr(detector, "embed_in_parts", lambda network, images: torch.empty(10**14))
     with (
         pytest.warns(RuntimeWarning, match="too short for batch_size=8; going on with 4 at a time"),
         pytest.raises(
@@ -98,8 +98,8 @@ def test_a_batch_that_does_not_fit_is_halved_once(
     call: str, model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.predict(images)
-    network = Short(model._network().forward, most=4)
-    monkeypatch.setattr(model._network(), "forward", network)
+    network = Short(model.scorer().network.forward, most=4)
+    monkeypatch.setattr(model.scorer().network, "forward", network)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)[:8].float() / 255
     warning = rf"^NPad\.{call}: the memory of cpu is too short for batch_size=8; going on with 4"
     calls = {"fit": lambda: model.fit(images), "predict": lambda: model.predict(images)}
@@ -120,8 +120,8 @@ def test_a_batch_that_does_not_fit_is_halved_once(
 def test_the_sample_of_principal_axes_is_halved_too(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = Short(model._network().forward, most=4)
-    monkeypatch.setattr(model._network(), "forward", network)
+    network = Short(model.scorer().network.forward, most=4)
+    monkeypatch.setattr(model.scorer().network, "forward", network)
     with pytest.warns(RuntimeWarning, match="going on with 4") as caught:
         NPad("filterbank", **SMALL, n_features=9).fit(images)
     assert len(caught) == 1
@@ -132,7 +132,7 @@ def test_a_second_shortage_is_an_error_and_keeps_the_model(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = model.mean_
-    monkeypatch.setattr(model._network(), "forward", Short(None, most=0))
+    monkeypatch.setattr(model.scorer().network, "forward", Short(None, most=0))
     message = r"12\.9 GB more was asked for on cpu, .* are free; lower batch_size, image_size, n_fe"
     for call in (model.fit, model.predict):
         with (
@@ -150,7 +150,7 @@ def test_a_backbone_that_overflows_names_the_remedy(
 ) -> None:
     model = NPad("filterbank", **SMALL, nominal_set=nominal_set)
     monkeypatch.setattr(
-        model, "_embed", lambda x, projection: torch.full((len(x), 8, 8, 51), torch.inf)
+        detector, "embed_in_parts", lambda network, x: torch.full((len(x), 8, 8, 51), torch.inf)
     )
     with pytest.raises(ValueError, match="backbone_dtype='bfloat16' or 'float32'"):
         model.fit(images)
@@ -159,7 +159,7 @@ def test_a_backbone_that_overflows_names_the_remedy(
 def test_one_image_cannot_be_halved(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model._network(), "forward", Short(None, most=0))
+    monkeypatch.setattr(model.scorer().network, "forward", Short(None, most=0))
     with pytest.raises(MemoryError, match="lower batch_size"):  # a warning would be an error
         model.predict(images[:1])
 
@@ -168,7 +168,7 @@ def test_other_errors_pass_unchanged(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("a bug")
-    monkeypatch.setattr(model._network(), "forward", Short(None, most=0, error=error))
+    monkeypatch.setattr(model.scorer().network, "forward", Short(None, most=0, error=error))
     with pytest.raises(RuntimeError) as caught:
         model.predict(images)
     assert caught.value is error

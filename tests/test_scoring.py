@@ -22,7 +22,9 @@ from npad import NPad, detector
 from npad.images.source import Batch, ImageError
 from npad.ops import _cuda
 from npad.scoring import pipeline
+from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.pipeline import Run, started_ahead
+from npad.settings import Settings
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 
@@ -78,14 +80,14 @@ def test_a_stream_is_answered_image_by_image(model: NPad, images: np.ndarray) ->
 def test_features_that_overflow_are_an_error(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = model._network().forward
+    forward = model.scorer().network.forward
 
     def overflow(batch: torch.Tensor) -> torch.Tensor:
         x = forward(batch)
         x[2, 3, 3, 0] = torch.inf
         return x
 
-    monkeypatch.setattr(model._network(), "forward", overflow)
+    monkeypatch.setattr(model.scorer().network, "forward", overflow)
     message = r"score of image\[2\] is not finite.*use backbone_dtype='float32'"
     with pytest.raises(RuntimeError, match=message):
         model.predict(images[:5])
@@ -109,14 +111,14 @@ def test_the_precision_of_the_backbone(
 ) -> None:
     monkeypatch.setattr(detector, "shared_backbone", lambda *arguments: arguments[3])
     model = NPad("filterbank", backbone_dtype=given)
-    model.device = torch.device(device)
-    assert model._network(fitting=True) == fitted
-    assert model._network() == scored
+    of = Settings(**model.get_params()), torch.device(device)
+    assert model._network(*of, fitting=True) == fitted
+    assert model._network(*of) == scored
 
 
 def test_many_threads_and_models_at_once(model: NPad, images: np.ndarray) -> None:
     other = NPad("filterbank", **SMALL, fusion="mahalanobis").fit(images)
-    assert other._network() is model._network()
+    assert other.scorer().network is model.scorer().network
     expected = {m: m.predict(images) for m in (model, other)}
     with ThreadPoolExecutor(6) as pool:
         results = [(m, pool.submit(m.predict, images)) for m in (model, other) * 6]
@@ -167,7 +169,7 @@ def test_models_can_be_copied_and_moved(model: NPad, images: np.ndarray) -> None
 def test_a_copy_records_graphs_of_its_own(model: NPad, images: np.ndarray) -> None:
     """A CUDA graph cannot be copied; a lock stands in for it."""
     before = copy.copy(model)
-    before._graphs = "key", threading.Lock()  # type: ignore[assignment]
+    before._graphs = model.scorer(), threading.Lock()  # type: ignore[assignment]
     twin = copy.deepcopy(before)
     assert twin._graphs is None
     assert np.array_equal(twin.predict(images).scores, model.predict(images).scores)
@@ -177,11 +179,11 @@ def test_a_copy_records_graphs_of_its_own(model: NPad, images: np.ndarray) -> No
 def test_only_kernels_are_recorded(
     registered: bool, model: NPad, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin, scorer = copy.copy(model), model._scorer()
-    twin.device = torch.device("cuda:0")
-    monkeypatch.setattr(twin, "_scorer", lambda: scorer)
+    twin, scorer = copy.copy(model), model.scorer()
+    monkeypatch.setattr(twin, "_scorer", lambda settings, device: scorer)
     monkeypatch.setattr(_cuda, "registered", registered)
-    assert (twin._on_device() is scorer) is not registered
+    run = twin._on_device(twin._settings(), torch.device("cuda:0"))
+    assert isinstance(run, Graphs) is registered
 
 
 def test_on_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +259,8 @@ def test_memory_stays_flat_over_ten_thousand_images(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the network, which would take most of the time."""
-    x = model._embed(torch.from_numpy(images[:8]).permute(0, 3, 1, 2).float() / 255)
-    monkeypatch.setattr(model._network(), "forward", lambda images: x[: len(images)].clone())
+    x = model.embed(images[:8])
+    monkeypatch.setattr(model.scorer().network, "forward", lambda images: x[: len(images)].clone())
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import os
 import re
@@ -14,12 +13,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from npad.settings import ARGUMENTS, Argument
 
 __all__ = ["Arguments", "UsageError", "check_device", "command", "new_model", "run"]
 
@@ -33,107 +34,24 @@ class UsageError(Exception):
     """The command line asks for something that cannot be."""
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _image_size(text: str) -> int | tuple[int, int]:
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) > 2:
-        raise ValueError(text)
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _number(text: str) -> float:
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-
-
-def _eps(text: str) -> float | str:
-    return text if text == "auto" else float(text)
-
-
-def _switch(text: str) -> bool:
-    return {"on": True, "off": False}[text]
-
-
-def _weights(text: str) -> Path:
-    if not Path(text).is_file():
-        raise typer.BadParameter(f"there is no file {text!r}")
-    return Path(text)
-
-
-# Argument of NPad: type or parser, what stands for the value, help. NPad checks the values.
-OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "backbone": (str, "NAME", 'A timm model, or "filterbank", which needs no download.'),
-    "layers": (_layers, "I,J", "Feature levels, as timm counts them. [default: strides 8 and 16]"),
-    "image_size": (_image_size, "N|HxW", "Pixels to which images are resized, height x width."),
-    "weights": (_weights, "FILE", "The backbone's weights. [default: timm downloads them]"),
-    "window": (int, "ODD", "Side of the training window, in positions of the grid."),
-    "score_window": (int, "ODD", "Side of the evaluation window, in positions of the grid."),
-    "eps": (_eps, "auto|X", "Added to every variance, in squared units of the features."),
-    "nominal_set": (str, "kcenter|kmeans|none", "How the centroids are chosen."),
-    "n_centroids": (_number, "N", "Number of centroids; below 1, a fraction of the embeddings."),
-    "fusion": (
-        str,
-        "product|sum|mahalanobis|euclidean",
-        "How both distances become one map. [default: product; mahalanobis without centroids]",
-    ),
-    "fusion_weight": (
-        float,
-        "X",
-        "Share of the Mahalanobis distance in product and sum, 0 to 1.",
-    ),
-    "factor_dtype": (str, "float32|float16|bfloat16", "Storage of the Gaussians."),
-    "n_features": (int, "N", "Dimensions to which embeddings are reduced. [default: all]"),
-    "reduction": (str, "pca|random", "How embeddings are reduced, with --n-features."),
-    "holdout": (float, "X", "Fraction of the images on which eps is chosen, 0 to 0.5."),
-    "seed": (int, "N", "Seed of every random choice."),
-    "device": (str, "DEVICE", "Torch device, such as cpu, cuda:0 or auto."),
-    "backbone_dtype": (
-        str,
-        "float32|float16|bfloat16",
-        "In which the backbone computes. [default: float32; float16 to score on a GPU]",
-    ),
-    "compile": (_switch, "on|off", "Run the backbone through torch.compile."),
-    "batch_size": (int, "N", "Images that go through the backbone together."),
-}
-
-
-def _defaults() -> Arguments:
-    """Defaults of NPad, read from its source: importing it takes seconds."""
-    tree = ast.parse((Path(__file__).parents[1] / "detector.py").read_text(encoding="utf-8"))
-    functions = (
-        part
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == "NPad"
-        for part in node.body
-        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
-    )
-    found = next(functions).args
-    names = [arg.arg for arg in (*found.args[-len(found.defaults) :], *found.kwonlyargs)]
-    values = [node for node in (*found.defaults, *found.kw_defaults) if node is not None]
-    return {name: ast.literal_eval(value) for name, value in zip(names, values, strict=True)}
+OPTIONS = tuple(argument for argument in ARGUMENTS if argument.parse is not None)
 
 
 def _options(overrides: Arguments) -> list[inspect.Parameter]:
     """NPad's arguments as options that are None where they are not given."""
-    defaults = _defaults() | overrides
     parameters = []
-    for name, (parse, metavar, text) in OPTIONS.items():
-        value = defaults[name]
-        if isinstance(value, bool):
-            value = "on" if value else "off"
-        default = "" if value is None else f" [default: {value}]"
+    for argument in OPTIONS:
+        default = overrides.get(argument.name, argument.default_text)
         option = typer.Option(
-            "--" + name.replace("_", "-"),
-            parser=_parsed(parse),
-            metavar=metavar,
-            help=text + default,
+            "--" + argument.name.replace("_", "-"),
+            parser=_parsed(argument),
+            metavar=argument.values,
+            help=f"{argument.help} [default: {default}]",
             show_default=False,  # typer's own would be None: not given
         )
         parameters.append(
             inspect.Parameter(
-                name,
+                argument.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
                 annotation=Annotated[Any, option],
@@ -142,30 +60,40 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
     return parameters
 
 
-def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def _parsed(argument: Argument) -> Callable[[str], Any]:
     def value(text: str) -> Any:
+        assert argument.parse is not None
         try:
-            return parse(text)
+            return _Given(argument.parse(text))
+        except FileNotFoundError as error:
+            raise typer.BadParameter(str(error)) from error
         except (ValueError, KeyError) as error:
             raise typer.BadParameter(f"{text!r} cannot be understood") from error
 
     return value
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The value of an option that was given; None is one of the values of some."""
+
+    value: Any
+
+
 def new_model(arguments: Arguments, **more: Any) -> Any:
-    """Make an NPad from the options that were given. What it refuses is an error of usage."""
+    """Make an NPad from the options that were given. What it would refuse is an error of usage."""
     from npad.detector import NPad  # noqa: PLC0415
 
-    arguments = arguments | more
-    if arguments.get("nominal_set") == "none":
-        arguments["nominal_set"] = None
+    model = NPad(**arguments, **more)
+    check_device(model.device)
     try:
-        return NPad(**arguments)
-    except (ValueError, RuntimeError) as error:
+        model.settings()
+    except ValueError as error:
         raise UsageError(str(error)) from error
+    return model
 
 
-def check_device(name: str) -> None:
+def check_device(name: Any) -> None:
     """Say before the work that a device is not there."""
     from npad import devices  # noqa: PLC0415
 
@@ -203,8 +131,8 @@ def command(
         def job(**given: Any) -> None:
             show_traceback = given.pop("debug")
             if takes_model:
-                chosen = {name: given.pop(name) for name in OPTIONS}
-                chosen = {name: value for name, value in chosen.items() if value is not None}
+                chosen = {argument.name: given.pop(argument.name) for argument in OPTIONS}
+                chosen = {name: option.value for name, option in chosen.items() if option}
                 given["arguments"] = overrides | chosen
             _run_job(function, given, modules, show_traceback)
 
@@ -251,7 +179,7 @@ def _message(error: Exception) -> str:
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
     text = re.sub(r"^NPad(\.\w+)?: ", "", " ".join(text.split()))
-    arguments = "|".join([*OPTIONS, "skip_bad"])
+    arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad"])
     return re.sub(
         rf"\b({arguments})=(True\b)?", lambda m: f"--{m[1].replace('_', '-')} ", text
     ).replace("  ", " ")

@@ -122,6 +122,15 @@ class Backbone(nn.Module):
         # A function, not a module: that would be a second entry for the same weights.
         self._compiled = torch.compile(self._features) if compile else None
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a model must find again: name, layers and weights_hash, as JSON types."""
+        return {
+            "name": self.name,
+            "layers": list(self.layers),
+            "weights_hash": self.weights_hash,
+        }
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen."""
         return super().train(False)
@@ -386,3 +395,7 @@ def _no_download(name: str, error: Exception) -> BackboneError:
         f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
         "pass weights= with a file of them, or use backbone 'filterbank', which needs none"
     )
+
+
+def embed_in_parts(network: Backbone, images: Tensor) -> Tensor:
+    return network(images)

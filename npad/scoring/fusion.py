@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import ops
-
-FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
-
-
-def uses_gaussians(fusion: str) -> bool:
-    """Whether the Mahalanobis map is part of it."""
-    return fusion != "euclidean"
-
-
-def uses_nominal_set(fusion: str) -> bool:
-    """Whether the Euclidean map is part of it."""
-    return fusion != "mahalanobis"
-
-
-@dataclass(frozen=True)
-class Standardization:
-    """Mean and standard deviation of both maps on nominal images held out from the fit."""
-
-    mahalanobis_mean: float
-    mahalanobis_std: float
-    euclidean_mean: float
-    euclidean_std: float
-
-    @classmethod
-    def of(cls, mahalanobis: Tensor, euclidean: Tensor) -> Standardization:
-        """Measure both maps (any shape, two values or more)."""
-        return cls(*(float(f(x.double())) for x in (mahalanobis, euclidean) for f in _MOMENTS))
-
-
-_MOMENTS: Final = (torch.mean, torch.std)
+from npad.learned import Standardization
+from npad.settings import FUSIONS, uses_gaussians, uses_nominal_set
 
 
 def fusion_arguments(
@@ -64,8 +33,9 @@ def fusion_arguments(
 
     Raises
     ------
-    ValueError  unknown fusion, weight outside [0, 1], a missing map or standardization, a standard
-        deviation that is not above 0.
+    ValueError
+        Unknown fusion, weight outside [0, 1], a missing map or standardization, a standard deviation
+        that is not above 0.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")

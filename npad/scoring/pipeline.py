@@ -1,10 +1,10 @@
-"""Scoring: from images to anomaly maps and scores, on one device and without waiting for it."""
+"""Batches on their way: to a device, through the scorer there, and back, without waiting."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,81 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import devices, ops
-from npad.features.backbone import Backbone
+from npad.features.backbone import embed_in_parts
 from npad.images.source import Batch, ImageError
 from npad.scoring import fusion
-from npad.scoring.fusion import Standardization
+from npad.scoring.scorer import Scorer
 
-__all__ = ["Run", "Scorer", "distances", "embed", "started_ahead"]
+__all__ = ["Run", "score_in_parts", "started_ahead"]
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 
-def embed(network: Backbone, projection: Tensor | None, images: Tensor) -> Tensor:
-    """(B, 3, H, W) float32 in [0, 1] -> embeddings (B, h, w, C) float32, reduced if so fitted."""
-    with torch.autocast(images.device.type, enabled=False):  # the program's; dtypes are the model's
-        x: Tensor = network(images)
-        return x if projection is None else x @ projection
-
-
-def distances(
-    x: Tensor,
-    mean: Tensor | None,
-    factor: Tensor | None,
-    centroids: Tensor | None,
-    score_window: int,
-    *,
-    index: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mahalanobis and Euclidean maps of embeddings, each (N, h, w), or None where not in use."""
-    mahalanobis = euclidean = None
-    if mean is not None and factor is not None:
-        grid = x.shape[1], x.shape[2]
-        mahalanobis = ops.mahalanobis(x, mean, factor, grid, score_window)
-    if centroids is not None:
-        distance, _ = ops.nearest_centroid(x.flatten(0, 2), centroids, index)
-        euclidean = distance.reshape(x.shape[:3])
-    return mahalanobis, euclidean
-
-
-@dataclass(frozen=True, eq=False)
-class Scorer:
-    """What a fitted model does with a batch of images. See ``NPad`` for the fields."""
-
-    network: Backbone
-    projection: Tensor | None
-    mean: Tensor | None
-    factor: Tensor | None
-    centroids: Tensor | None
-    index: Tensor | None  # of the centroids
-    image_size: tuple[int, int]
-    score_window: int
-    fusion: str
-    fusion_weight: float
-    standardization: Standardization | None
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for scorers that do the same, by the same tensors."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return tuple(id(v) if isinstance(v, (Tensor, Backbone)) else v for v in values)
-
-    def distances(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The maps of embeddings (N, h, w, C)."""
-        return distances(
-            x, self.mean, self.factor, self.centroids, self.score_window, index=self.index
-        )
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
-        maps = self.distances(embed(self.network, self.projection, images))
-        terms = fusion.fusion_arguments(
-            *maps, self.fusion, self.fusion_weight, self.standardization
-        )
-        sigma = fusion.smoothing_sigma(self.image_size)
-        smooth, scores = ops.anomaly_map(*terms, self.image_size, sigma)
-        return scores, smooth
+def score_in_parts(scorer: Scorer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) -> scores (B,) and maps (B, H, W): the network sees a part of a batch at a time."""
+    with devices.plain(images.device):
+        return scorer.score(embed_in_parts(scorer.network, images))
 
 
 @dataclass(frozen=True, eq=False)

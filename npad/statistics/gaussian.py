@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,19 @@ class NeighborhoodGaussian:
         self.mean += share.float()[:, None] * delta
         self.count += other.count
         return self
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON types and tensors."""
+        tensors = {"count": self.count, "mean": self.mean, "scatter": self.scatter}
+        return {"grid": self.grid, "window": self.window}, tensors
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Become what `state` was taken from."""
+        height, width = values["grid"]
+        self.grid, self.window = (int(height), int(width)), int(values["window"])
+        self.count, self.mean, self.scatter = (
+            tensors[name].clone() for name in ("count", "mean", "scatter")
+        )
 
     def choose_eps(self, held_out: Tensor) -> float:
         """Find an eps that makes held-out nominal embeddings likely.

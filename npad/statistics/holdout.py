@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +46,37 @@ class Reservoir:
             else:
                 fitted.append(embedding)
         return torch.stack(fitted) if fitted else x[:0]
+
+    def merge(self, other: Reservoir, fit: Callable[[Tensor], None]) -> None:
+        """Take over what another has kept; `fit` gets, as (B, H, W, C), what there is no place for.
+
+        Each place goes to one of the two in proportion to the candidates that it still stands for, so
+        that the sample stays uniform.
+        """
+        kept: list[Tensor] = []
+        parts = [list(self.kept), list(other.kept)]
+        for part in parts:
+            self._random.shuffle(part)
+        left = [self._candidates, other._candidates]
+        while any(parts) and len(kept) < MAX_HELD_OUT:
+            first = self._random.randrange(max(1, sum(left))) < left[0]
+            which = 0 if parts[0] and (first or not parts[1]) else 1
+            kept.append(parts[which].pop())
+            left[which] -= 1
+        rest = [*parts[0], *parts[1]]
+        if rest:
+            fit(torch.stack(rest))
+        self.kept = kept
+        self._candidates += other._candidates
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON types and tensors."""
+        values = {"candidates": self._candidates, "random": self._random.getstate()}
+        return values, {"kept": torch.stack(self.kept)} if self.kept else {}
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Become what `state` was taken from."""
+        version, numbers, gauss = values["random"]
+        self._random.setstate((version, tuple(numbers), gauss))
+        self._candidates = int(values["candidates"])
+        self.kept = list(tensors["kept"]) if "kept" in tensors else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,6 +142,21 @@ class NominalSet:
         self._composed += other._composed
         self.n_seen += other.n_seen
         return self
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON types and tensors; what belongs to the constructor is not in it."""
+        self._check_finite()
+        parts = {"bank": self._bank, "composed": self._composed}
+        tensors = {name: torch.cat(part) for name, part in parts.items() if part}
+        return {"n_seen": self.n_seen, "composed": [len(x) for x in self._composed]}, tensors
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Become what `state` was taken from, in a set of the same arguments."""
+        self.n_seen = int(values["n_seen"])
+        self._bank = [tensors["bank"].clone()] if "bank" in tensors else []
+        self._banked = sum(map(len, self._bank))
+        sizes = [int(n) for n in values["composed"]]
+        self._composed = list(tensors["composed"].split(sizes)) if sizes else []
 
     def compose(self) -> NominalSet:
         """Replace the bank by its own centroids."""

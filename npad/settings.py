@@ -1,0 +1,442 @@
+"""Every argument of NPad, once: its default, its check, its help. Imports no library.
+
+``NPad.__init__`` stores what it is given; a `Settings` is made, and with it every check, when the
+arguments are used. The options of the command line, the JSON of a model file and the table in the docs
+are read from the fields of `Settings`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Final
+
+from npad.nominal_methods import METHODS
+
+__all__ = [
+    "ARGUMENTS",
+    "FUSIONS",
+    "Argument",
+    "Settings",
+    "uses_gaussians",
+    "uses_nominal_set",
+]
+
+FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
+DTYPES: Final = ("float32", "float16", "bfloat16")
+REDUCTIONS: Final = ("pca", "random")
+
+
+def uses_gaussians(fusion: str) -> bool:
+    """Whether the Mahalanobis map is part of a fusion."""
+    return fusion != "euclidean"
+
+
+def uses_nominal_set(fusion: str) -> bool:
+    """Whether the Euclidean map is part of a fusion."""
+    return fusion != "mahalanobis"
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks. A check turns a value into the one to use, or raises what the message "must be ..." says.
+
+
+class _UnfitError(Exception):
+    """A value is not what its argument may be; the text follows "must be"."""
+
+
+Check = Callable[[Any], Any]
+
+
+def _int(what: str, allowed: Callable[[int], bool]) -> Check:
+    def check(value: Any) -> int:
+        if isinstance(value, Integral) and not isinstance(value, bool) and allowed(int(value)):
+            return int(value)
+        raise _UnfitError(what)
+
+    return check
+
+
+def _number(what: str, allowed: Callable[[float], bool]) -> Check:
+    def check(value: Any) -> float:
+        if isinstance(value, Real) and not isinstance(value, bool) and allowed(float(value)):
+            return int(value) if isinstance(value, Integral) else float(value)
+        raise _UnfitError(what)
+
+    return check
+
+
+def _one_of(*choices: Any) -> Check:
+    def check(value: Any) -> Any:
+        if any(type(value) is type(choice) and value == choice for choice in choices):
+            return value
+        raise _UnfitError(f"one of {', '.join(map(repr, choices))}")
+
+    return check
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _text(what: str) -> Check:
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value:
+            return value
+        raise _UnfitError(what)
+
+    return check
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        return str(os.fspath(value))
+    raise _UnfitError("the path of a file")
+
+
+def _height_width(value: Any) -> tuple[int, int]:
+    side = _int("", lambda n: n >= 1)
+    sides = (
+        list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * 2
+    )
+    try:
+        height, width = map(side, sides)
+    except (_UnfitError, ValueError):
+        raise _UnfitError("a positive int or (height, width)") from None
+    return height, width
+
+
+def _levels(value: Any) -> tuple[int, ...]:
+    level = _int("", lambda n: n >= 0)
+    try:
+        levels = tuple(map(level, value))
+    except (_UnfitError, TypeError):
+        levels = ()
+    if not levels:
+        raise _UnfitError("a sequence of levels such as (2, 3)")
+    return levels
+
+
+def _n_centroids(value: Any) -> float:
+    number: float = _number("a whole number of at least 1 or a fraction below 1", lambda n: n > 0)(
+        value
+    )
+    if 0 < number < 1:
+        return number
+    if math.isfinite(number) and number == int(number):
+        return int(number)
+    raise _UnfitError("a whole number of at least 1 or a fraction below 1")
+
+
+def _eps(value: Any) -> float | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    return _number("'auto' or a number of at least 0", lambda n: 0 <= n < math.inf)(value)
+
+
+def _device(value: Any) -> Any:
+    """Whether it is there, only PyTorch can say: see `npad.devices.resolve`."""
+    return value
+
+
+_odd = _int("an odd int of at least 1", lambda n: n >= 1 and n % 2 == 1)
+_count = _int("an int of at least 1", lambda n: n >= 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the command line makes of a word.
+
+
+def _parse_switch(text: str) -> bool:
+    return {"on": True, "off": False}[text]
+
+
+def _parse_levels(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _parse_size(text: str) -> int | tuple[int, int]:
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError(text)
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _parse_number(text: str) -> float:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+
+
+def _parse_eps(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def _parse_nominal_set(text: str) -> str | None:
+    return None if text == "none" else text
+
+
+def _parse_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"there is no file {text!r}")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What is known about an argument of NPad.
+
+    Attributes
+    ----------
+    name, default : as in NPad's signature
+    help : one or two sentences
+    values : what may be given, in short; the command line shows it
+    unset : what None stands for, where it is the default
+    check : turns a value into the one to use, or raises `_UnfitError`
+    parse : turns a word of the command line into a value; None where there is no option
+    kept : whether a model file holds it
+    live : whether a fitted model heeds a change; what others say is fixed by the fit
+    """
+
+    name: str
+    default: Any
+    help: str
+    values: str
+    unset: str | None
+    check: Check
+    parse: Callable[[str], Any] | None
+    kept: bool
+    live: bool
+
+    @property
+    def default_text(self) -> str:
+        """The default as the help and the docs show it."""
+        if self.unset is not None:
+            return self.unset
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        return str(self.default)
+
+
+def _argument(
+    default: Any,
+    help: str,  # noqa: A002
+    values: str,
+    check: Check,
+    parse: Callable[[str], Any] | None = str,
+    *,
+    unset: str | None = None,
+    kept: bool = True,
+    live: bool = False,
+) -> Any:
+    known = {"help": help, "values": values, "unset": unset, "check": check, "parse": parse}
+    return field(default=default, metadata={**known, "kept": kept, "live": live})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of a model, checked and in the form in which they are used.
+
+    Raises
+    ------
+    ValueError
+        A value that an argument may not have, or two that exclude each other. The message names the
+        argument and what it may be.
+    """
+
+    backbone: str = _argument(
+        "wide_resnet50_2",
+        'A timm model with features_only, or "filterbank", which needs no download.',
+        "NAME",
+        _text("the name of a timm model or 'filterbank'"),
+    )
+    layers: tuple[int, ...] | None = _argument(
+        None,
+        "Feature levels, as timm counts them (out_indices).",
+        "I,J",
+        _or_none(_levels),
+        _parse_levels,
+        unset="strides 8 and 16",
+    )
+    image_size: tuple[int, int] = _argument(
+        256,
+        "Pixels to which images are resized, height x width; nothing is cropped.",
+        "N|HxW",
+        _height_width,
+        _parse_size,
+    )
+    weights: str | None = _argument(
+        None,
+        "The backbone's weights: a safetensors file, or a torch file, of which only tensors are read.",
+        "FILE",
+        _or_none(_path),
+        _parse_file,
+        unset="timm downloads them",
+    )
+    window: int = _argument(
+        3, "Side of the training window, in positions of the grid.", "ODD", _odd, int
+    )
+    score_window: int = _argument(
+        1, "Side of the evaluation window, in positions of the grid.", "ODD", _odd, int, live=True
+    )
+    eps: float | str = _argument(
+        "auto",
+        "Added to every variance, in squared units of the features; auto makes held-out nominal "
+        "embeddings most likely.",
+        "auto|X",
+        _eps,
+        _parse_eps,
+    )
+    nominal_set: str | None = _argument(
+        "kcenter",
+        "How the centroids are chosen: "
+        + "; ".join(f"{name}, {method.summary}" for name, method in METHODS.items())
+        + "; none chooses none.",
+        "|".join([*METHODS, "none"]),
+        _one_of(*METHODS, None),
+        _parse_nominal_set,
+    )
+    n_centroids: float = _argument(
+        8192,
+        "Number of centroids; below 1, a fraction of all nominal embeddings.",
+        "N",
+        _n_centroids,
+        _parse_number,
+    )
+    fusion: str = _argument(
+        None,
+        "How both distances become one map: their product, the sum of both standardised on held-out "
+        "nominal images, or one alone.",
+        "|".join(FUSIONS),
+        _or_none(_one_of(*FUSIONS)),
+        unset="product; mahalanobis without centroids",
+        live=True,
+    )
+    fusion_weight: float = _argument(
+        0.4,
+        "Share of the Mahalanobis distance in product and sum, 0 to 1; the Euclidean has the rest.",
+        "X",
+        _number("a number from 0 to 1", lambda n: 0 <= n <= 1),
+        float,
+        live=True,
+    )
+    factor_dtype: str = _argument(
+        "float16", "Storage of the Gaussians' factors.", "|".join(DTYPES), _one_of(*DTYPES)
+    )
+    n_features: int | None = _argument(
+        None,
+        "Dimensions to which embeddings are reduced.",
+        "N",
+        _or_none(_count),
+        int,
+        unset="all",
+    )
+    reduction: str = _argument(
+        "pca",
+        "How embeddings are reduced, with n_features: by principal axes of a sample of nominal "
+        "embeddings, or by random orthogonal ones.",
+        "|".join(REDUCTIONS),
+        _one_of(*REDUCTIONS),
+    )
+    holdout: float = _argument(
+        0.1,
+        "Fraction of the images, 64 at most, kept from the fit while eps and the standardisation are "
+        "chosen, 0 to 0.5; they are fitted afterwards.",
+        "X",
+        _number("a number from 0 to 0.5", lambda n: 0 <= n <= 0.5),
+        float,
+    )
+    seed: int = _argument(
+        0,
+        "Seed of every random choice.",
+        "N",
+        _int("an int of at most 64 bits", lambda n: -(2**63) <= n < 2**63),
+        int,
+    )
+    device: Any = _argument(
+        "cpu",
+        "Torch device, such as cpu or cuda:0; auto is a GPU if there is one.",
+        "DEVICE",
+        _device,
+        kept=False,
+        live=True,
+    )
+    backbone_dtype: str | None = _argument(
+        None,
+        "In which the backbone computes.",
+        "|".join(DTYPES),
+        _or_none(_one_of(*DTYPES)),
+        unset="float32; float16 to score on a GPU",
+        live=True,
+    )
+    compile: bool = _argument(
+        False,
+        "Run the backbone through torch.compile.",
+        "on|off",
+        _one_of(True, False),
+        _parse_switch,
+        live=True,
+    )
+    batch_size: int = _argument(
+        8, "Images that go through the backbone together.", "N", _count, int, live=True
+    )
+    progress: bool | None = _argument(
+        None,
+        "Progress bars: None shows them on a terminal or in a notebook, for work of over two seconds; "
+        "False never does.",
+        "on|off",
+        _one_of(True, False, None),
+        None,
+        unset="on a terminal",
+        kept=False,
+        live=True,
+    )
+
+    def __post_init__(self) -> None:
+        for argument in ARGUMENTS:
+            value = getattr(self, argument.name)
+            try:
+                object.__setattr__(self, argument.name, argument.check(value))
+            except _UnfitError as unfit:
+                raise ValueError(f"NPad: {argument.name} must be {unfit}, got {value!r}") from None
+        if self.fusion is None:
+            fusion = "product" if self.nominal_set else "mahalanobis"
+            object.__setattr__(self, "fusion", fusion)
+        if uses_nominal_set(self.fusion) and self.nominal_set is None:
+            raise ValueError(
+                f"NPad: fusion={self.fusion!r} needs a nominal set; "
+                "give nominal_set, or fusion='mahalanobis'"
+            )
+        if self.holdout == 0 and (self.chooses_eps or self.fusion == "sum"):
+            raise ValueError(
+                "NPad: eps='auto' and fusion='sum' need held-out images; "
+                "use holdout > 0, or a number for eps and another fusion"
+            )
+
+    @property
+    def chooses_eps(self) -> bool:
+        """Whether eps is chosen on held-out images."""
+        return self.eps == "auto" and uses_gaussians(self.fusion)
+
+    @property
+    def chooses_axes(self) -> bool:
+        """Whether axes are chosen on nominal embeddings."""
+        return self.n_features is not None and self.reduction == "pca"
+
+    def fixed_by(self, fitted: Settings) -> Settings:
+        """These settings where a fitted model heeds them, and those it was fitted with elsewhere."""
+        return Settings(**{a.name: getattr(self if a.live else fitted, a.name) for a in ARGUMENTS})
+
+    def to_json(self) -> dict[str, Any]:
+        """What a model file keeps, as JSON types: all but device and progress."""
+        values = {a.name: getattr(self, a.name) for a in ARGUMENTS if a.kept}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+ARGUMENTS: Final = tuple(Argument(f.name, f.default, **f.metadata) for f in fields(Settings))

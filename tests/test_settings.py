@@ -1,0 +1,203 @@
+"""The one list of arguments: what each may be, and that everything else agrees with it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+
+from npad import NPad
+from npad.settings import ARGUMENTS, Settings
+
+REFUSED = [
+    ({"backbone": ""}, "backbone must be the name of a timm model"),
+    ({"backbone": 18}, "backbone must be the name of a timm model"),
+    ({"layers": []}, "layers must be a sequence of levels"),
+    ({"layers": "23"}, "layers must be a sequence of levels"),
+    ({"layers": (2, -1)}, "layers must be a sequence of levels"),
+    ({"layers": 2}, "layers must be a sequence of levels"),
+    ({"image_size": 0}, r"image_size must be a positive int or \(height, width\), got 0"),
+    ({"image_size": 64.0}, "image_size must be a positive int"),
+    ({"image_size": (64, 64, 3)}, "image_size must be a positive int"),
+    ({"image_size": (True, 64)}, "image_size must be a positive int"),
+    ({"image_size": "64"}, "image_size must be a positive int"),
+    ({"weights": 5}, "weights must be the path of a file, got 5"),
+    ({"window": 4}, "window must be an odd int of at least 1, got 4"),
+    ({"window": True}, "window must be an odd int of at least 1, got True"),
+    ({"window": 3.0}, "window must be an odd int of at least 1, got 3.0"),
+    ({"score_window": 0}, "score_window must be an odd int"),
+    ({"eps": "big"}, "eps must be 'auto' or a number of at least 0, got 'big'"),
+    ({"eps": -1.0}, "eps must be 'auto' or a number"),
+    ({"eps": math.inf}, "eps must be 'auto' or a number"),
+    ({"eps": True}, "eps must be 'auto' or a number of at least 0, got True"),
+    ({"nominal_set": "random"}, "nominal_set must be one of 'kcenter', 'kmeans', None"),
+    ({"nominal_set": True}, "nominal_set must be one of"),
+    ({"n_centroids": -1}, "n_centroids must be a whole number of at least 1 or a fraction below 1"),
+    ({"n_centroids": 2.5}, "n_centroids must be a whole number .* got 2.5"),
+    ({"n_centroids": 0}, "n_centroids must be a whole number"),
+    ({"n_centroids": math.nan}, "n_centroids must be a whole number"),
+    ({"n_centroids": math.inf}, "n_centroids must be a whole number"),
+    ({"n_centroids": True}, "n_centroids must be a whole number"),
+    ({"fusion": "max"}, "fusion must be one of 'product'"),
+    ({"fusion_weight": 1.5}, "fusion_weight must be a number from 0 to 1, got 1.5"),
+    ({"fusion_weight": -0.1}, "fusion_weight must be a number from 0 to 1, got -0.1"),
+    ({"fusion_weight": math.nan}, "fusion_weight must be a number from 0 to 1, got nan"),
+    ({"fusion_weight": "half"}, "fusion_weight must be a number from 0 to 1, got 'half'"),
+    ({"fusion_weight": True}, "fusion_weight must be a number from 0 to 1, got True"),
+    ({"factor_dtype": "int8"}, "factor_dtype must be one of 'float32'"),
+    ({"factor_dtype": torch.float16}, "factor_dtype must be one of"),
+    ({"n_features": 2.5}, "n_features must be an int of at least 1, got 2.5"),
+    ({"n_features": 0}, "n_features must be an int of at least 1"),
+    ({"n_features": True}, "n_features must be an int of at least 1"),
+    ({"reduction": "ica"}, "reduction must be one of 'pca', 'random'"),
+    ({"holdout": 0.9}, "holdout must be a number from 0 to 0.5, got 0.9"),
+    ({"holdout": False}, "holdout must be a number from 0 to 0.5, got False"),
+    ({"holdout": 0.0}, "need held-out images"),
+    ({"nominal_set": None, "fusion": "product"}, "needs a nominal set"),
+    ({"seed": "x"}, "seed must be an int of at most 64 bits, got 'x'"),
+    ({"seed": 1.5}, "seed must be an int"),
+    ({"seed": None}, "seed must be an int"),
+    ({"seed": True}, "seed must be an int"),
+    ({"backbone_dtype": "float64"}, "backbone_dtype must be one of"),
+    ({"compile": "on"}, "compile must be one of True, False, got 'on'"),
+    ({"compile": 1}, "compile must be one of True, False, got 1"),
+    ({"batch_size": 0}, "batch_size must be an int of at least 1, got 0"),
+    ({"batch_size": 2.5}, "batch_size must be an int of at least 1, got 2.5"),
+    ({"batch_size": True}, "batch_size must be an int of at least 1"),
+    ({"progress": "yes"}, "progress must be one of True, False, None"),
+]
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def fitted(images: np.ndarray) -> NPad:
+    return NPad("filterbank", image_size=32, n_centroids=20, progress=False).fit(images)
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_is_refused_is_refused_by_name_before_the_images_are_looked_at(
+    arguments: dict[str, object], message: str
+) -> None:
+    model = NPad(**{"backbone": "filterbank", **arguments})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"^NPad: .*{message}"):
+        model.fit("no such folder")
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_an_attribute_that_is_set_later_is_checked_too(
+    arguments: dict[str, object], message: str, fitted: NPad, images: np.ndarray
+) -> None:
+    model = clone(fitted)
+    for name, value in arguments.items():
+        setattr(model, name, value)
+    with pytest.raises(ValueError, match=message):
+        model.fit(images)
+    vars(model).update({k: v for k, v in vars(fitted).items() if k.endswith("_")})
+    for use in (model.predict, model.predict_batches, model.embed):
+        with pytest.raises(ValueError, match=message):
+            use(images)
+
+
+def test_what_is_accepted() -> None:
+    given = {
+        "layers": [2, 3],
+        "image_size": np.int64(96),
+        "weights": Path("w.pt"),
+        "window": np.int32(5),
+        "n_centroids": 64.0,
+        "eps": np.float32(0.5),
+        "fusion_weight": 1,
+        "seed": -(2**63),
+    }
+    settings = Settings(**given)  # type: ignore[arg-type]
+    assert settings.layers == (2, 3)
+    assert settings.image_size == (96, 96)
+    assert (settings.weights, settings.window, settings.n_centroids) == ("w.pt", 5, 64)
+    assert json.loads(json.dumps(settings.to_json()))["eps"] == 0.5
+    assert Settings(nominal_set=None).fusion == "mahalanobis"
+    assert Settings(n_centroids=0.25).n_centroids == 0.25
+
+
+def test_the_signature_of_npad_agrees() -> None:
+    parameters = list(inspect.signature(NPad.__init__).parameters.values())[1:]
+    assert [p.name for p in parameters] == [argument.name for argument in ARGUMENTS]
+    assert [p.default for p in parameters] == [argument.default for argument in ARGUMENTS]
+    assert all(
+        type(p.default) is type(a.default) for p, a in zip(parameters, ARGUMENTS, strict=True)
+    )
+    hints = get_type_hints(NPad.__init__)
+    assert hints.keys() == {"return", *(argument.name for argument in ARGUMENTS)}
+
+
+def test_arguments_are_stored_as_they_are_given() -> None:
+    given = {argument.name: object() for argument in ARGUMENTS}
+    model = NPad(**given)  # type: ignore[arg-type]
+    found = model.get_params()
+    assert list(found) == list(given)
+    assert all(found[name] is value for name, value in given.items())
+
+
+def test_help_says_something_about_each() -> None:
+    assert NPad.__doc__ is not None
+    for argument in ARGUMENTS:
+        assert argument.help.endswith(".")
+        assert f"{argument.name} : {argument.help}" in NPad.__doc__
+    for name in ("grid_", "eps_", "centroids_"):
+        assert f"    {name} : " in NPad.__doc__
+
+
+def test_scikit_learn_clones_it(fitted: NPad) -> None:
+    model = NPad("filterbank", layers=[2, 3], image_size=(32, 48), eps=0.1, device="auto")
+    twin = clone(model)
+    assert twin is not model
+    assert twin.get_params() == model.get_params()
+    fresh = clone(fitted)
+    assert not [name for name in vars(fresh) if name.endswith("_") and name != "settings_"]
+    with pytest.raises(RuntimeError, match="not fitted"):
+        fresh.predict_batches("anywhere")
+
+
+def test_set_params() -> None:
+    model = NPad("filterbank")
+    assert model.set_params(window=5, eps=0.1) is model
+    assert (model.window, model.eps) == (5, 0.1)
+    with pytest.raises(ValueError, match=r"there is no argument 'windows'; there are backbone, .*"):
+        model.set_params(windows=3)
+
+
+def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
+    """A change of what the fit has used waits for the next fit, also in the model file."""
+    before = fitted.predict(images)
+    model = NPad(**fitted.get_params()).fit(images)
+    model.set_params(window=5, image_size=64, n_centroids=3, backbone="resnet18", batch_size=3)
+    after = model.predict(images)
+    assert np.array_equal(after.scores, before.scores)
+    kept = model.settings()
+    assert (kept["window"], kept["image_size"], kept["n_centroids"]) == (3, [32, 32], 20)
+    assert (kept["backbone"], kept["batch_size"]) == ("filterbank", 3)
+    model.fusion_weight = 0.9
+    assert not np.array_equal(model.predict(images).scores, before.scores)
+
+
+def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
+    assert fitted.settings().keys() == {a.name for a in ARGUMENTS} - {"device", "progress"}
+    json.dumps(fitted.settings(), allow_nan=False)
+
+
+def test_the_list_needs_no_library() -> None:
+    code = "import sys, npad.settings; print({'torch', 'numpy', 'typer'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
