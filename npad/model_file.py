@@ -123,7 +123,7 @@ def write_model(
     size = sum(tensor.nbytes for _, tensor in ordered)
     try:
         with (
-            task(f"Writing {Path(path).name}", size / 1e6, progress, "MB") as advance,
+            task(f"Writing {Path(path).name}", size, progress, "B") as advance,
             replacing(path) as file,
         ):
             _write(file, table, [tensor for _, tensor in ordered], advance)
@@ -236,7 +236,7 @@ def _write(file: BufferedWriter, table: bytes, tensors: list[Tensor], advance: A
         for block in _blocks(tensor.detach().cpu().contiguous()):
             digest.update(block)
             file.write(block)
-            advance(len(block) / 1e6)
+            advance(len(block))
     file.seek(_DIGEST.start)
     file.write(digest.hexdigest().encode())
 
@@ -273,14 +273,14 @@ def _read(
 
     digest = hashlib.sha256(table[: _DIGEST.start] + _NO_DIGEST + table[_DIGEST.stop :])
     tensors = {}
-    with task(f"Reading {Path(path).name}", n_data / 1e6, progress, "MB") as advance:
+    with task(f"Reading {Path(path).name}", n_data, progress, "B") as advance:
         for name, dtype, shape in layout:
             flat = torch.empty(math.prod(shape), dtype=dtype)
             for block in _blocks(flat):
                 if file.readinto(block) < len(block):
                     raise ModelFileError(path, "became shorter while it was read; read it again")
                 digest.update(block)
-                advance(len(block) / 1e6)
+                advance(len(block))
             tensors[name] = flat.reshape(shape)
     if digest.hexdigest().encode() != table[_DIGEST]:
         raise ModelFileError(path, _DAMAGED)

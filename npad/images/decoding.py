@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
-import re
-import warnings
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from npad.images.quiet import quiet_pillow
 
 __all__ = ["ImageError", "list_images", "load", "read_image"]
 
@@ -98,11 +95,6 @@ def read_image(path: StrPath) -> Array:
     ------
     ImageError
         Whatever is wrong with the file: missing, not an image, cut short, damaged, too large.
-
-    Notes
-    -----
-    Reading an image silences, in the whole process, the warnings of Pillow's own modules and the
-    messages of its libtiff: what they say is harmless or raised here as an `ImageError`.
     """
     pixels = np.array(_decode(path))
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
@@ -147,9 +139,8 @@ def load(
 
 def _decode(path: StrPath) -> Image.Image:
     """The file in Pillow's mode L, RGB or F (in [0, 1])."""
-    _silence_pillow()
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with quiet_pillow(), Image.open(path, formats=FORMATS) as image:
             image.load()
             return _convert(image, path)
     except ImageError:
@@ -188,26 +179,6 @@ def _convert(image: Image.Image, path: StrPath) -> Image.Image:
         _check_range(np.asarray(image), os.fspath(path))
     mode = MODES[image.mode]
     return image if image.mode == mode else image.convert(mode)
-
-
-def _silence_pillow() -> None:
-    """Keep Pillow's remarks about damaged metadata from the user's terminal.
-
-    `warnings.catch_warnings` swaps the filters of the whole process, so leaving it in one thread
-    can undo or keep what another has set. One filter for Pillow's modules, never removed, is safe.
-    """
-    _silence_logs()
-    ours = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-    if not warnings.filters or warnings.filters[0] != ours:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-@cache
-def _silence_logs() -> None:
-    """Stop Pillow's logger and libtiff from printing to stderr what Pillow raises anyway."""
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with suppress(AttributeError, OSError):  # where its symbols cannot be reached, it prints
-        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def _planes(array: Array, name: str) -> list[Array]:
