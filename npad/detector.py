@@ -6,14 +6,13 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import devices, model_file, ops, progress
@@ -26,7 +25,8 @@ from npad.model_file import ModelFileError
 from npad.ops import _cuda
 from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
-from npad.scoring.pipeline import Run, score_in_parts, started_ahead
+from npad.scoring.pipeline import MapSize, Run, score_in_parts, started_ahead
+from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer, reduce
 from npad.settings import ARGUMENTS, Settings
 
@@ -37,24 +37,6 @@ LESS_MEMORY = (
 )
 
 _lock = threading.Lock()  # of the graphs that models make at first use
-
-
-@dataclass
-class Prediction:
-    """Scores and anomaly maps of images, in their order; higher is more anomalous.
-
-    Attributes
-    ----------
-    scores : (N,) float64, the maximum of each image's smoothed map at the model's resolution
-    maps : N arrays (H, W) float32, each at its image's own size
-    paths : N names: the path, or ``image[i]`` for arrays
-    skipped : (name, reason) of files that could not be read, with ``skip_bad=True``
-    """
-
-    scores: NDArray[np.float64]
-    maps: list[NDArray[np.float32]]
-    paths: list[str]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 class NPad:
@@ -275,48 +257,66 @@ class NPad:
     # ----------------------------------------------------------------------------------------------
     # Predict.
 
-    def predict(self, source: Any, *, skip_bad: bool = False) -> Prediction:
-        """Score images; see ``fit`` for the sources and ``predict_batches`` for endless ones."""
-        parts = list(self.predict_batches(source, skip_bad=skip_bad))
-        return Prediction(
-            np.concatenate([part.scores for part in parts] or [np.empty(0)]),
-            [map_ for part in parts for map_ in part.maps],
-            [path for part in parts for path in part.paths],
-            [item for part in parts for item in part.skipped],
-        )
+    def predict(
+        self,
+        source: Any,
+        *,
+        skip_bad: bool = False,
+        map_size: MapSize = "image",
+        keep_images: bool = False,
+    ) -> Prediction:
+        """Score images; see ``fit`` for the sources and ``predict_batches`` for endless ones.
 
-    def predict_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Prediction]:
+        Parameters
+        ----------
+        source, skip_bad : as for ``fit``
+        map_size : "image" gives each map at its image's own size, "model" as it is at ``image_size``,
+            (height, width) at that size
+        keep_images : also return the images as they were decoded
+
+        Raises
+        ------
+        ValueError, MemoryError, RuntimeError
+            As for ``predict_batches``.
+        """
+        parts = self.predict_batches(
+            source, skip_bad=skip_bad, map_size=map_size, keep_images=keep_images
+        )
+        return Prediction.joined(list(parts))
+
+    def predict_batches(
+        self,
+        source: Any,
+        *,
+        skip_bad: bool = False,
+        map_size: MapSize = "image",
+        keep_images: bool = False,
+    ) -> Iterator[Prediction]:
         """Score images batch by batch, in memory that does not grow with their number.
 
         On a GPU the next batch is under way while one is fetched, unless the source is a stream of
         unknown length, whose every image is answered at once. May run in several threads.
 
+        Parameters
+        ----------
+        source, skip_bad, map_size, keep_images : as for ``predict``
+
         Raises
         ------
-        ValueError : images that cannot be read (ImageError).
-        MemoryError : as ``fit``.
-        RuntimeError : the GPU has failed; or a score that is not finite, which would pass below any
-            threshold: features larger than the backbone's precision holds.
+        RuntimeError
+            The model is not fitted; the GPU has failed; a score is not finite, which would pass below
+            any threshold: features larger than the backbone's precision holds.
+        ValueError
+            An argument that may not be; images that cannot be read (ImageError).
+        MemoryError
+            As for ``fit``.
         """
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = _open(source, settings, device, skip_bad)
-        run = Run(self._on_device(settings, device), device)
-        depth = 2 if device.type == "cuda" and images.n_images is not None else 1
-        told = 0
-        with (
-            closing(images.batches()) as batches,
-            progress.task("predict", images.n_images, settings.progress, "images") as advance,
-            devices.explained("NPad.predict", device, LESS_MEMORY),
-        ):
-            for flight in started_ahead(batches, run.start, depth):
-                scores, maps = flight.finish()
-                skipped, told = images.skipped[told:], len(images.skipped)
-                yield Prediction(scores, maps, flight.batch.names, skipped)
-                advance(len(scores))
-        if images.skipped[told:]:
-            yield Prediction(np.empty(0), [], [], images.skipped[told:])
+        images = _open(source, settings, device, skip_bad, keep_pixels=keep_images)
+        run = Run(self._on_device(settings, device), device, map_size)
+        return _predictions(run, images, settings, device)
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
@@ -592,14 +592,41 @@ class NPad:
 _CACHES = ("_networks", "_scoring", "_graphs")
 
 
-def _open(source: Any, settings: Settings, device: torch.device, skip_bad: bool) -> ImageSource:
+def _open(
+    source: Any,
+    settings: Settings,
+    device: torch.device,
+    skip_bad: bool,
+    *,
+    keep_pixels: bool = False,
+) -> ImageSource:
     return ImageSource(
         source,
         image_size=settings.image_size,
         batch_size=settings.batch_size,
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",
+        keep_pixels=keep_pixels,
     )
+
+
+def _predictions(
+    run: Run, images: ImageSource, settings: Settings, device: torch.device
+) -> Iterator[Prediction]:
+    depth = 2 if device.type == "cuda" and images.n_images is not None else 1
+    told = 0
+    with (
+        closing(images.batches()) as batches,
+        progress.task("predict", images.n_images, settings.progress, "images") as advance,
+        devices.explained("NPad.predict", device, LESS_MEMORY),
+    ):
+        for flight in started_ahead(batches, run.start, depth):
+            prediction = flight.finish()
+            prediction.skipped, told = images.skipped[told:], len(images.skipped)
+            yield prediction
+            advance(len(prediction.scores))
+    if images.skipped[told:]:
+        yield Prediction(np.empty(0), [], [], skipped=images.skipped[told:])
 
 
 def _embedder(network: Backbone, device: torch.device, call: str) -> Callable[[Tensor], Tensor]:

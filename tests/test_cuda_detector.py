@@ -98,9 +98,7 @@ def test_no_memory_left(model: NPad, images: np.ndarray) -> None:
     expected = model.predict(images).scores
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction(
-        torch.cuda.memory_reserved(DEVICE) / total
-    )
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(DEVICE) / total)
     try:
         model.batch_size = 20
         with (

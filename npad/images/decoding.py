@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from npad.images.quiet import quiet_pillow
 
-__all__ = ["ImageError", "list_images", "load", "read_image"]
+__all__ = ["ImageError", "Loaded", "list_images", "load", "read_image"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Array: TypeAlias = NDArray[Any]
@@ -96,13 +98,31 @@ def read_image(path: StrPath) -> Array:
     ImageError
         Whatever is wrong with the file: missing, not an image, cut short, damaged, too large.
     """
-    pixels = np.array(_decode(path))
-    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+    return _pixels([_decode(path)])
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An image in the form that the backbone takes.
+
+    Attributes
+    ----------
+    tensor : (3, height, width) float32
+        RGB in [0, 1].
+    size : (height, width)
+        The size before resizing.
+    pixels : (H, W, 3) uint8, or float32 in [0, 1]
+        The image before resizing, as `read_image` gives it; None where it is not kept.
+    """
+
+    tensor: Tensor
+    size: tuple[int, int]
+    pixels: Array | None
 
 
 def load(
-    image: StrPath | Array, name: str, image_size: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
+    image: StrPath | Array, name: str, image_size: tuple[int, int], *, keep_pixels: bool = False
+) -> Loaded:
     """Bring one image to the form that the backbone takes.
 
     Parameters
@@ -111,13 +131,7 @@ def load(
     name : how an error calls the image
     image_size : (height, width)
         The result's size: bilinear with antialiasing. An image of this size is not interpolated.
-
-    Returns
-    -------
-    tensor : (3, height, width) float32
-        RGB in [0, 1].
-    size : (height, width)
-        The size before resizing.
+    keep_pixels : whether the image as it was decoded is part of the result
 
     Raises
     ------
@@ -134,7 +148,15 @@ def load(
     scaled = [_scale(_resize(plane, image_size)) for plane in planes]
     out = np.empty((3, *image_size), np.float32)
     out[:] = scaled if scaled[0].ndim == 2 else np.moveaxis(scaled[0], 2, 0)  # grey is broadcast
-    return torch.from_numpy(out), size
+    return Loaded(torch.from_numpy(out), size, _pixels(planes) if keep_pixels else None)
+
+
+def _pixels(planes: Sequence[Image.Image | Array]) -> Array:
+    """One array of RGB or grey, or a plane for each channel, as (H, W, 3) of its own memory."""
+    arrays = [np.asarray(plane) for plane in planes]
+    if arrays[0].ndim == 3:
+        return np.array(arrays[0])
+    return np.stack(arrays * 3 if len(arrays) == 1 else arrays, axis=2)
 
 
 def _decode(path: StrPath) -> Image.Image:

@@ -11,7 +11,8 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from npad.images.decoding import (
     SUFFIXES,
     Array,
     ImageError,
+    Loaded,
     StrPath,
     list_images,
     load,
@@ -35,7 +37,6 @@ from npad.images.decoding import (
 __all__ = ["Batch", "ImageError", "ImageSource", "list_images", "read_image"]
 
 Task: TypeAlias = "tuple[int, str, StrPath | Array]"  # position, name, a file or (H, W, C) pixels
-Loaded: TypeAlias = "tuple[Tensor, tuple[int, int]]"  # what `load` returns
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,15 @@ class Batch:
         The path as given, or ``"image[17]"`` for arrays.
     indices : list of int
         The position of each image in the source.
+    pixels : list of (H, W, 3) uint8, or float32 in [0, 1]
+        Each image as it was decoded, where the source keeps them; else empty.
     """
 
     images: Tensor
     sizes: list[tuple[int, int]]
     names: list[str]
     indices: list[int]
+    pixels: list[Array] = field(default_factory=list)
 
 
 class ImageSource:
@@ -87,6 +91,8 @@ class ImageSource:
         Leave out images that raise `ImageError` and list them in ``skipped``.
     page_locked : bool
         Put the batches in memory from which a GPU copies while the CPU goes on.
+    keep_pixels : bool
+        Hand out the images as they were decoded, too.
 
     Attributes
     ----------
@@ -121,6 +127,7 @@ class ImageSource:
         workers: int | None = None,
         skip_bad: bool = False,
         page_locked: bool = False,
+        keep_pixels: bool = False,
     ) -> None:
         if workers is None:
             workers = min(8, _available_cores())
@@ -133,6 +140,7 @@ class ImageSource:
         self.workers = workers
         self.skip_bad = skip_bad
         self.page_locked = page_locked
+        self.keep_pixels = keep_pixels
         self.skipped = []
         self.reiterable = not isinstance(source, Iterator)
         self._entries: Sequence[StrPath | Array] = ()  # paths and (H, W, C) arrays, or
@@ -207,10 +215,11 @@ class ImageSource:
                 good = self._good(self._ahead(pool, tasks))
                 while rows := list(islice(good, self.batch_size)):
                     yield Batch(
-                        images=self._stack([image for _, (image, _) in rows]),
-                        sizes=[size for _, (_, size) in rows],
+                        images=self._stack([image.tensor for _, image in rows]),
+                        sizes=[image.size for _, image in rows],
                         names=[name for (_, name, _), _ in rows],
                         indices=[index for (index, _, _), _ in rows],
+                        pixels=[i.pixels for _, i in rows if i.pixels is not None],
                     )
         finally:
             pool.shutdown(cancel_futures=True)
@@ -223,10 +232,11 @@ class ImageSource:
         self, pool: ThreadPoolExecutor, tasks: Iterable[Task]
     ) -> Iterator[tuple[Task, Future[Loaded]]]:
         """Results in order, the next batch being decoded while the consumer holds this one."""
+        decode = partial(load, image_size=self.image_size, keep_pixels=self.keep_pixels)
         pending: deque[tuple[Task, Future[Loaded]]] = deque()
         for task in tasks:
             _, name, entry = task
-            pending.append((task, pool.submit(load, entry, name, self.image_size)))
+            pending.append((task, pool.submit(decode, entry, name)))
             if len(pending) > self.batch_size + self.workers:
                 yield pending.popleft()
         while pending:

@@ -5,23 +5,42 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import devices, ops
 from npad.features.backbone import embed_in_parts
 from npad.images.source import Batch, ImageError
-from npad.scoring import fusion
+from npad.scoring.fusion import cut
+from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer
 
-__all__ = ["Run", "score_in_parts", "started_ahead"]
+__all__ = ["MapSize", "Run", "score_in_parts", "started_ahead"]
 
+MapSize: TypeAlias = 'Literal["image", "model"] | tuple[int, int]'
 T = TypeVar("T")
 S = TypeVar("S")
+
+
+def checked_map_size(map_size: Any) -> MapSize:
+    """As given.
+
+    Raises
+    ------
+    ValueError
+        No size that a map can have.
+    """
+    match map_size:
+        case "image" | "model":
+            return map_size
+        case (int(height), int(width)) if min(height, width) >= 1:
+            return height, width
+    raise ValueError(
+        f"NPad: map_size must be 'image', 'model' or a positive (height, width), got {map_size!r}"
+    )
 
 
 def score_in_parts(scorer: Scorer, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,28 +55,33 @@ class Flight:
 
     batch: Batch
     scores: Tensor  # (B,) float32
-    maps: Tensor  # of each image's own size, one after another
+    maps: Tensor  # one after another
+    sizes: list[tuple[int, int]]  # of the maps
     landed: Any  # the event of a CUDA stream, or None
 
-    def finish(self) -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
-        """Wait for the scores and the maps, each at its image's own size.
+    def finish(self) -> Prediction:
+        """Wait for the scores and the maps.
 
         Raises
         ------
-        RuntimeError : a score that is not finite, which would pass below any threshold.
+        RuntimeError
+            A score that is not finite, which would pass below any threshold.
         """
         maps = self.maps
         if self.landed is not None:
             self.landed.synchronize()
             maps = maps.clone()  # page-locked memory is not for results, which the user may keep
         scores = self.scores.double().numpy()
+        batch = self.batch
         if not np.isfinite(scores).all():
-            name = self.batch.names[int(np.argmin(np.isfinite(scores)))]
+            name = batch.names[int(np.argmin(np.isfinite(scores)))]
             raise RuntimeError(
                 f"NPad.predict: the score of {name} is not finite: its features are larger than the "
                 "backbone's precision holds; use backbone_dtype='float32'"
             )
-        return scores, fusion.cut(maps, self.batch.sizes)
+        return Prediction(
+            scores, cut(maps, self.sizes), batch.names, batch.sizes, images=batch.pixels
+        )
 
 
 class Run:
@@ -67,11 +91,18 @@ class Run:
     ----------
     score : (B, 3, H, W) on the device -> scores (B,) and maps (B, H, W)
     device : torch device
+    map_size : "image", "model" or (height, width): the size of the maps
     """
 
-    def __init__(self, score: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> None:
+    def __init__(
+        self,
+        score: Callable[[Tensor], tuple[Tensor, ...]],
+        device: torch.device,
+        map_size: MapSize = "image",
+    ) -> None:
         self._score = devices.Halving(score, "NPad.predict")
         self._device = device
+        self._map_size = checked_map_size(map_size)
         # torch has 32 streams of a priority and then hands out the first again. One on which another
         # thread is recording a graph would take these copies into it; graphs are of priority 0.
         self._copies = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -79,13 +110,20 @@ class Run:
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
         scores, maps = self._score(self._take(batch.images))
-        flat = ops.resize_maps(maps, batch.sizes)
+        own = maps.shape[1], maps.shape[2]
+        sizes = self._map_sizes(batch, own)
+        flat = maps.flatten() if set(sizes) <= {own} else ops.resize_maps(maps, sizes)
         if self._copies is None:
-            return Flight(batch, scores.cpu(), flat.cpu(), None)
+            return Flight(batch, scores.cpu(), flat.cpu(), sizes, None)
         host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
         landed.record(torch.cuda.current_stream(self._device))  # another GPU may be current
-        return Flight(batch, *host, landed)
+        return Flight(batch, *host, sizes, landed)
+
+    def _map_sizes(self, batch: Batch, own: tuple[int, int]) -> list[tuple[int, int]]:
+        if self._map_size == "image":
+            return batch.sizes
+        return [own if self._map_size == "model" else self._map_size] * len(batch.sizes)
 
     def _take(self, images: Tensor) -> Tensor:
         if self._copies is None:
