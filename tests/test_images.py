@@ -659,9 +659,9 @@ def test_look_ahead_is_bounded(folder, monkeypatch):
     loaded = []
     load = images_module.load
 
-    def counting(image, name, image_size):
+    def counting(image, name, **options):
         loaded.append(name)
-        return load(image, name, image_size)
+        return load(image, name, **options)
 
     monkeypatch.setattr(images_module, "load", counting)
     source = ImageSource([folder] * 10, image_size=(16, 16), batch_size=4, workers=2)
