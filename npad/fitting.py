@@ -149,7 +149,8 @@ class Fit:
         self._grid, self._n_channels = grid, channels
         if n_features is not None and self.settings.reduction == "random":
             generator = torch.Generator().manual_seed(self.settings.seed)
-            self.projection = random_axes(channels, n_features, generator).to(x.device)
+            axes = random_axes(channels, n_features, generator)
+            self.projection = axes.contiguous().to(x.device)  # as it is read from a file
 
     def _choose_axes(self, embeddings: list[Tensor]) -> None:
         assert self.settings.n_features is not None
@@ -331,6 +332,7 @@ class Fit:
             "n_images": self.n_images,
             "grid": self._grid,
             "n_channels": self._n_channels,
+            "waiting": [len(x) for x in self._waiting],
             "eps": self._eps,
             "standardization": asdict(self._standardization) if self._standardization else None,
         }
@@ -370,7 +372,8 @@ class Fit:
         if values["standardization"] is not None:
             fit._standardization = Standardization(**values["standardization"])
         fit.projection = tensors.get("projection")
-        fit._waiting = [tensors["waiting"]] if "waiting" in tensors else []
+        if "waiting" in tensors:
+            fit._waiting = list(tensors["waiting"].split(values["waiting"]))
         if "gaussian" in values:
             fit._gaussian = NeighborhoodGaussian((1, 1), 1)
         for name, part in fit._parts().items():
