@@ -5,36 +5,37 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from npad import devices, model_file, ops, progress
+from npad import devices, model_file, ops
 from npad._version import __version__
-from npad.features.backbone import Backbone, BackboneError, embed_in_parts, shared_backbone
-from npad.fitting import AXES_IMAGES, Fit
+from npad.features.backbone import Backbone, BackboneError, shared_backbone
+from npad.fitting import fit_images
 from npad.images import ImageSource
 from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
 from npad.ops import _cuda
 from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
-from npad.scoring.pipeline import MapSize, Run, score_in_parts, started_ahead
+from npad.scoring.pipeline import (
+    MapSize,
+    Run,
+    embedder,
+    embeddings,
+    predictions,
+    score_in_parts,
+)
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer, reduce
+from npad.scoring.scorer import Scorer
 from npad.settings import ARGUMENTS, Settings
 
 __all__ = ["NPad", "Prediction"]
-
-LESS_MEMORY = (
-    "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
-)
 
 _lock = threading.Lock()  # of the graphs that models make at first use
 
@@ -52,6 +53,7 @@ class NPad:
     Attributes
     ----------
     settings_ : Settings, with which the model was fitted
+    backbone_ : name, layers and weights_hash (SHA-256) of the backbone it was fitted on
     {learned}
     skipped_ : (name, reason) of files skipped by ``fit(..., skip_bad=True)``
 
@@ -62,7 +64,11 @@ class NPad:
     """
 
     settings_: Settings
+    backbone_: dict[str, Any]
     skipped_: list[tuple[str, str]]
+    _networks: dict[tuple[object, ...], Backbone]
+    _scoring: tuple[tuple[object, ...], Scorer] | None
+    _graphs: tuple[Scorer, Graphs] | None
 
     def __init__(
         self,
@@ -201,11 +207,11 @@ class NPad:
         """
         settings = Settings(**self.get_params())
         device = devices.resolve(settings.device)
-        with devices.explained("NPad.fit", device, LESS_MEMORY), devices.plain(device):
+        with devices.explained("NPad.fit", device), devices.plain(device):
             network = self._network(settings, device, fitting=True)
             network.grid(settings.image_size)  # a size that does not work is told before the work
             images = _open(source, settings, device, skip_bad)
-            learned = _fit(settings, _embedder(network, device, "NPad.fit"), images)
+            learned = fit_images(settings, embedder(network, device, "NPad.fit"), images)
         self._adopt(settings, learned, network)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
@@ -214,6 +220,8 @@ class NPad:
         """Become the model of these; until here it is what it was."""
         found = {f"{name}_": value for name, value in vars(learned).items()}
         vars(self).update(found, settings_=settings, backbone_=network.identity)
+        self._networks = {key: n for key, n in self._networks.items() if n is network}
+        self._scoring = self._graphs = None
 
     def embed(self, source: Any, *, skip_bad: bool = False) -> Tensor:
         """Embeddings of images, as a fit computes them.
@@ -239,20 +247,11 @@ class NPad:
         settings = self._settings()
         device = devices.resolve(settings.device)
         projection = self._learned(device).projection if self._is_fitted else None
-        embed = _embedder(self._own_network(settings, device, fitting=True), device, "NPad.embed")
+        network = self._own_network(settings, device, fitting=True)
+        embed = embedder(network, device, "NPad.embed")
         images = _open(source, settings, device, skip_bad)
 
-        def run() -> Iterator[Tensor]:
-            with closing(images.batches()) as batches:
-                for batch in batches:
-                    with (
-                        devices.explained("NPad.embed", device, LESS_MEMORY),
-                        devices.plain(device),
-                    ):
-                        x = reduce(embed(batch.images), projection)
-                    yield x
-
-        return run()
+        return embeddings(images, embed, projection, device, "NPad.embed")
 
     # ----------------------------------------------------------------------------------------------
     # Predict.
@@ -316,7 +315,7 @@ class NPad:
         device = devices.resolve(settings.device)
         images = _open(source, settings, device, skip_bad, keep_pixels=keep_images)
         run = Run(self._on_device(settings, device), device, map_size)
-        return _predictions(run, images, settings, device)
+        return predictions(run, images, settings.progress)
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
@@ -355,7 +354,7 @@ class NPad:
                 f"NPad.score: images are on {images.device} but the model is on {device}; "
                 "move one with .to(device)"
             )
-        with devices.explained("NPad.score", device, LESS_MEMORY):
+        with devices.explained("NPad.score", device):
             run = devices.Halving(self._on_device(settings, device), "NPad.score")
             scores, maps = run(images)
         return scores, maps
@@ -505,9 +504,8 @@ class NPad:
 
     def _forget(self) -> None:
         """Start without what is made at first use."""
-        self._networks: dict[tuple[object, ...], Backbone] = {}
-        self._scoring: tuple[tuple[object, ...], Scorer] | None = None
-        self._graphs: tuple[Scorer, Graphs] | None = None
+        self._networks = {}
+        self._scoring = self._graphs = None
 
     # ----------------------------------------------------------------------------------------------
     # Parts.
@@ -558,10 +556,7 @@ class NPad:
     def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
         """Made when it is first used, and again when something that it depends on is another."""
         learned, network = self._learned(device), self._own_network(settings, device)
-        parts = (
-            network,
-            *learned.tensors().values(),
-        )  # the scorer keeps them, so their ids are theirs
+        parts = network, *learned.tensors().values()  # kept by the scorer: no other gets their ids
         live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
         key = *map(id, parts), *live, learned.standardization
         if self._scoring is None or self._scoring[0] != key:
@@ -608,53 +603,6 @@ def _open(
         page_locked=device.type == "cuda",
         keep_pixels=keep_pixels,
     )
-
-
-def _predictions(
-    run: Run, images: ImageSource, settings: Settings, device: torch.device
-) -> Iterator[Prediction]:
-    depth = 2 if device.type == "cuda" and images.n_images is not None else 1
-    told = 0
-    with (
-        closing(images.batches()) as batches,
-        progress.task("predict", images.n_images, settings.progress, "images") as advance,
-        devices.explained("NPad.predict", device, LESS_MEMORY),
-    ):
-        for flight in started_ahead(batches, run.start, depth):
-            prediction = flight.finish()
-            prediction.skipped, told = images.skipped[told:], len(images.skipped)
-            yield prediction
-            advance(len(prediction.scores))
-    if images.skipped[told:]:
-        yield Prediction(np.empty(0), [], [], skipped=images.skipped[told:])
-
-
-def _embedder(network: Backbone, device: torch.device, call: str) -> Callable[[Tensor], Tensor]:
-    """Images from the CPU -> embeddings (B, h, w, D), a batch halved where memory is short."""
-
-    def embed(images: Tensor) -> tuple[Tensor]:
-        return (embed_in_parts(network, images.to(device, non_blocking=True)),)
-
-    halving = devices.Halving(embed, call)
-    return lambda images: halving(images)[0]
-
-
-def _fit(settings: Settings, embed: Callable[[Tensor], Tensor], images: ImageSource) -> Learned:
-    """One pass over the images, and a look at some of them before, where axes are to be chosen."""
-    fit = Fit(settings, embed)
-    if settings.chooses_axes and images.random_access and images.n_images is not None:
-        generator = torch.Generator().manual_seed(settings.seed)
-        sample = torch.randperm(images.n_images, generator=generator)[:AXES_IMAGES]
-        with closing(images.batches(sorted(sample.tolist()))) as batches:
-            fit.choose_axes(embed(batch.images) for batch in batches)
-    with (
-        closing(images.batches()) as batches,
-        progress.task("fit: embeddings", images.n_images, settings.progress, "images") as advance,
-    ):
-        for batch in batches:
-            fit.update(batch.images)
-            advance(len(batch.images))
-    return fit.finalize()
 
 
 def _sizes(

@@ -15,6 +15,9 @@ from torch import Tensor
 
 __all__ = ["Halving", "explained", "free_bytes", "plain", "require", "resolve"]
 
+LESS_MEMORY = (
+    "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
+)
 _MEMINFO = Path("/proc/meminfo")
 _SHORT = re.compile(
     r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
@@ -80,7 +83,7 @@ def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy:
 
 
 @contextmanager
-def explained(call: str, device: torch.device, remedy: str) -> Iterator[None]:
+def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Iterator[None]:
     """Turn a lack of memory and a lost GPU into errors that say what to do.
 
     Raises

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.projection import principal_axes, random_axes
+from npad.images.source import ImageSource
 from npad.learned import Learned, Standardization
 from npad.scoring.scorer import distances, reduce
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
@@ -19,7 +20,7 @@ from npad.statistics.gaussian import NeighborhoodGaussian
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
-__all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit"]
+__all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit", "fit_images"]
 
 MIN_IMAGES: Final = 2
 AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
@@ -389,6 +390,26 @@ class Fit:
             "nominal": self._nominal,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def fit_images(
+    settings: Settings, embed: Callable[[Tensor], Tensor], images: ImageSource
+) -> Learned:
+    """One pass over the images, and a look at some of them before, where axes are to be chosen."""
+    fit = Fit(settings, embed)
+    if settings.chooses_axes and images.random_access and images.n_images is not None:
+        generator = torch.Generator().manual_seed(settings.seed)
+        sample = torch.randperm(images.n_images, generator=generator)[:AXES_IMAGES]
+        with closing(images.batches(sorted(sample.tolist()))) as batches:
+            fit.choose_axes(embed(batch.images) for batch in batches)
+    with (
+        closing(images.batches()) as batches,
+        progress.task("fit: embeddings", images.n_images, settings.progress, "images") as advance,
+    ):
+        for batch in batches:
+            fit.update(batch.images)
+            advance(len(batch.images))
+    return fit.finalize()
 
 
 def _joined(part: S | None, other: S | None) -> S | None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import NPad, detector, devices
+from npad import NPad, devices
+from npad.scoring import pipeline
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_what_cannot_fit_is_refused_before_the_work(
 def test_the_cpu_is_short_of_memory(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own words, from an allocation that cannot succeed."""
     model = NPad("filterbank", **SMALL)
-    monkeypatch.setattr(detector, "embed_in_parts", lambda network, images: torch.empty(10**14))
+    monkeypatch.setattr(pipeline, "embed_in_parts", lambda network, images: torch.empty(10**14))
     with (
         pytest.warns(RuntimeWarning, match="too short for batch_size=8; going on with 4 at a time"),
         pytest.raises(
@@ -150,7 +151,7 @@ def test_a_backbone_that_overflows_names_the_remedy(
 ) -> None:
     model = NPad("filterbank", **SMALL, nominal_set=nominal_set)
     monkeypatch.setattr(
-        detector, "embed_in_parts", lambda network, x: torch.full((len(x), 8, 8, 51), torch.inf)
+        pipeline, "embed_in_parts", lambda network, x: torch.full((len(x), 8, 8, 51), torch.inf)
     )
     with pytest.raises(ValueError, match="backbone_dtype='bfloat16' or 'float32'"):
         model.fit(images)

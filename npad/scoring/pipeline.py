@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -11,14 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npad import devices, ops
-from npad.features.backbone import embed_in_parts
-from npad.images.source import Batch, ImageError
+from npad import devices, ops, progress
+from npad.features.backbone import Backbone, embed_in_parts
+from npad.images.source import Batch, ImageError, ImageSource
 from npad.scoring.fusion import cut
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer
+from npad.scoring.scorer import Scorer, reduce
 
-__all__ = ["MapSize", "Run", "score_in_parts", "started_ahead"]
+__all__ = [
+    "MapSize",
+    "Run",
+    "embedder",
+    "embeddings",
+    "predictions",
+    "score_in_parts",
+    "started_ahead",
+]
 
 MapSize: TypeAlias = 'Literal["image", "model"] | tuple[int, int]'
 T = TypeVar("T")
@@ -101,7 +110,7 @@ class Run:
         map_size: MapSize = "image",
     ) -> None:
         self._score = devices.Halving(score, "NPad.predict")
-        self._device = device
+        self.device = device
         self._map_size = checked_map_size(map_size)
         # torch has 32 streams of a priority and then hands out the first again. One on which another
         # thread is recording a graph would take these copies into it; graphs are of priority 0.
@@ -117,7 +126,7 @@ class Run:
             return Flight(batch, scores.cpu(), flat.cpu(), sizes, None)
         host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
-        landed.record(torch.cuda.current_stream(self._device))  # another GPU may be current
+        landed.record(torch.cuda.current_stream(self.device))  # another GPU may be current
         return Flight(batch, *host, sizes, landed)
 
     def _map_sizes(self, batch: Batch, own: tuple[int, int]) -> list[tuple[int, int]]:
@@ -127,10 +136,10 @@ class Run:
 
     def _take(self, images: Tensor) -> Tensor:
         if self._copies is None:
-            return images.to(self._device)
+            return images.to(self.device)
         with torch.cuda.stream(self._copies):
-            there = images.to(self._device, non_blocking=True)
-        current = torch.cuda.current_stream(self._device)
+            there = images.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._copies)
         there.record_stream(current)
         return there
@@ -155,3 +164,48 @@ def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> It
         yield from pending
         raise
     yield from pending
+
+
+def embedder(network: Backbone, device: torch.device, call: str) -> Callable[[Tensor], Tensor]:
+    """Of images from the CPU: embeddings (B, h, w, D), a batch halved where memory is short."""
+
+    def embed(images: Tensor) -> tuple[Tensor]:
+        with devices.plain(device):
+            return (embed_in_parts(network, images.to(device, non_blocking=True)),)
+
+    halving = devices.Halving(embed, call)
+    return lambda images: halving(images)[0]
+
+
+def embeddings(
+    images: ImageSource,
+    embed: Callable[[Tensor], Tensor],
+    projection: Tensor | None,
+    device: torch.device,
+    call: str,
+) -> Iterator[Tensor]:
+    """Embeddings of a source, batch by batch, reduced where there are axes."""
+    with closing(images.batches()) as batches:
+        for batch in batches:
+            with devices.explained(call, device), devices.plain(device):
+                x = reduce(embed(batch.images), projection)
+            yield x
+
+
+def predictions(run: Run, images: ImageSource, bars: bool | None) -> Iterator[Prediction]:
+    """Predictions of a source, batch by batch; `bars` as `enabled` of `npad.progress.task`."""
+    device = run.device
+    depth = 2 if device.type == "cuda" and images.n_images is not None else 1
+    told = 0
+    with (
+        closing(images.batches()) as batches,
+        progress.task("predict", images.n_images, bars, "images") as advance,
+        devices.explained("NPad.predict", device),
+    ):
+        for flight in started_ahead(batches, run.start, depth):
+            prediction = flight.finish()
+            prediction.skipped, told = images.skipped[told:], len(images.skipped)
+            yield prediction
+            advance(len(prediction.scores))
+    if images.skipped[told:]:
+        yield Prediction(np.empty(0), [], [], skipped=images.skipped[told:])
