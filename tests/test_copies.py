@@ -81,7 +81,9 @@ def test_a_copy_outlives_the_file_of_weights(
     expected = model.predict(images).scores
     content = pickle.dumps(model)
     save_file({name: 2 * tensor for name, tensor in state.items()}, file)
-    with pytest.raises(BackboneError, match=r"was fitted on resnet18 with weights .* give the same"):
+    with pytest.raises(
+        BackboneError, match=r"was fitted on resnet18 with weights .* give the same"
+    ):
         pickle.loads(content).predict(images)
     file.unlink()
     for twin in (model, copy.copy(model), copy.deepcopy(model)):
