@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -17,7 +21,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from npad.features.backbone import Backbone, BackboneError, shared_backbone
+from npad.features import backbone as module
+from npad.features.backbone import (
+    Backbone,
+    BackboneError,
+    _exact_convolutions,
+    embed_in_parts,
+    shared_backbone,
+)
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +111,41 @@ def test_a_batch_goes_through_in_parts(
     """Of about one size, each of as many images as fit a number of pixels, one at least."""
     backbone = resnet if name == "resnet18" else Backbone(name)
     images = torch.rand(5, 3, 64, 96)
+    assert backbone.grid((64, 96))
     for pixels, sizes in [(4 * 64 * 96, [3, 2]), (2 * 64 * 96, [2, 2, 1]), (100, [1] * 5)]:
-        monkeypatch.setattr("npad.features.backbone._PIXELS_AT_ONCE", pixels)
-        parts = torch.cat([backbone(part) for part in images.split(sizes)])
-        assert torch.equal(backbone(images), parts)
-    assert backbone(images[:0]).shape == (0, *backbone.grid((64, 96)), backbone.channels)
+        monkeypatch.setattr(module, "_PIXELS_AT_ONCE", pixels)
+        seen: list[int] = []
+        hook = backbone.net.register_forward_pre_hook(lambda _, x, n=seen: n.append(len(x[0])))
+        x = embed_in_parts(backbone, images)
+        hook.remove()
+        assert seen == sizes
+        assert torch.equal(x, torch.cat([backbone(part) for part in images.split(sizes)]))
+    empty = embed_in_parts(backbone, images[:0])
+    assert empty.shape == (0, *backbone.grid((64, 96)), backbone.channels)
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(5, 64, 96\)"):
+        embed_in_parts(backbone, images[:, 0])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "filterbank"])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:No complete tensor found")  # of weights that are channels last
+def test_it_is_exported_with_any_number_of_images(
+    name: str, strict: bool, resnet_file: Path
+) -> None:
+    weights = resnet_file if name == "resnet18" else None
+    backbone = Backbone(name, weights=weights)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        backbone, (torch.rand(2, 3, 64, 96),), dynamic_shapes={"images": {0: batch}}, strict=strict
+    )
+    assert not backbone._grids  # tracing leaves nothing behind
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    exported = torch.export.load(file).module()
+    for n in (1, 2, 7):
+        images = torch.rand(n, 3, 64, 96)
+        assert torch.equal(exported(images), backbone(images))
 
 
 def test_resnet_takes_layers_2_and_3_and_builds_nothing_deeper(resnet: Backbone) -> None:
@@ -187,29 +228,115 @@ def test_a_grid_is_found_while_the_network_runs(name: str, resnet: Backbone) -> 
     assert torch.equal(seen[0], expected)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9")
-@pytest.mark.parametrize(
-    "program", ["pass", "b.fp32_precision = 'tf32'", "c.fp32_precision = 'ieee'"]
-)
-def test_convolutions_are_exact_whatever_the_program_has_set(program: str) -> None:
-    """In a process of its own. The settings need no GPU."""
-    code = f"""
-import torch
+class FakeBackbone(torch.nn.Module):
+    """Building one waits until two are being built."""
+
+    both = threading.Barrier(2)
+    built: list[str] = []  # noqa: RUF012
+
+    def __init__(self, name: str, *_: object) -> None:
+        super().__init__()
+        self.built.append(name)
+        self.both.wait(timeout=20)
+
+
+def test_two_backbones_are_built_at_the_same_time_and_one_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "Backbone", FakeBackbone)
+    monkeypatch.setattr(FakeBackbone, "built", [])
+
+    def get(name: str) -> Backbone:
+        return shared_backbone(name, None, None, torch.float32, False, torch.device("cpu"))
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(get, ["a", "b"] * 4))
+    assert sorted(FakeBackbone.built) == ["a", "b"]
+    assert found == found[:2] * 4
+
+
+def test_who_waited_for_a_backbone_that_failed_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(_: int) -> object:
+        try:
+            return shared_backbone("no such", None, None, torch.float32, False, torch.device("cpu"))
+        except BackboneError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all("is no model of timm" in str(found) for found in pool.map(get, range(3)))
+
+
+def test_convolutions_are_exact_before_torch_2_9(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = {"enabled": False, "benchmark": True, "deterministic": False, "allow_tf32": True}
+    cudnn = SimpleNamespace(**program)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    for error in (None, ValueError()):
+        try:
+            with _exact_convolutions():
+                exact = {"enabled": True, "benchmark": False, "deterministic": True}
+                assert vars(cudnn) == exact | {"allow_tf32": False}
+                if error:
+                    raise error
+        except ValueError:
+            pass
+        assert vars(cudnn) == program
+
+
+PRECISIONS = """
+import os, sys, torch
 from npad.features.backbone import _exact_convolutions
 b = torch.backends
-c = b.cudnn.conv
-{program}
-before = c.fp32_precision, b.cudnn.deterministic
-for _ in range(2):
-    with _exact_convolutions(torch.device("cuda")):
-        assert (c.fp32_precision, b.cudnn.deterministic) == ("ieee", True)
-    assert (c.fp32_precision, b.cudnn.deterministic) == before
+c = b.cudnn
+
+def state():
+    precisions = [owner.fp32_precision for owner in (b, c, c.conv, c.rnn, b.cuda.matmul)]
+    return *precisions, c.enabled, c.benchmark, c.deterministic
+
+def run(program, later, fit):
+    exec(program)
+    before = state()
+    if fit:
+        for _ in range(2):
+            with _exact_convolutions():
+                assert c.conv.fp32_precision != "tf32"
+                assert (c.enabled, c.benchmark, c.deterministic) == (True, False, True)
+            assert state() == before, state()
+    exec(later)
+    return repr(state())
+
+def run_afresh(*case):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, run(*case).encode())
+        os._exit(0)
+    os.close(write)
+    return os.read(read, 4096)
+
+for program in (
+    "pass",
+    "b.fp32_precision = 'tf32'",
+    "c.fp32_precision = 'tf32'",
+    "c.conv.fp32_precision = 'tf32'",
+    "c.conv.fp32_precision = 'ieee'",
+    "c.allow_tf32 = False",
+    "b.fp32_precision = c.conv.fp32_precision = 'tf32'",
+    "c.enabled = False; c.benchmark = True",
+):
+    for later in ("pass", "b.fp32_precision = 'ieee'", "c.fp32_precision = 'ieee'"):
+        expected, found = (run_afresh(program, later, fit) for fit in (False, True))
+        assert expected == found != b"", (program, later, expected, found)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9")
+def test_convolutions_are_exact_whatever_the_program_has_set() -> None:
+    """And what the program sets afterwards has the effect that it would have had. Needs no GPU."""
+    subprocess.run([sys.executable, "-c", PRECISIONS], check=True)
 
 
 def test_it_stays_frozen(resnet: Backbone) -> None:
     assert not any(p.requires_grad for p in resnet.parameters())
+    assert not resnet(torch.rand(1, 3, 64, 64, requires_grad=True)).requires_grad
     resnet.train()
     assert not any(module.training for module in resnet.modules())
 

@@ -7,7 +7,7 @@ import difflib
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -20,7 +20,7 @@ from npad.features.batch_norm import fold_batch_norm
 from npad.features.filter_bank import N_LEVELS, FilterBank
 from npad.features.weights import BackboneError, first_line, load_weights, weights_hash
 
-__all__ = ["Backbone", "BackboneError", "shared_backbone"]
+__all__ = ["Backbone", "BackboneError", "embed_in_parts", "shared_backbone"]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
 _REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
@@ -63,8 +63,10 @@ class Backbone(nn.Module):
 
     Raises
     ------
-    BackboneError  unknown name, no download, or weights that do not fit.
-    ValueError     layers that the network does not have; weights for the filter bank.
+    BackboneError
+        An unknown name, no download, or weights that do not fit.
+    ValueError
+        Layers that the network does not have; weights for the filter bank.
 
     Notes
     -----
@@ -140,16 +142,16 @@ class Backbone(nn.Module):
 
         Raises
         ------
-        ValueError  images smaller than the stride of the deepest layer, a grid smaller than 2 x 2,
-            or a size that the network does not take.
+        ValueError
+            Images smaller than the stride of the deepest layer, a grid smaller than 2 x 2, or a size
+            that the network does not take.
         """
         if image_size not in self._grids:
             self._grids[image_size] = self._dry_grid(image_size)
         return self._grids[image_size]
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of a batch.
+        """Embeddings of a batch, in one piece (see `embed_in_parts`).
 
         Parameters
         ----------
@@ -162,26 +164,26 @@ class Backbone(nn.Module):
 
         Raises
         ------
-        TypeError  dtype.   ValueError  shape or image size.
+        TypeError
+            Another dtype.
+        ValueError
+            Another shape, or a size that `grid` refuses.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
-        if images.dtype != torch.float32:
-            raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
-        grid = self.grid((images.shape[2], images.shape[3]))
-        n_parts = 1
-        if images.device.type == "cpu":
-            at_once = max(1, _PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
-            n_parts = max(1, -(-len(images) // at_once))
-        with _exact_convolutions(images.device):
-            parts = [self._levels(part) for part in images.tensor_split(n_parts)]
-        levels = parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
-        return ops.embed(levels, grid)
+        return _combined(self.levels(images))
 
-    def _levels(self, images: Tensor) -> list[Tensor]:
-        x = (images - self.mean) / self.std
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        return (self._compiled or self._features)(x)
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Features of a batch at the chosen layers: one (B, channels, height, width) for each.
+
+        Takes and raises what `forward` does.
+        """
+        _check(images)
+        traced = torch.compiler.is_compiling()  # by a program that compiles or exports this module
+        if not traced:
+            self.grid((images.shape[2], images.shape[3]))
+        network = self._features if traced or self._compiled is None else self._compiled
+        with _exact_convolutions() if images.device.type == "cuda" else nullcontext():
+            x = (images.detach() - self.mean) / self.std  # nothing is trained through it
+            return network(x.to(self.dtype, memory_format=torch.channels_last))
 
     def _features(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(x)
@@ -225,8 +227,35 @@ class Backbone(nn.Module):
         return "no square image of at most 1024 pixels works"
 
 
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+    if images.dtype != torch.float32:
+        raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
+
+
+def _combined(levels: list[Tensor]) -> Tensor:
+    """Levels (B, channels, height, width) -> embeddings on the grid of the first: (B, h, w, C)."""
+    height, width = levels[0].shape[2:]
+    return ops.embed(levels, (height, width))
+
+
+def embed_in_parts(network: Backbone, images: Tensor) -> Tensor:
+    """What ``network(images)`` gives; on a CPU the network sees a few images at a time.
+
+    Takes and raises what `Backbone.forward` does.
+    """
+    _check(images)
+    at_once = max(1, _PIXELS_AT_ONCE // max(1, images.shape[2] * images.shape[3]))
+    if images.device.type != "cpu" or len(images) <= at_once:
+        return network(images)
+    parts = [network.levels(part) for part in images.tensor_split(-(-len(images) // at_once))]
+    return _combined([torch.cat(level) for level in zip(*parts, strict=True)])
+
+
+_lock = threading.Lock()  # of the two below; never held for long
 _backbones: WeakValueDictionary[tuple[object, ...], Backbone] = WeakValueDictionary()
-_backbones_lock = threading.Lock()
+_turns: WeakValueDictionary[tuple[object, ...], threading.Lock] = WeakValueDictionary()
 
 
 def shared_backbone(
@@ -240,18 +269,30 @@ def shared_backbone(
     """A backbone on a device, the same object for the same arguments as long as one is in use.
 
     A line with forty parts has forty models and one network. A file of weights that has been
-    replaced is read again.
+    replaced is read again. Threads that ask for the same one wait for it to be built once; others
+    do not wait.
+
+    Raises
+    ------
+    BackboneError
+        As `Backbone`.
+    ValueError
+        As `Backbone`.
     """
     file: tuple[object, ...] | None = None
     if weights is not None and Path(weights).exists():
         state = Path(weights).stat()
         file = Path(weights).resolve(), state.st_mtime_ns, state.st_size
     key = name, tuple(layers) if layers is not None else None, file, dtype, compile, device
-    with _backbones_lock:
-        backbone = _backbones.get(key)
-        if backbone is None:
+    with _lock:
+        turn = _turns.setdefault(key, threading.Lock())
+    with turn:
+        with _lock:
+            backbone = _backbones.get(key)
+        if backbone is None:  # downloads, reads and builds: minutes, perhaps
             backbone = Backbone(name, layers, weights, dtype, compile).to(device)
-            _backbones[key] = backbone
+            with _lock:
+                _backbones[key] = backbone
     return backbone
 
 
@@ -259,35 +300,34 @@ _exact_lock = threading.Lock()
 
 
 @contextmanager
-def _exact_convolutions(device: torch.device) -> Iterator[None]:
+def _exact_convolutions() -> Iterator[None]:
     """On a GPU, float32 convolutions without TF32, and the same algorithm on every run.
 
     The settings are the process's, so one thread at a time has them; it only queues work meanwhile.
+    `torch.backends.cudnn.flags` does the same up to torch 2.8. From 2.9 on it raises where a program
+    has used ``fp32_precision``, and leaves behind a precision that is set in place of an inherited one.
     """
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    # From torch 2.9 on, allow_tf32 raises where a program has used what takes its place.
-    tf32 = (
-        (cudnn.conv, "fp32_precision", "ieee")
-        if hasattr(cudnn, "conv")
-        else (cudnn, "allow_tf32", False)
-    )
-    exact: tuple[tuple[Any, str, object], ...] = (
-        (cudnn, "enabled", True),
-        (cudnn, "benchmark", False),
-        (cudnn, "deterministic", True),
-        tf32,
-    )
+    cudnn: Any = torch.backends.cudnn
+    before: list[tuple[Any, str, object]] = []
+
+    def change(owner: Any, name: str, value: object) -> None:
+        before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     with _exact_lock:
-        before = [(owner, name, getattr(owner, name)) for owner, name, _ in exact]
         try:
-            for owner, name, value in exact:
-                setattr(owner, name, value)
+            change(cudnn, "enabled", True)
+            change(cudnn, "benchmark", False)
+            change(cudnn, "deterministic", True)
+            if not hasattr(cudnn, "conv"):
+                change(cudnn, "allow_tf32", False)
+            else:  # the outermost that convolutions inherit from: it alone can be restored as it was
+                for owner in (torch.backends, cudnn, cudnn.conv):
+                    if cudnn.conv.fp32_precision == "tf32" and owner.fp32_precision != "ieee":
+                        change(owner, "fp32_precision", "ieee")
             yield
         finally:
-            for owner, name, value in before:
+            for owner, name, value in reversed(before):
                 setattr(owner, name, value)
 
 
@@ -395,7 +435,3 @@ def _no_download(name: str, error: Exception) -> BackboneError:
         f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
         "pass weights= with a file of them, or use backbone 'filterbank', which needs none"
     )
-
-
-def embed_in_parts(network: Backbone, images: Tensor) -> Tensor:
-    return network(images)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["fold_batch_norm"]
@@ -71,9 +72,10 @@ def fold_batch_norm(net: nn.Module) -> None:
 
     Notes
     -----
-    W' = W g / sqrt(v + eps) and b' = (b - m) g / sqrt(v + eps) + h for scale g, shift h, mean m and
-    variance v, computed in float64. What is folded is seen, not guessed: the network is run once and
-    every call is recorded, so that a result with a second use, or a layer that is called twice, stays.
+    Computed in float64. What is folded is seen, not guessed: the network is run once and every call
+    is recorded, so that a result with a second use, or a layer that is called twice, stays.
+    `torch.fx`, whose fusion knows what follows what too, cannot trace every network of timm, nor
+    fold a layer that is a normalisation and its activation in one.
     """
     norms = {
         id(module.running_mean): (name, module)
@@ -101,19 +103,21 @@ def fold_batch_norm(net: nn.Module) -> None:
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    gain = (variance.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain *= norm.weight.double()
-    bias = -mean.double() if convolution.bias is None else convolution.bias.double() - mean.double()
-    bias *= gain
-    if norm.bias is not None:
-        bias += norm.bias.double()
-    weight = convolution.weight
-    weight.copy_(weight.double() * gain[:, None, None, None])
-    convolution.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight.double(),
+        _double(convolution.bias),
+        _double(norm.running_mean),
+        _double(norm.running_var),
+        norm.eps,
+        _double(norm.weight),
+        _double(norm.bias),
+    )
+    convolution.weight.copy_(weight)
+    convolution.bias = nn.Parameter(bias.to(convolution.weight.dtype), requires_grad=False)
+
+
+def _double(x: Tensor | None) -> Any:
+    return None if x is None else x.double()
 
 
 def _rest(norm: nn.BatchNorm2d) -> nn.Module:

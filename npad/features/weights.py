@@ -30,7 +30,8 @@ def load_weights(
 
     Raises
     ------
-    BackboneError  the file cannot be read, or names or shapes do not fit.
+    BackboneError
+        The file cannot be read, or names or shapes do not fit.
     """
     # timm's wrapper for features renames `stages.0` to `stages_0` and may add `model.`
     given = {_plain(key): value for key, value in _read_state(path).items()}
