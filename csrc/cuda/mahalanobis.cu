@@ -25,6 +25,7 @@
 // the distances, in the distance buffer itself; window 1 needs none.
 #include "device_utils.cuh"
 #include "kernels.h"
+#include "packed.h"
 #include "window.h"
 
 namespace npad::cuda {
