@@ -158,16 +158,16 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
 }  // namespace
 
 void mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                 const float* mean, const void* factor, FactorType type, int64_t window,
+                 const float* mean, const void* factor, FloatType type, int64_t window,
                  float* distance, int threads) {
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run(x, batch, height, width, channels, mean, static_cast<const float*>(factor),
                        window, distance, threads);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run(x, batch, height, width, channels, mean, static_cast<const Float16*>(factor),
                        window, distance, threads);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run(x, batch, height, width, channels, mean,
                        static_cast<const BFloat16*>(factor), window, distance, threads);
     }
