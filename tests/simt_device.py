@@ -59,7 +59,7 @@ class Simt:
 
     def once(self, op: str, *args: Tensor | int | None) -> None:
         """Run a launcher in one order and without copies, for tensors that are too large for them."""
-        self._run(op, args, ORDERS[0], 3)
+        self._run(op, args, (), ORDERS[0], 3)
 
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
