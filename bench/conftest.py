@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from npad import info
-from npad.ops._cuda import cuda as cuda_kernels
+from npad.ops._extension import cuda as cuda_kernels
 
 Contenders = dict[str, Callable[[], object]]
 Seconds = Callable[[Callable[[], object]], float]

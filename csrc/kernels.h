@@ -1,6 +1,7 @@
-// Every kernel launcher of npad, in one place: plain pointers, int64 sizes, a thread count.
-// All arrays but levels are contiguous and row-major; embeddings are channels last. Arguments are
-// checked in npad/ops/__init__.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
+// Every kernel launcher of npad, in one place: plain pointers, int64 sizes, then a thread count or
+// a stream. bindings.cpp makes a Python function of each signature. All arrays but levels are
+// contiguous and row-major; embeddings are channels last. Arguments are checked in
+// npad/ops/__init__.py and nowhere else. Equations: docs/method.md; packed layout: packed.h.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +10,17 @@ struct CUstream_st;  // CUDA's own, not npad's: a launcher has one name with and
 
 namespace npad {
 
-enum class FactorType { kFloat32, kFloat16, kBFloat16 };
+// Storage of embeddings, feature levels and factors.
+enum class FloatType { kFloat32, kFloat16, kBFloat16 };
 
 // A level of features, (batch, channels, height, width), which may have any strides; in elements.
+// In Python a row of eight int64: level_table() of npad/ops/_extension.py.
 struct Level {
     const void* data;
     int64_t channels, height, width;
     int64_t stride_n, stride_c, stride_h, stride_w;
 };
+static_assert(sizeof(Level) == 8 * sizeof(int64_t));
 
 // Called now and then from the calling thread; returns false to stop the kernel.
 struct Progress {
@@ -27,7 +31,7 @@ struct Progress {
 namespace cpu {
 
 // levels, each with stride_c or stride_w 1 -> embedding (batch, height, width, sum of channels).
-using Embed = void(const Level* levels, int64_t n_levels, FactorType type, int64_t batch,
+using Embed = void(const Level* levels, int64_t n_levels, FloatType type, int64_t batch,
                    int64_t height, int64_t width, float* embedding, int threads);
 
 // x (batch, positions, channels); count (positions), mean (positions, channels) and
@@ -53,7 +57,7 @@ using InverseCholesky = void(const float* covariance, int64_t count, int64_t cha
 
 // x (batch, height * width, channels) -> distance (batch, height * width).
 using Mahalanobis = void(const float* x, int64_t batch, int64_t height, int64_t width,
-                         int64_t channels, const float* mean, const void* factor, FactorType type,
+                         int64_t channels, const float* mean, const void* factor, FloatType type,
                          int64_t window, float* distance, int threads);
 
 // Axes of a centroid index, a multiple of four; those above the number of channels are zero.
@@ -71,10 +75,13 @@ using NearestCentroid = void(const float* x, int64_t n, const float* centroids, 
                              int64_t channels, const float* index, float* distance,
                              int64_t* nearest, int threads);
 
-// points (n, dim) -> index (n_centroids) and radius (n_centroids); false if stopped.
+// points (n, dim) -> index (n_centroids) and radius (n_centroids); false if stopped. Any mean (dim)
+// will do; `axes` has this many rows of dim: orthonormal, about the leading principal axes of the
+// points, the leading first, then zeros. Either may be null, which finds the same more slowly.
+constexpr int64_t farthest_first_axes() { return 62; }
 using FarthestFirst = bool(const float* points, int64_t n, int64_t dim, int64_t n_centroids,
-                           int64_t first, int64_t* index, float* radius, int threads,
-                           Progress progress);
+                           int64_t first, const float* mean, const float* axes, int64_t* index,
+                           float* radius, Progress progress, int threads);
 
 // mahalanobis and euclidean (n, h, w), of which one may be null -> maps (n, height, width) and
 // their largest values, scores (n). Row i of a map is sum_j row_taps[i, j] x[row_first[i] + j],
@@ -129,7 +136,7 @@ int runtime_version();
 int driver_version();
 
 // `levels` lies in the host's memory; their data on the device.
-int embed(const Level* levels, int64_t n_levels, FactorType type, int64_t batch, int64_t height,
+int embed(const Level* levels, int64_t n_levels, FloatType type, int64_t batch, int64_t height,
           int64_t width, float* embedding, Stream stream);
 
 int neighborhood_moments(const float* x, int64_t batch, int64_t positions, int64_t channels,
@@ -139,16 +146,16 @@ int window_covariance(const int64_t* count, const float* mean, const float* scat
                       int64_t width, int64_t channels, int64_t window, int64_t start, int64_t stop,
                       float* window_mean, float* covariance, Stream stream);
 
-int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FactorType type,
+int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FloatType type,
                 Stream stream);
 
 // Bytes that the next launcher's workspace needs, aligned to 256.
 int64_t inverse_cholesky_workspace(int64_t count, int64_t channels);
 int inverse_cholesky(const float* covariance, int64_t count, int64_t channels, void* workspace,
-                     void* packed, FactorType type, int32_t* info, Stream stream);
+                     void* packed, FloatType type, int32_t* info, Stream stream);
 
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                const float* mean, const void* factor, FactorType type, int64_t window,
+                const float* mean, const void* factor, FloatType type, int64_t window,
                 float* distance, Stream stream);
 
 int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);

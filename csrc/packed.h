@@ -17,11 +17,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define NPAD_HOST_DEVICE __host__ __device__
-#else
-#define NPAD_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace npad {
 

@@ -1,7 +1,7 @@
 // One axis of `embed`: the average over a patch of three pixels and bilinear sampling, in one.
 #pragma once
 
-#include "packed.h"
+#include "host_device.h"
 
 namespace npad {
 

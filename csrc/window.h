@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "packed.h"
+#include "host_device.h"
 
 namespace npad {
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from npad._version import __version__
-from npad.ops import _cpu
+from npad.ops import _extension
 
 PACKAGES = ("timm", "faiss-cpu", "faiss-gpu", "numpy", "scipy", "scikit-learn", "pillow")
 
@@ -31,7 +31,7 @@ def info() -> dict[str, Any]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "npad": __version__,
-        "kernels": _cpu.info(),
+        "kernels": _extension.info(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -10,24 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from npad.ops import _cpu
-from npad.ops._cuda import cuda
+from npad.ops._extension import core, cuda
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A kernel that fails to load must fail the suite, not pass on the reference.
 # Those ending in _vnni have a kernel of their own for nearest_centroid only.
-ISAS = [name for name in _cpu.core.isas() if not name.endswith("_vnni")]
+ISAS = [name for name in core.isas() if not name.endswith("_vnni")]
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once with each instruction set that this processor has."""
-    before = _cpu.core.isa()
-    _cpu.core.set_isa(request.param)
+    before = core.isa()
+    core.set_isa(request.param)
     yield request.param
-    _cpu.core.set_isa(before)
+    core.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

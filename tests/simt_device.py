@@ -31,13 +31,18 @@ class Simt:
         self._library.simt_report.restype = ctypes.c_char_p
 
     def __call__(
-        self, op: str, *args: Tensor | int, reached: Sequence[Tensor] = (), processors: int = 3
+        self,
+        op: str,
+        *args: Tensor | int | None,
+        reached: Sequence[Tensor] = (),
+        processors: int = 3,
     ) -> None:
         """Run a launcher on CPU tensors, in every order; results must be the same to the bit.
 
         Tensors are contiguous and become pointers, to which the kernel may touch no byte more than
-        the tensor has; integers become int64; the stream is added. A float is passed as
-        ``ctypes.c_float(x)``. ``reached`` are tensors whose addresses lie in another tensor.
+        the tensor has; None becomes null, integers become int64; the stream is added. A float is
+        passed as ``ctypes.c_float(x)``. ``reached`` are tensors whose addresses lie in another
+        tensor.
         """
         tensors = [a for a in args if isinstance(a, Tensor)]
         before = [t.clone() for t in tensors]
@@ -52,9 +57,9 @@ class Simt:
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                     raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
 
-    def once(self, op: str, *args: Tensor | int) -> None:
+    def once(self, op: str, *args: Tensor | int | None) -> None:
         """Run a launcher in one order and without copies, for tensors that are too large for them."""
-        self._run(op, args, ORDERS[0], 3)
+        self._run(op, args, (), ORDERS[0], 3)
 
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
@@ -69,7 +74,7 @@ class Simt:
     def _run(
         self,
         op: str,
-        args: tuple[Tensor | int, ...],
+        args: tuple[Tensor | int | None, ...],
         reached: Sequence[Tensor],
         order: int,
         processors: int,
@@ -87,8 +92,8 @@ class Simt:
             library.simt_add_buffer(begin, ctypes.c_size_t(tensor.nbytes), name.encode())
         values = []
         for a in args:
-            if isinstance(a, Tensor):
-                values.append(ctypes.c_void_p(a.data_ptr()))
+            if a is None or isinstance(a, Tensor):
+                values.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
             else:
                 values.append(ctypes.c_int64(a) if isinstance(a, int) else a)
         values.append(ctypes.c_void_p(None))  # the stream

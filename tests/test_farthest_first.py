@@ -86,9 +86,9 @@ def test_constant_data(isa: str) -> None:
     assert (radius == 0).all()
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12, 1e16])
 def test_radius_is_the_covering_radius(isa: str, scale: float) -> None:
-    """On data of low rank and decaying variance, as embeddings have, at any scale."""
+    """On data of low rank and decaying variance, as embeddings have; at the largest without axes."""
     points = torch.randn(3000, 20) * torch.arange(1, 21) ** -1.0 @ torch.randn(20, 150)
     points = scale * (points + 0.05 * torch.randn(3000, 150)) + scale
     index, radius = ops.farthest_first(points, 200)

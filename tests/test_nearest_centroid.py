@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from npad import ops
-from npad.ops import _cpu, reference
+from npad.ops import reference
+from npad.ops._extension import core
 from npad.ops.reference import centroid_index_size
 
 
-@pytest.fixture(params=_cpu.core.isas())
+@pytest.fixture(params=core.isas())
 def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Also those with a kernel of their own for the index only."""
-    before = _cpu.core.isa()
-    _cpu.core.set_isa(request.param)
+    before = core.isa()
+    core.set_isa(request.param)
     yield request.param
-    _cpu.core.set_isa(before)
+    core.set_isa(before)
 
 
 def integers(n: int, channels: int, high: int) -> Tensor:
@@ -262,20 +263,20 @@ def test_index_by_batches_threads_and_strides(every_isa: str) -> None:
 
 def test_index_of_one_instruction_set_serves_another() -> None:
     x, centroids = embeddings(100, 200), embeddings(300, 200)
-    before = _cpu.core.isa()
+    before = core.isa()
     expected = ops.nearest_centroid(x, centroids)
     try:
         indices = []
-        for name in _cpu.core.isas():
-            _cpu.core.set_isa(name)
+        for name in core.isas():
+            core.set_isa(name)
             indices.append(ops.centroid_index(centroids))
-        for name in _cpu.core.isas():
-            _cpu.core.set_isa(name)
+        for name in core.isas():
+            core.set_isa(name)
             for index in indices:
                 _, nearest = ops.nearest_centroid(x, centroids, index)
                 assert torch.equal(nearest, expected[1])
     finally:
-        _cpu.core.set_isa(before)
+        core.set_isa(before)
 
 
 def test_index_is_in_use(every_isa: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import npad
-from npad.ops._cpu import core
+from npad.ops._extension import core
 
 
 def run(code):
@@ -52,7 +52,9 @@ def test_an_unknown_name_is_an_attribute_error():
         "from npad import ops",
         "import npad.ops",
         "import npad.ops._cpu",
-        "from npad.ops._cpu import core",
+        "import npad.ops._cuda",
+        "from npad.ops._extension import core",
+        "from npad.ops.axes import random_axes",
         "from npad.statistics.gaussian import NeighborhoodGaussian",
         "from npad.statistics.nominal_set import NominalSet",
     ],
@@ -85,7 +87,7 @@ def test_the_import_does_not_initialise_the_driver(tmp_path):
     (tmp_path / "driver.c").write_text(DRIVER)
     library = ["-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
     subprocess.run(["cc", *library], check=True)
-    code = "import npad.ops._cuda as native; print(native.cuda.driver_version())"
+    code = "from npad.ops._extension import cuda; print(cuda.driver_version())"
     path = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -5,7 +5,7 @@ import torch
 
 from npad import ops
 from npad.ops import reference
-from npad.ops._cpu import core
+from npad.ops._extension import core
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 31, 100, 129, 256])

@@ -13,7 +13,7 @@ from simt_device import Simt, load
 from torch import Tensor
 
 from npad.ops import _cuda, reference
-from npad.ops._cpu import leading_axes
+from npad.ops.axes import leading_axes
 
 AXES = 64  # rows of them, the first zero, for points of more than 96 dimensions
 
@@ -27,7 +27,7 @@ def simt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sim
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Simt:
     simt = load(name)
 
-    def run(op: str, x: Tensor, *arguments: Tensor | int) -> None:
+    def run(op: str, x: Tensor, *arguments: Tensor | int | None) -> None:
         simt(op, *arguments, processors=1)
 
     sizes = SimpleNamespace(
@@ -241,20 +241,3 @@ def test_values_that_are_not_finite_stay_in_bounds(simt: Simt, value: float) -> 
         index, _, _ = launch(simt, points, 50, axes)
         assert sorted(set(index.tolist())) == sorted(index.tolist())
         assert 0 <= index.min() <= index.max() < 70
-
-
-def test_leading_axes() -> None:
-    """Of rows along a grid, whose columns differ more than anything else."""
-    columns = 10 * torch.randn(32, 1, 100)
-    rows = columns.transpose(0, 1) + torch.randn(512, 32, 100) * torch.arange(1, 101) ** -0.5
-    found = leading_axes(rows.flatten(0, 1), 40)
-    assert found is not None
-    mean, axes = found
-    assert mean.shape == (100,)
-    torch.testing.assert_close(axes.T @ axes, torch.eye(40).double(), rtol=0, atol=1e-12)
-    deviation = rows.flatten(0, 1).double() - mean
-    found_variance = (deviation @ axes).square().sum(0)
-    most = torch.linalg.eigvalsh(deviation.T @ deviation).flip(0)
-    for k in (1, 8, 31, 40):
-        assert found_variance[:k].sum() > 0.97 * most[:k].sum()
-    assert leading_axes(1e15 * rows[0], 40) is None

@@ -85,7 +85,7 @@ void least_bounds(const float* panel, const Query& query, float* least) {
     Register least0 = INFINITY - Register{}, least1 = least0;
     const IntRegister start0 = load_words(query.start),
                       start1 = load_words(query.start + kRegister);
-    for (int64_t part = 0; part < kPanel; part += kPart) {
+    for (int64_t part = 0; part < kSketchPanel; part += kPart) {
         IntRegister sums[kPart][2];
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kPart; ++i) sums[i][0] = start0, sums[i][1] = start1;
@@ -95,7 +95,7 @@ void least_bounds(const float* panel, const Query& query, float* least) {
                               x1 = load_words(query.words + g * kTile + kRegister);
 #pragma GCC unroll 8
             for (int64_t i = 0; i < kPart; ++i) {
-                const IntRegister c = load_word(words, g * kPanel + i) - IntRegister{};
+                const IntRegister c = load_word(words, g * kSketchPanel + i) - IntRegister{};
                 sums[i][0] = Dot::add(sums[i][0], c, x0);
                 sums[i][1] = Dot::add(sums[i][1], c, x1);
             }
@@ -120,11 +120,11 @@ void least_bounds(const float* panel, const Query& query, float* least) {
     store_register(least + kRegister, least1);
 }
 
-// bounds (kPanel) of one embedding of the tile
+// bounds (kSketchPanel) of one embedding of the tile
 template <class Dot>
 void bounds_of_one(const float* panel, const Query& query, int64_t lane, float* bounds) {
     constexpr int64_t kChains = 4;  // independent sums hide the latency of a product
-    for (int64_t i = 0; i < kPanel; i += kRegister) {
+    for (int64_t i = 0; i < kSketchPanel; i += kRegister) {
         IntRegister sums[kChains] = {query.start[lane] - IntRegister{}};
         const float* words = panel + IndexLayout::kWords + i;
         for (int64_t g = 0; g < query.groups; g += kChains)
@@ -132,7 +132,7 @@ void bounds_of_one(const float* panel, const Query& query, int64_t lane, float* 
             for (int64_t chain = 0; chain < kChains; ++chain) {
                 const int64_t at = g + chain;
                 if (at < query.groups)
-                    sums[chain] = Dot::add(sums[chain], load_words(words + at * kPanel),
+                    sums[chain] = Dot::add(sums[chain], load_words(words + at * kSketchPanel),
                                            query.words[at * kTile + lane] - IntRegister{});
             }
         store_register(

@@ -102,12 +102,12 @@ void Search<Dot>::measure_likeliest(const float* x, int64_t count) {
         nearest_[i] = {FLT_MAX, 0};
         limit_[i] = -INFINITY;
         if (i >= count) continue;
-        float bounds[kPanel];
+        float bounds[kSketchPanel];
         bounds_of_one<Dot>(index_ + layout_.panel(likeliest_[i]), query_, i, bounds);
         int64_t least = 0;
-        for (int64_t j = 1; j < kPanel; ++j)
+        for (int64_t j = 1; j < kSketchPanel; ++j)
             if (bounds[j] < bounds[least]) least = j;
-        measure(x, likeliest_[i] * kPanel + least, i);
+        measure(x, likeliest_[i] * kSketchPanel + least, i);
     }
 }
 
@@ -126,10 +126,10 @@ bool Search<Dot>::find(const float* x, int64_t count, float* distance, int64_t* 
     for (int64_t p = 0; p < layout_.panels; ++p)
         for (uint32_t bits = at_most(least_ + p * kTile, limit_); bits != 0; bits &= bits - 1) {
             const int64_t lane = __builtin_ctz(bits);
-            float bounds[kPanel];
+            float bounds[kSketchPanel];
             bounds_of_one<Dot>(index_ + layout_.panel(p), query_, lane, bounds);
-            for (int64_t i = 0; i < kPanel; ++i)
-                if (bounds[i] <= limit_[lane]) measure(x, p * kPanel + i, lane);
+            for (int64_t i = 0; i < kSketchPanel; ++i)
+                if (bounds[i] <= limit_[lane]) measure(x, p * kSketchPanel + i, lane);
         }
     for (int64_t i = 0; i < count; ++i) {
         distance[i] = std::sqrt(nearest_[i].squared);

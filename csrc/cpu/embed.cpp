@@ -226,14 +226,14 @@ void run(const Level* levels, int64_t n_levels, int64_t batch, int64_t height, i
 
 }  // namespace
 
-void embed(const Level* levels, int64_t n_levels, FactorType type, int64_t batch, int64_t height,
+void embed(const Level* levels, int64_t n_levels, FloatType type, int64_t batch, int64_t height,
            int64_t width, float* embedding, int threads) {
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run<float>(levels, n_levels, batch, height, width, embedding, threads);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run<Float16>(levels, n_levels, batch, height, width, embedding, threads);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run<BFloat16>(levels, n_levels, batch, height, width, embedding, threads);
     }
 }

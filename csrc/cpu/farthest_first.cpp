@@ -101,11 +101,12 @@ uint64_t rank_of(float squared, uint32_t point) {
 
 class KCenter {
   public:
-    KCenter(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t* index,
-            int threads)
+    KCenter(const float* points, int64_t n, int64_t dim, int64_t n_centroids, const float* mean,
+            const float* axes, int64_t* index, int threads)
         : points_(points),
           n_(n),
           dim_(dim),
+          head_(dim, mean, axes),
           threads_(threads),
           blocks_((n + kBlock - 1) / kBlock),
           groups_((blocks_ + kGroup - 1) / kGroup),
@@ -140,6 +141,7 @@ class KCenter {
 
     const float* points_;
     int64_t n_, dim_;
+    Head head_;
     int threads_;
     int64_t blocks_, groups_;
     Buffer<float> heads_;     // of every row; rows are points in the order of the tree
@@ -158,8 +160,7 @@ class KCenter {
 };
 
 bool KCenter::prepare(Progress progress, int64_t total) {
-    Head head(points_, n_, dim_);
-    Buffer<float> scratch(threads_ * Head::kRows * head.stride());
+    Buffer<float> scratch(threads_ * Head::kRows * head_.stride());
     constexpr int64_t kPart = 1 << 17;
     float largest = 0;
     for (int64_t start = 0; start < n_; start += kPart) {
@@ -168,13 +169,13 @@ bool KCenter::prepare(Progress progress, int64_t total) {
         for (int64_t i = start; i < stop; i += Head::kRows) {
             const int count = stop - i < Head::kRows ? static_cast<int>(stop - i) : Head::kRows;
             const float far =
-                head.compute(points_ + i * dim_, count, heads_.data() + i * kHead,
-                             scratch.data() + omp_get_thread_num() * Head::kRows * head.stride());
+                head_.compute(points_ + i * dim_, count, heads_.data() + i * kHead,
+                              scratch.data() + omp_get_thread_num() * Head::kRows * head_.stride());
             if (far > largest) largest = far;
         }
         if (!progress.step(progress.user, 0, total)) return false;
     }
-    const float error = head.error(std::sqrt(largest));
+    const float error = head_.error(std::sqrt(largest));
     tolerance_ = error * error * (1 + 1 / kSlack) + 1e-37f;  // and where squares are subnormal
     sort_into_blocks();
     return progress.step(progress.user, 0, total);
@@ -363,9 +364,10 @@ void KCenter::refresh_rank(int64_t block) {
 }  // namespace
 
 bool farthest_first(const float* points, int64_t n, int64_t dim, int64_t n_centroids, int64_t first,
-                    int64_t* index, float* radius, int threads, Progress progress) {
+                    const float* mean, const float* axes, int64_t* index, float* radius,
+                    Progress progress, int threads) {
     if (n * dim < kSmall) threads = 1;
-    KCenter k_center(points, n, dim, n_centroids, index, threads);
+    KCenter k_center(points, n, dim, n_centroids, mean, axes, index, threads);
     if (!k_center.prepare(progress, n_centroids)) return false;
     uint64_t rank = k_center.rank_of_point(first);
     double reported = omp_get_wtime();

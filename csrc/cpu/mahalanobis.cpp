@@ -8,7 +8,6 @@
 // embedding. Products and squares are summed in float32 in a fixed order; the minimum is taken
 // atomically on integers that order like the distances, so neither threads nor their timing change
 // the result.
-#include <bit>
 #include <cmath>
 
 #include "../packed.h"
@@ -28,10 +27,10 @@ constexpr int64_t kMaxEmbeddings = 576;                        // z of one posit
 // minimum then finds the nearest Gaussian and lets NaN through.
 constexpr uint32_t kNotWritten = 0xffffffffu;
 uint32_t encode(float squared) {
-    return std::isnan(squared) ? 0 : std::bit_cast<uint32_t>(squared) + 1;
+    return std::isnan(squared) ? 0 : __builtin_bit_cast(uint32_t, squared) + 1;
 }
 float decode(uint32_t key) {
-    return key == 0 ? std::bit_cast<float>(0x7fc00000u) : std::bit_cast<float>(key - 1);
+    return key == 0 ? __builtin_bit_cast(float, 0x7fc00000u) : __builtin_bit_cast(float, key - 1);
 }
 
 void atomic_min(uint32_t* target, uint32_t key) {
@@ -159,16 +158,16 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
 }  // namespace
 
 void mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                 const float* mean, const void* factor, FactorType type, int64_t window,
+                 const float* mean, const void* factor, FloatType type, int64_t window,
                  float* distance, int threads) {
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run(x, batch, height, width, channels, mean, static_cast<const float*>(factor),
                        window, distance, threads);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run(x, batch, height, width, channels, mean, static_cast<const Float16*>(factor),
                        window, distance, threads);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run(x, batch, height, width, channels, mean,
                        static_cast<const BFloat16*>(factor), window, distance, threads);
     }

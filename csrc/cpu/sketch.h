@@ -29,7 +29,7 @@ namespace npad::cpu::NPAD_ISA {
 
 typedef int32_t IntRegister __attribute__((vector_size(kRegister * sizeof(int32_t))));
 
-inline constexpr int64_t kPanel = 16;        // centroids side by side, whatever the registers
+inline constexpr int64_t kSketchPanel = 16;  // centroids side by side, whatever the registers
 inline constexpr float kKappa = 1.0f / 128;  // || d || / || a || is 0.6 % with 127 steps
 inline constexpr float kRegular = 1e30f;     // squared norms below this overflow nothing
 inline constexpr float kNoStep = 1e-30f;     // coordinates below this count as zero
@@ -38,18 +38,21 @@ inline constexpr int64_t kCentroidSteps = 127;
 // Where everything lies in the index of k centroids. Panels first, aligned to cache lines.
 struct IndexLayout {
     IndexLayout(int64_t k, int64_t channels)
-        : axes(centroid_index_axes(channels)), panels((k + kPanel - 1) / kPanel) {}
+        : axes(centroid_index_axes(channels)), panels((k + kSketchPanel - 1) / kSketchPanel) {}
 
     int64_t axes, panels;
     int64_t groups() const { return axes / 4; }  // of four coordinates in one word
-    int64_t panel(int64_t p) const { return kHeader + p * (3 * kPanel + axes * kPanel / 4); }
+    int64_t panel(int64_t p) const {
+        return kHeader + p * (3 * kSketchPanel + axes * kSketchPanel / 4);
+    }
     int64_t mean() const { return panel(panels); }
     int64_t axis(int64_t channels) const { return mean() + channels; }
 
     static constexpr int64_t kHeader = 16;  // [0]: 1 where the index can be used
-    // Within a panel: half norms, steps and r, (kPanel) each; words (groups, kPanel), in which
-    // coordinates have 128 added and are unsigned.
-    static constexpr int64_t kStep = kPanel, kResidual = 2 * kPanel, kWords = 3 * kPanel;
+    // Within a panel: half norms, steps and r, (kSketchPanel) each; words (groups, kSketchPanel),
+    // in which coordinates have 128 added and are unsigned.
+    static constexpr int64_t kStep = kSketchPanel, kResidual = 2 * kSketchPanel,
+                             kWords = 3 * kSketchPanel;
 };
 
 // Sketches of kTile rows at a time.

@@ -310,14 +310,14 @@ cudaError_t run(const Level* levels, int64_t n_levels, int64_t batch, int64_t he
 
 }  // namespace
 
-int embed(const Level* levels, int64_t n_levels, FactorType type, int64_t batch, int64_t height,
+int embed(const Level* levels, int64_t n_levels, FloatType type, int64_t batch, int64_t height,
           int64_t width, float* embedding, Stream stream) {
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run<float>(levels, n_levels, batch, height, width, embedding, stream);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run<__half>(levels, n_levels, batch, height, width, embedding, stream);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run<__nv_bfloat16>(levels, n_levels, batch, height, width, embedding, stream);
     }
     return cudaErrorInvalidValue;

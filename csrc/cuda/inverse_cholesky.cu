@@ -278,15 +278,15 @@ int64_t inverse_cholesky_workspace(int64_t count, int64_t channels) {
 }
 
 int inverse_cholesky(const float* covariance, int64_t count, int64_t channels, void* workspace,
-                     void* packed, FactorType type, int32_t* info, Stream stream) {
+                     void* packed, FloatType type, int32_t* info, Stream stream) {
     if (count == 0) return cudaSuccess;
     if (count > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run<float>(covariance, count, channels, workspace, packed, info, stream);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run<__half>(covariance, count, channels, workspace, packed, info, stream);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run<__nv_bfloat16>(covariance, count, channels, workspace, packed, info, stream);
     }
     return cudaErrorInvalidValue;

@@ -25,6 +25,7 @@
 // the distances, in the distance buffer itself; window 1 needs none.
 #include "device_utils.cuh"
 #include "kernels.h"
+#include "packed.h"
 #include "window.h"
 
 namespace npad::cuda {
@@ -410,16 +411,16 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
 }  // namespace
 
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                const float* mean, const void* factor, FactorType type, int64_t window,
+                const float* mean, const void* factor, FloatType type, int64_t window,
                 float* distance, Stream stream) {
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run<float>(x, batch, height, width, channels, mean, factor, window, distance,
                               stream);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run<__half>(x, batch, height, width, channels, mean, factor, window, distance,
                                stream);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run<__nv_bfloat16>(x, batch, height, width, channels, mean, factor, window,
                                       distance, stream);
     }

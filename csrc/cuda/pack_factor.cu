@@ -64,14 +64,14 @@ cudaError_t run(const float* factor, int64_t count, int64_t channels, void* pack
 
 }  // namespace
 
-int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FactorType type,
+int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FloatType type,
                 Stream stream) {
     switch (type) {
-        case FactorType::kFloat32:
+        case FloatType::kFloat32:
             return run<float>(factor, count, channels, packed, stream);
-        case FactorType::kFloat16:
+        case FloatType::kFloat16:
             return run<__half>(factor, count, channels, packed, stream);
-        case FactorType::kBFloat16:
+        case FloatType::kBFloat16:
             return run<__nv_bfloat16>(factor, count, channels, packed, stream);
     }
     return cudaErrorInvalidValue;

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from npad import ops
+from npad.ops.axes import random_axes
 
 __all__ = ["principal_axes", "random_axes"]
-
-
-def random_axes(channels: int, n: int, generator: torch.Generator) -> Tensor:
-    """Orthogonal axes of a random space: (channels, n) float32."""
-    return torch.linalg.qr(torch.randn(channels, n, generator=generator)).Q
 
 
 def principal_axes(embeddings: Iterable[Tensor], n: int) -> Tensor:

@@ -8,14 +8,13 @@ the definition in :mod:`npad.ops.reference` runs. Arguments are checked here and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from npad.ops import _schemas  # noqa: F401  (torch.ops.npad)
+from npad.ops import _cpu, _cuda  # noqa: F401  (whoever imports the ops gets the kernels)
+from npad.ops._progress import report_progress
 from npad.ops.reference import centroid_index_size, packed_size
 
 __all__ = [
@@ -30,26 +29,14 @@ __all__ = [
     "neighborhood_moments",
     "pack_factor",
     "packed_size",
+    "report_progress",
     "resize_maps",
     "window_covariance",
 ]
 
-FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of embeddings and levels, too
 MAX_CHANNELS = 4096
 MAX_POINTS = 2**32 - 2  # of farthest_first, which numbers them in 32 bits
-
-# Called as progress(done, total) by ops that take long; see report_progress.
-progress: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress", default=None)
-
-
-@contextmanager
-def report_progress(callback: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Inside the block, ``farthest_first`` calls ``callback(done, total)`` now and then."""
-    token = progress.set(callback)
-    try:
-        yield
-    finally:
-        progress.reset(token)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,7 +89,7 @@ def _check_size(op: str, name: str, size: tuple[int, int]) -> None:
 
 def _embeddings(op: str, x: Tensor) -> tuple[int, int]:
     """Check (N, H, W, C) embeddings; return (P, C)."""
-    _check_dtype(op, "x", x, torch.float32, torch.float16, torch.bfloat16)
+    _check_dtype(op, "x", x, *FACTOR_DTYPES)
     if x.ndim != 4 or x.shape[1] * x.shape[2] == 0:
         raise ValueError(
             f"npad.{op}: x must have shape (N, H, W, C) with H, W >= 1, got {tuple(x.shape)}"
@@ -143,6 +130,15 @@ def _check_centroids(op: str, centroids: Tensor) -> None:
         raise ValueError(f"npad.{op}: centroids must not be empty, got {tuple(centroids.shape)}")
 
 
+def _check_maps(op: str, name: str, maps: Tensor, symbols: str) -> None:
+    _check_dtype(op, name, maps, torch.float32)
+    if maps.ndim != 3 or maps.shape[1] * maps.shape[2] == 0:
+        raise ValueError(
+            f"npad.{op}: {name} must have shape (N, {symbols}) with {symbols} >= 1, "
+            f"got {tuple(maps.shape)}"
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # Ops.
 
@@ -163,8 +159,10 @@ def embed(levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, device, no level, an empty grid.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Shapes that do not fit, different devices, no level, an empty grid.
 
     Notes
     -----
@@ -176,11 +174,10 @@ def embed(levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
     op = "embed"
     if not levels:
         raise ValueError(f"npad.{op}: levels must hold at least one level")
-    if min(grid) < 1:
-        raise ValueError(f"npad.{op}: grid must be at least (1, 1), got {tuple(grid)}")
+    _check_size(op, "grid", grid)
     named = {f"levels[{i}]": level for i, level in enumerate(levels)}
     for name, level in named.items():
-        _check_dtype(op, name, level, torch.float32, torch.float16, torch.bfloat16)
+        _check_dtype(op, name, level, *FACTOR_DTYPES)
         _check_dtype(op, name, level, levels[0].dtype)
         if level.ndim != 4 or level.shape[1] * level.shape[2] * level.shape[3] == 0:
             raise ValueError(
@@ -206,8 +203,10 @@ def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, device, a non-contiguous statistic.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Shapes that do not fit, different devices, a non-contiguous statistic.
 
     Notes
     -----
@@ -251,8 +250,10 @@ def window_covariance(
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, device, even window, range outside the grid.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Shapes that do not fit, different devices, an even window, a range outside the grid.
 
     Notes
     -----
@@ -289,8 +290,10 @@ def pack_factor(factor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        A shape that does not fit.
     """
     _check_matrices("pack_factor", "factor", factor, dtype)
     return torch.ops.npad.pack_factor(factor, dtype)
@@ -313,8 +316,10 @@ def inverse_cholesky(
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        A shape that does not fit.
 
     Notes
     -----
@@ -347,8 +352,10 @@ def mahalanobis(
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, device, even window.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Shapes that do not fit, different devices, an even window.
 
     Notes
     -----
@@ -382,8 +389,10 @@ def centroid_index(centroids: Tensor) -> Tensor:
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, no centroid.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Not two dimensions, no centroid.
 
     Notes
     -----
@@ -417,8 +426,10 @@ def nearest_centroid(
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, device, no centroid, an index of other sizes.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Shapes that do not fit, different devices, no centroid, an index of other sizes.
 
     Notes
     -----
@@ -454,8 +465,10 @@ def farthest_first(points: Tensor, n_centroids: int, first: int = 0) -> tuple[Te
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, range, NaN or infinite points.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        Not two dimensions, a number out of range, NaN or infinite points.
 
     Notes
     -----
@@ -507,9 +520,11 @@ def anomaly_map(
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : no map, shape, device, coefficients that are not finite, a size below 1, sigma
-        outside 0 to max(H, W).
+    TypeError
+        A dtype other than those above.
+    ValueError
+        No map, shapes that do not fit, different devices, coefficients that are not finite, a size
+        below 1, sigma outside 0 to max(H, W).
 
     Notes
     -----
@@ -527,11 +542,7 @@ def anomaly_map(
     if not given:
         raise ValueError(f"npad.{op}: mahalanobis and euclidean are both None")
     for name, x in given.items():
-        _check_dtype(op, name, x, torch.float32)
-        if x.ndim != 3 or x.shape[1] * x.shape[2] == 0:
-            raise ValueError(
-                f"npad.{op}: {name} must have shape (N, h, w) with h, w >= 1, got {tuple(x.shape)}"
-            )
+        _check_maps(op, name, x, "h, w")
     _check_devices(op, **given)
     if mahalanobis is not None and euclidean is not None:
         _check_shape(op, "euclidean", euclidean, "N, h, w", tuple(mahalanobis.shape))
@@ -553,13 +564,15 @@ def resize_maps(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
     Returns
     -------
-    (sum of height * width,) float32: one map after another, so that one copy moves them all.
-    ``npad.scoring.fusion.resized`` cuts it into maps.
+    (sum of height * width,) float32: one map after another, so that one copy moves them all;
+    ``split([height * width for height, width in sizes])`` parts them.
 
     Raises
     ------
-    TypeError : dtype.
-    ValueError : shape, number of sizes, a size below 1.
+    TypeError
+        A dtype other than those above.
+    ValueError
+        A shape that does not fit, not as many sizes as maps, a size below 1.
 
     Notes
     -----
@@ -567,17 +580,9 @@ def resize_maps(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
     float32 positions of that: here only the weights are rounded.
     """
     op = "resize_maps"
-    _check_dtype(op, "maps", maps, torch.float32)
-    if maps.ndim != 3 or maps.shape[1] * maps.shape[2] == 0:
-        raise ValueError(
-            f"npad.{op}: maps must have shape (N, H, W) with H, W >= 1, got {tuple(maps.shape)}"
-        )
+    _check_maps(op, "maps", maps, "H, W")
     if len(sizes) != len(maps):
         raise ValueError(f"npad.{op}: sizes must be {len(maps)}, as many as maps, got {len(sizes)}")
     for i, size in enumerate(sizes):
         _check_size(op, f"sizes[{i}]", size)
     return torch.ops.npad.resize_maps(maps, [h for h, _ in sizes], [w for _, w in sizes])
-
-
-# Whoever imports the ops gets the kernels. Last, since the kernels report progress through them.
-from npad.ops import _cpu  # noqa: E402, F401

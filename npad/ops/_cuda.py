@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from npad import devices
-from npad.ops._cpu import core, dense, factor_type, leading_axes, level_tuples
-from npad.ops.reference import axis_band, packed_size
+from npad.ops import _outputs, _schemas
+from npad.ops._extension import bands, cuda, dense, integers, level_table, passed
+from npad.ops.axes import as_rows, leading_axes
 
 AXES_SHARE = 0.5  # of the free memory, which what makes farthest_first fast may take
 
-cuda: Any = getattr(core, "cuda", None)
 
-
-def _run(op: str, x: Tensor, *arguments: Tensor | object) -> None:
-    """Launch on the device of x and the stream that is current there; tensors become addresses."""
+def _run(op: str, x: Tensor, *arguments: Any) -> None:
+    """Launch on the device of x and the stream that is current there."""
     with torch.cuda.device(x.device):
-        getattr(cuda, op)(
-            x.device.index,
-            *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments),
-            torch.cuda.current_stream().cuda_stream,
-        )
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(cuda, op)(x.device.index, *passed(arguments), stream)
+
+
+def _workspace(like: Tensor, n_bytes: int) -> Tensor:
+    return like.new_empty(n_bytes, dtype=torch.uint8)
 
 
 def embed(levels: list[Tensor], grid: list[int]) -> Tensor:
     first = levels[0]
-    channels = sum(x.shape[1] for x in levels)
-    embedding = first.new_empty(len(first), *grid, channels, dtype=torch.float32)
+    embedding = _outputs.embed(levels, grid)
     _run(
-        "embed", first, level_tuples(levels), factor_type(first.dtype), len(first), *grid, embedding
+        "embed", first, level_table(levels), len(levels), first.dtype, len(first), *grid, embedding
     )
     return embedding
 
@@ -53,44 +51,36 @@ def window_covariance(
     stop: int,
 ) -> tuple[Tensor, Tensor]:
     count, mean, scatter = count.contiguous(), mean.contiguous(), scatter.contiguous()
-    channels = mean.shape[1]
-    window_mean = mean.new_empty(stop - start, channels)
-    covariance = mean.new_empty(stop - start, channels, channels)
+    outputs = _outputs.window_covariance(count, mean, scatter, grid, window, start, stop)
     _run(
-        "window_covariance", mean, count, mean, scatter, *grid, channels, window, start, stop,
-        window_mean, covariance,
+        "window_covariance", mean, count, mean, scatter, *grid, mean.shape[1], window, start, stop,
+        *outputs,
     )  # fmt: skip
-    return window_mean, covariance
+    return outputs
 
 
 def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     factor = factor.contiguous()
-    channels = factor.shape[1]
-    packed = factor.new_empty(len(factor), packed_size(channels), dtype=dtype)
-    _run("pack_factor", factor, factor, len(factor), channels, packed, factor_type(dtype))
+    packed = _outputs.pack_factor(factor, dtype)
+    _run("pack_factor", factor, factor, *factor.shape[:2], packed, dtype)
     return packed
 
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     covariance = covariance.contiguous()
-    count, channels = covariance.shape[:2]
-    size = cuda.inverse_cholesky_workspace(count, channels)
-    workspace = covariance.new_empty(size, dtype=torch.uint8)
-    packed = covariance.new_empty(count, packed_size(channels), dtype=dtype)
-    info = covariance.new_empty(count, dtype=torch.int32)
-    _run(
-        "inverse_cholesky", covariance, covariance, count, channels, workspace, packed,
-        factor_type(dtype), info,
-    )  # fmt: skip
+    sizes = covariance.shape[:2]
+    workspace = _workspace(covariance, cuda.inverse_cholesky_workspace(*sizes))
+    packed, info = _outputs.inverse_cholesky(covariance, dtype)
+    _run("inverse_cholesky", covariance, covariance, *sizes, workspace, packed, dtype, info)
     return packed, info
 
 
 def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
     x, mean, factor = dense(x), mean.contiguous(), factor.contiguous()
-    distance = x.new_empty(x.shape[:3])
+    distance = _outputs.mahalanobis(x, mean, factor, grid, window)
     _run(
-        "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, factor_type(factor.dtype),
-        window, distance,
+        "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, factor.dtype, window,
+        distance,
     )  # fmt: skip
     return distance
 
@@ -100,44 +90,32 @@ def nearest_centroid(
 ) -> tuple[Tensor, Tensor]:
     """The index is for the CPU: here matrix instructions rank the centroids themselves."""
     x, centroids = x.contiguous(), centroids.contiguous()
-    sizes = len(x), len(centroids), x.shape[1]
-    workspace = x.new_empty(cuda.nearest_centroid_workspace(*sizes), dtype=torch.uint8)
-    distance, nearest = x.new_empty(len(x)), x.new_empty(len(x), dtype=torch.int64)
+    size = cuda.nearest_centroid_workspace(len(x), *centroids.shape)
+    outputs = _outputs.nearest_centroid(x, centroids)
     _run(
-        "nearest_centroid", x, x, len(x), centroids, len(centroids), x.shape[1], workspace,
-        distance, nearest,
-    )  # fmt: skip
-    return distance, nearest
+        "nearest_centroid", x, x, len(x), centroids, *centroids.shape, _workspace(x, size), *outputs
+    )
+    return outputs
 
 
 def farthest_first(points: Tensor, n_centroids: int, first: int) -> tuple[Tensor, Tensor]:
     points = points.contiguous()
+    mean = axes = None  # every point is measured
     n_axes = cuda.farthest_first_axes(points.shape[1])
     size = cuda.farthest_first_workspace(len(points), n_axes)
     free = devices.free_bytes(points.device)
     fits = free is None or size < AXES_SHARE * free
     found = leading_axes(points, n_axes - 1) if n_axes and fits else None
-    mean: Tensor | int = 0  # null: every point is measured
-    axes: Tensor | int = 0
     if found is not None:
-        mean, columns = found
-        axes = torch.nn.functional.pad(columns.T, (0, 0, 1, 0)).to(points).contiguous()
+        mean, axes = found[0], as_rows(found[1], n_axes, like=points, first=1)
     else:
         size = cuda.farthest_first_workspace(len(points), 0)
-    workspace = points.new_empty(size, dtype=torch.uint8)
-    index, radius = points.new_empty(n_centroids, dtype=torch.int64), points.new_empty(n_centroids)
+    outputs = _outputs.farthest_first(points, n_centroids, first)
     _run(
-        "farthest_first", points, points, *points.shape, n_centroids, first, mean, axes, workspace,
-        index, radius,
+        "farthest_first", points, points, *points.shape, n_centroids, first, mean, axes,
+        _workspace(points, size), *outputs,
     )  # fmt: skip
-    return index, radius
-
-
-@cache
-def _axis_band(n: int, size: int, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """On the device, and kept: a captured graph reads it for as long as it is replayed."""
-    first, taps = axis_band(n, size, sigma)
-    return first.to(device), taps.to(device)
+    return outputs
 
 
 def anomaly_map(
@@ -150,23 +128,19 @@ def anomaly_map(
 ) -> tuple[Tensor, Tensor]:
     m, e = (None if x is None else x.contiguous() for x in (mahalanobis, euclidean))
     x = cast(Tensor, e if m is None else m)
-    n, h, w = x.shape
-    row_first, row_taps = _axis_band(h, size[0], sigma, x.device)
-    column_first, column_taps = _axis_band(w, size[1], sigma, x.device)
-    workspace = x.new_empty(cuda.anomaly_map_workspace(n, h, w), dtype=torch.uint8)
-    maps, scores = x.new_empty(n, *size), x.new_empty(n)
+    workspace = _workspace(x, cuda.anomaly_map_workspace(*x.shape))
+    outputs = _outputs.anomaly_map(m, e, product, coefficients, size, sigma)
     _run(
-        "anomaly_map", x, 0 if m is None else m, 0 if e is None else e, product, *coefficients,
-        n, h, w, row_first, row_taps, row_taps.shape[1], column_first, column_taps,
-        column_taps.shape[1], *size, workspace, maps, scores,
+        "anomaly_map", x, m, e, product, *coefficients, *x.shape, *bands(x, size, sigma), *size,
+        workspace, *outputs,
     )  # fmt: skip
-    return maps, scores
+    return outputs
 
 
 def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     maps = maps.contiguous()
-    resized = maps.new_empty(sum(h * w for h, w in zip(heights, widths, strict=True)))
-    _run("resize_maps", maps, maps, *maps.shape, heights, widths, resized)
+    resized = _outputs.resize_maps(maps, heights, widths)
+    _run("resize_maps", maps, maps, *maps.shape, integers(heights), integers(widths), resized)
     return resized
 
 
@@ -188,7 +162,8 @@ def register() -> bool:
             stacklevel=2,
         )
         return False
-    for kernel in (
+    _schemas.register(
+        "CUDA",
         embed,
         neighborhood_moments,
         window_covariance,
@@ -199,8 +174,7 @@ def register() -> bool:
         farthest_first,
         anomaly_map,
         resize_maps,
-    ):
-        torch.library.impl(f"npad::{kernel.__name__}", "CUDA", kernel)
+    )
     return True
 
 

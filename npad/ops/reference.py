@@ -7,7 +7,7 @@ any device and in any floating dtype, which is how the tests use them in float64
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache, reduce
+from functools import lru_cache, reduce
 from operator import add, mul
 
 import torch
@@ -238,7 +238,6 @@ def gaussian_matrix(size: int, sigma: float) -> Tensor:
     return circular[:, :size] + circular[:, size:].flip(1)
 
 
-@cache
 def axis_band(n: int, size: int, sigma: float) -> tuple[Tensor, Tensor]:
     """One axis of ``anomaly_map``, n samples to ``size``, as the matrix of few taps that it is.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from npad import ops
+from npad.ops.axes import random_axes
 
 __all__ = ["k_center"]
 
@@ -43,6 +44,6 @@ def _projected(points: Tensor, dimensions: int | None, seed: int) -> Tensor:
     if dimensions is None or dimensions >= channels:
         return points
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(channels, dimensions, generator=generator, dtype=torch.float64)
-    matrix = torch.linalg.qr(gaussian).Q * (channels / dimensions) ** 0.5
+    axes = random_axes(channels, dimensions, generator, torch.float64)
+    matrix = axes * (channels / dimensions) ** 0.5
     return points @ matrix.to(points)

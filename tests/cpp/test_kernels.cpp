@@ -16,7 +16,7 @@
 
 namespace {
 
-using npad::FactorType;
+using npad::FloatType;
 using npad::PackedLayout;
 using npad::cpu::Isa;
 using Floats = std::vector<float>;
@@ -62,8 +62,8 @@ void test_embed(const Isa& isa, int64_t batch, int64_t height, int64_t width, in
     }
     const int64_t all = sizes[0].channels + sizes[1].channels;
     Floats embedding(static_cast<size_t>(batch * height * width * all));
-    isa.kernels.embed(levels.data(), 2, FactorType::kFloat32, batch, height, width,
-                      embedding.data(), threads);
+    isa.kernels.embed(levels.data(), 2, FloatType::kFloat32, batch, height, width, embedding.data(),
+                      threads);
 
     // Bilinear weight of pixel r for a cell, and the average over the patch around a pixel.
     const auto share = [](int64_t cell, int64_t cells, int64_t r, int64_t size) {
@@ -176,7 +176,7 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
         const Floats& w_all = half ? rounded : packed;
         isa.kernels.mahalanobis(x.data(), batch, height, width, channels, mean.data(),
                                 half ? static_cast<const void*>(bits.data()) : packed.data(),
-                                half ? FactorType::kBFloat16 : FactorType::kFloat32, window,
+                                half ? FloatType::kBFloat16 : FloatType::kFloat32, window,
                                 distance.data(), threads);
         for (int64_t n = 0; n < batch; ++n)
             for (int64_t p = 0; p < positions; ++p) {
@@ -245,6 +245,12 @@ double distance(const float* a, const float* b, int64_t n) {
     return std::sqrt(total);
 }
 
+Floats coordinate_axes(int64_t n_axes, int64_t channels) {
+    Floats axes(static_cast<size_t>(n_axes * channels));
+    for (int64_t j = 0; j < channels && j < n_axes; ++j) axes[j * channels + j] = 1;
+    return axes;
+}
+
 void test_nearest_centroid(const Isa& isa, int64_t n, int64_t k, int64_t channels, int threads) {
     const Floats x = normal(n * channels), centroids = normal(k * channels);
     Floats nearest(static_cast<size_t>(n));
@@ -262,8 +268,7 @@ void test_nearest_centroid(const Isa& isa, int64_t n, int64_t k, int64_t channel
 
     const int64_t n_axes = npad::cpu::centroid_index_axes(channels);
     const Floats mean(static_cast<size_t>(channels));
-    Floats axes(static_cast<size_t>(n_axes * channels));  // those of the coordinates
-    for (int64_t j = 0; j < channels && j < n_axes; ++j) axes[j * channels + j] = 1;
+    const Floats axes = coordinate_axes(n_axes, channels);
     Floats by_index(static_cast<size_t>(n));
     std::vector<int64_t> again(static_cast<size_t>(n));
     Floats sketches(
@@ -282,12 +287,18 @@ void test_nearest_centroid(const Isa& isa, int64_t n, int64_t k, int64_t channel
 void test_farthest_first(const Isa& isa, int64_t n, int64_t dim, int64_t k, int threads) {
     Floats points = normal(n * dim);
     for (float& v : points) v = std::round(4 * v);  // exact distances, many ties and duplicates
+    const Floats axes = coordinate_axes(npad::cpu::farthest_first_axes(), dim);
     std::vector<int64_t> index(static_cast<size_t>(k));
     Floats radius(static_cast<size_t>(k));
     const npad::Progress progress{[](void*, int64_t, int64_t) { return true; }, nullptr};
-    if (!isa.kernels.farthest_first(points.data(), n, dim, k, n / 2, index.data(), radius.data(),
-                                    threads, progress))
+    if (!isa.kernels.farthest_first(points.data(), n, dim, k, n / 2, points.data(), axes.data(),
+                                    index.data(), radius.data(), progress, threads))
         check(1, 0, 0, isa.name, "farthest_first stopped");
+    std::vector<int64_t> again(static_cast<size_t>(k));
+    Floats radius_again(static_cast<size_t>(k));
+    isa.kernels.farthest_first(points.data(), n, dim, k, n / 2, nullptr, nullptr, again.data(),
+                               radius_again.data(), progress, threads);
+    check(again == index && radius_again == radius, 1, 0, isa.name, "farthest_first without axes");
     std::vector<double> near(static_cast<size_t>(n), std::numeric_limits<double>::infinity());
     std::vector<bool> chosen(static_cast<size_t>(n));
     int64_t next = n / 2;
