@@ -4,8 +4,8 @@ Numpydoc has ``name : type`` with the description indented below. Here a line ma
 the shape first: ``mean : (P, C) float32, P = H * W``. What stands where a type belongs is moved to the
 description, and the type is taken from the signature.
 
-The docstring of `npad.NPad` is completed from the lists of arguments and of learned values when it is
-imported. griffe reads the source, so it is given what the import has made of it.
+griffe reads the source. It is also given what an import makes of that: the docstring of NPad, and the
+defaults of Settings and Learned.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import griffe
 
 from npad import NPad
+from npad.learned import Learned
+from npad.settings import Settings
 
 
 class OneLine(griffe.Extension):
@@ -23,8 +25,8 @@ class OneLine(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Mend the sections of a docstring, which griffe parses once."""
-        if obj.docstring is not None and obj.path == f"{NPad.__module__}.{NPad.__qualname__}":
-            obj.docstring.value = inspect.getdoc(NPad) or ""
+        if obj.path in _IMPORTED and isinstance(obj, griffe.Class):
+            _complete(obj, _IMPORTED[obj.path])
         for section in obj.docstring.parsed if obj.docstring is not None else ():
             if section.kind in _RESULTS:
                 section.value = _joined(section.value)
@@ -32,6 +34,18 @@ class OneLine(griffe.Extension):
                 for entry in section.value:
                     if entry.annotation is not None and not _is_type(entry.annotation):
                         _move(entry, obj)
+
+
+_IMPORTED = {f"{kind.__module__}.{kind.__name__}": kind for kind in (NPad, Settings, Learned)}
+
+
+def _complete(obj: griffe.Class, kind: type) -> None:
+    if obj.docstring is not None:
+        obj.docstring.value = inspect.getdoc(kind) or ""
+    for name, known in inspect.signature(kind).parameters.items():
+        if name in obj.parameters:
+            default = None if known.default is known.empty else repr(known.default)
+            obj.parameters[name].default = default
 
 
 _Kind = griffe.DocstringSectionKind
