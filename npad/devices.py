@@ -36,7 +36,8 @@ def resolve(value: Any) -> torch.device:
 
     Raises
     ------
-    ValueError : no device, or one that cannot be used here.
+    ValueError
+        No device, or one that cannot be used here.
     """
     if value == "auto":
         value = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +74,8 @@ def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy:
 
     Raises
     ------
-    MemoryError : what was asked for, what is free, and what lowers it.
+    MemoryError
+        What was asked for, what is free, and what lowers it.
     """
     free = free_bytes(device)
     if free is not None and n_bytes > free:
@@ -88,8 +90,10 @@ def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Ite
 
     Raises
     ------
-    MemoryError : what was asked for, what is free, and what lowers it.
-    RuntimeError : the GPU has failed.
+    MemoryError
+        What was asked for, what is free, and what lowers it.
+    RuntimeError
+        The GPU has failed.
     """
     try:
         yield
