@@ -20,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from npad import NPad
+from npad.features.backbone import embed_in_parts
 from npad.images.source import ImageSource
 from npad.scoring.cuda_graphs import Graphs
-from npad.scoring.pipeline import embed
+from npad.scoring.pipeline import score_in_parts
+from npad.scoring.scorer import reduce
 
 SIZE = 256
 N_IMAGES = 256  # of a fit on a GPU
@@ -150,12 +152,14 @@ def bench_predict_gpu(device: torch.device, case: Gpu, folder: Path, race: Any) 
     """From a tensor on the GPU to scores and maps there; the backbone alone beside it."""
     model = on_gpu(folder, case.n_features)
     images = torch.rand(case.batch, 3, SIZE, SIZE, device=device)
-    scorer = model._scorer()
+    scorer = model.scorer()
 
-    backbone = Graphs(lambda images: (embed(scorer.network, scorer.projection, images),))
+    backbone = Graphs(
+        lambda images: (reduce(embed_in_parts(scorer.network, images), scorer.projection),)
+    )
 
     def eager() -> object:
-        return scorer(images)
+        return score_in_parts(scorer, images)
 
     def npad() -> object:
         return model.score(images)

@@ -16,7 +16,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -36,43 +35,22 @@ from peer_methods import (
     Npad,
     anomalib_batches,
 )
+from provenance import provenance
 
 # Nothing heavy is imported up here: at exec a child inherits the peak of memory of its parent,
 # so the parent stays small until every child has run.
 if TYPE_CHECKING:
-    import numpy as np
-
     from npad.evaluation.datasets import Category
-
-PACKAGES = ("anomalib", "torch", "torchvision", "timm", "numpy", "scikit-learn")
-
 
 # ------------------------------------------------------- what runs in a process of its own each
 
 
-def machine(threads: int) -> dict[str, Any]:
-    from npad import __version__
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    versions = {"npad": __version__}
-    for package in PACKAGES:
+def machine() -> dict[str, Any]:
+    found = provenance()
+    for package in ("anomalib", "torchvision"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
-    return {
-        "commit": commit,
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "nice": os.nice(0),
-        "load_average": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+            found["packages"][package] = importlib.metadata.version(package)
+    return {**found, "nice": os.nice(0)}
 
 
 def peak_rss_bytes() -> int:
@@ -93,7 +71,7 @@ def run_phase(method: str, phase: str, args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    record: dict[str, Any] = {"machine": machine(args.threads), "seed": args.seed}
+    record: dict[str, Any] = {"machine": machine(), "seed": args.seed}
     record["note"] = args.note
     clock = Clock()
     category = category_of(args.data)
@@ -117,21 +95,9 @@ def run_phase(method: str, phase: str, args: argparse.Namespace) -> None:
             scores, maps = peer.predict(paths)
         record["peak_rss_bytes"] = peak_rss_bytes()
         names = [str(path.relative_to(args.data)) for path in paths]
-        common = np.stack([at_common_size(map_) for map_ in maps])
-        np.savez(args.raw / f"{method}.npz", names=names, scores=scores, maps=common)
+        np.savez(args.raw / f"{method}.npz", names=names, scores=scores, maps=np.stack(maps))
     record |= {"n_images": len(paths), "phases": clock.phases, "settings": peer.settings}
     write_json(args.raw / f"{method}_{phase}.json", record)
-
-
-def at_common_size(anomaly_map: np.ndarray) -> np.ndarray:
-    """Bring a map to the grid that every method is measured on, (SIZE, SIZE)."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    if anomaly_map.shape == (SIZE, SIZE):
-        return anomaly_map
-    x = torch.from_numpy(anomaly_map)[None, None]
-    return interpolate(x, (SIZE, SIZE), mode="bilinear")[0, 0].numpy()
 
 
 def seconds_per_centre(args: argparse.Namespace, warm_up: int = 3, centres: int = 30) -> None:
@@ -173,7 +139,7 @@ def seconds_per_centre(args: argparse.Namespace, warm_up: int = 3, centres: int 
             }
         )
         print(json.dumps(runs[-1]), flush=True)
-    record = {"machine": machine(args.threads), "seed": args.seed, "note": args.note, "runs": runs}
+    record = {"machine": machine(), "seed": args.seed, "note": args.note, "runs": runs}
     write_json(args.out, record)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -20,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from provenance import provenance
 from torch import Tensor
 
-from npad import info
 from npad.ops._extension import cuda as cuda_kernels
 
 Contenders = dict[str, Callable[[], object]]
@@ -234,8 +233,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
-    machine_info["npad"] = info()
-    machine_info["processor_name"] = platform.processor()
+    machine_info["npad"] = provenance()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

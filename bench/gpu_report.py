@@ -6,12 +6,13 @@ import argparse
 import ast
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from provenance import commit
 
 Record = dict[str, Any]
 
@@ -183,8 +184,7 @@ def write_machine(out: Path) -> str:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": os.environ.get("NPAD_COMMIT")
-        or _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
+        **commit(),
     }
     (out / "report.json").write_text(json.dumps({"machine": machine}, indent=1) + "\n")
     return "{}{}".format(*torch.cuda.get_device_capability())

@@ -169,6 +169,6 @@ class Npad:
         self.model = NPad.load(path, weights=self.weights)
 
     def predict(self, paths: list[Path]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Scores (N,) and maps, each in its image's own size."""
-        prediction = self.model.predict(paths)
+        """Scores (N,) and maps, each (SIZE, SIZE), as the peers make them."""
+        prediction = self.model.predict(paths, map_size="model")
         return prediction.scores, prediction.maps

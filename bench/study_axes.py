@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from npad import NPad
-from npad.images.source import ImageSource
 
 AXES = (16, 32, 48, 64, 96, 128, 192)
 
@@ -48,12 +47,11 @@ def main() -> None:
     chosen = [n for n in AXES if n < len(axes)]
     print("| axes |", " | ".join(map(str, chosen)), "| distance of the nearest |")
     print("|---" * (len(chosen) + 2) + "|")
-    source = ImageSource(args.images, image_size=model.image_size, batch_size=1)
-    for batch in source.batches():
-        x = model._embed(batch.images, model.projection_).flatten(0, 2).double() - mean
+    for image in args.images:
+        x = model.embed(image).flatten(0, 2).double() - mean
         counts = [f"{left(x, centroids, axes[:, :n]):.1f}" for n in chosen]
         nearest = torch.cdist(x, centroids).min(1).values / x.norm(dim=1)
-        print(f"| {Path(batch.names[0]).name} |", " | ".join(counts), f"| {nearest.median():.2f} |")
+        print(f"| {Path(image).name} |", " | ".join(counts), f"| {nearest.median():.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The study behind NPad's defaults: one factor at a time around a base configuration.
 
-    python bench/study_defaults.py DIR --backbone resnet18 --weights FILE --out study.json
+    python bench/study_defaults.py DIR synthetic --backbone resnet18 --weights FILE --out bench/results
 
-DIR is an MVTec AD category, or "synthetic" for aligned woven texture. Embeddings are computed once and
-kept in memory; everything else is NPad itself. Prints the table of docs/method.md.
+DIR is an MVTec AD category; "synthetic" is aligned woven texture. The backbone runs once per image:
+every configuration is fitted and scored from its embeddings, which wait in files below TMPDIR (1.6 MB
+an image with ResNet-18). Prints a table for each, those of docs/method.md, and writes it to
+study_<name>.json row by row.
 """
 
 from __future__ import annotations
@@ -11,20 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from embedded import METRICS, EmbeddedCategory
+from provenance import provenance
 from torch import Tensor
 
-from npad import NPad, fitting
+from npad import NPad
 from npad.evaluation.datasets import find_categories
-from npad.evaluation.measure import evaluate
 from npad.evaluation.synthetic import make_dataset
-from npad.statistics.nominal_set import NominalSet
+from npad.features.backbone import Backbone
+from npad.fitting import AXES_IMAGES, Fit
+from npad.learned import Learned
+from npad.scoring.scorer import Scorer
+from npad.settings import Settings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -58,81 +64,82 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "100 features, PCA": {"n_features": 100},
     "192 features, random": {"n_features": 192, "reduction": "random"},
 }
-METRICS = ("auroc", "pixel_auroc", "aupro")
 
 
-class CachedNominalSet(NominalSet):
-    """A nominal set that is found once for the same embeddings.
-
-    The first centres of greedy k-center are those of a smaller set, so one long run serves all sizes.
-    """
-
-    known: dict[tuple[object, ...], Tensor] = {}  # noqa: RUF012  (shared by all on purpose)
-
-    def finalize(self, advance: Callable[[int], None] | None = None) -> NominalSet:
-        nested = self.method == "kcenter"
-        total = float(sum(part.sum(dtype=torch.float64) for part in self._bank))
-        key = self.method, None if nested else self.n_centroids, self.seed, self.n_seen, total
-        if key in self.known and len(self.known[key]) >= self.n_centroids:
-            self.centroids_ = self.known[key][: int(self.n_centroids)]
-            return self
-        super().finalize(advance)
-        self.known[key] = self.centroids_
-        return self
+def fit(settings: Settings, embeddings: Tensor) -> Learned:
+    """As `NPad.fit` does from the images of these embeddings, (N, h, w, D)."""
+    run = Fit(settings)
+    if settings.chooses_axes:
+        generator = torch.Generator().manual_seed(settings.seed)
+        sample = torch.randperm(len(embeddings), generator=generator)[:AXES_IMAGES]
+        run.choose_axes(embeddings[sample.sort().values].split(settings.batch_size))
+    for x in embeddings.split(settings.batch_size):
+        run.update(embeddings=x)
+    return run.finalize()
 
 
-class CachedNPad(NPad):
-    """NPad whose backbone runs once per image."""
-
-    cache: dict[int, Tensor] = {}  # noqa: RUF012
-
-    def _embed(self, images: Tensor, projection: Tensor | None = None) -> Tensor:
-        keys = [zlib.crc32(image.numpy()) for image in images]
-        if any(key not in self.cache for key in keys):
-            for key, embedding in zip(keys, self._network()(images), strict=True):
-                self.cache[key] = embedding.clone()
-        x = torch.stack([self.cache[key] for key in keys])
-        return x if projection is None else x @ projection
+def evaluate(settings: Settings, category: EmbeddedCategory, network: Backbone) -> dict[str, Any]:
+    """Fit and measure one configuration; its metrics, the eps in use and the model's size."""
+    learned = fit(settings, category.train)
+    scorer = Scorer(network, learned, settings)  # whose network is not run
+    batches = [scorer.score(x) for x in category.test.split(settings.batch_size)]
+    scores, maps = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    figures = category.measure(scores, maps)
+    return {**figures, "eps": learned.eps, "model_mb": learned.nbytes / 1e6}
 
 
-def main() -> None:
+def study(data: str, args: argparse.Namespace, folder: Path) -> None:
+    """Every configuration on one category; its table is printed and its file written."""
+    root = make_dataset(folder / "woven", seed=0) if data == "synthetic" else Path(data)
+    (category,) = find_categories(root)
+    name = Path(data).resolve().name
+    report: dict[str, Any] = {
+        "provenance": provenance(),
+        "settings": {
+            "data": name,
+            "backbone": args.backbone,
+            "image_size": args.image_size,
+            "seeds": args.seeds,
+        },
+        "rows": {},
+    }
+    common: dict[str, Any] = {
+        "backbone": args.backbone,
+        "weights": args.weights,
+        "image_size": args.image_size,
+        "progress": False,
+    }
+    embedded = EmbeddedCategory(category, NPad(**common), folder)
+    network = Backbone(args.backbone, weights=args.weights)
+    print(f"| {name} | image AUROC | pixel AUROC | AUPRO | eps | model MB |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for variant in args.only.split(";") if args.only else VARIANTS:
+        runs = [
+            evaluate(Settings(**common, **VARIANTS[variant], seed=seed), embedded, network)
+            for seed in map(int, args.seeds.split(","))
+        ]
+        means = [f"{fmean(run[metric] for run in runs):.4f}" for metric in METRICS]
+        eps = "none" if runs[0]["eps"] is None else f"{fmean(run['eps'] for run in runs):.1e}"
+        size = f"{runs[0]['model_mb']:.0f}"
+        print("| " + " | ".join([variant, *means, eps, size]) + " |", flush=True)
+        report["rows"][variant] = runs
+        (args.out / f"study_{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="MVTec AD category, or 'synthetic'")
+    parser.add_argument("data", nargs="+", help="MVTec AD categories, or 'synthetic'")
     parser.add_argument("--backbone", default="filterbank")
     parser.add_argument("--weights")
+    parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", help="names of variants, separated by ;")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-
-    fitting.NominalSet = CachedNominalSet
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(args.data)
-        if args.data == "synthetic":
-            root = make_dataset(Path(folder) / "woven", seed=0)
-        (category,) = find_categories(root)
-        names = args.only.split(";") if args.only else list(VARIANTS)
-        rows = {}
-        print("| configuration | image AUROC | pixel AUROC | AUPRO | eps | model MB |")
-        print("|---|---|---|---|---|---|", flush=True)
-        for name in names:
-            runs = []
-            for seed in map(int, args.seeds.split(",")):
-                model = CachedNPad(args.backbone, weights=args.weights, seed=seed, **VARIANTS[name])
-                result = evaluate(model, category, progress=False)
-                path = Path(folder) / "model.npad"
-                model.save(path)
-                runs.append(
-                    {metric: result.metrics[metric] for metric in METRICS}
-                    | {"eps": model.eps_, "model_mb": path.stat().st_size / 1e6}
-                )
-            rows[name] = runs
-            means = [f"{fmean(run[metric] for run in runs):.4f}" for metric in METRICS]
-            eps = "none" if runs[0]["eps"] is None else f"{fmean(run['eps'] for run in runs):.1e}"
-            size = f"{runs[0]['model_mb']:.0f}"
-            print("| " + " | ".join([name, *means, eps, size]) + " |", flush=True)
-            settings = {"data": root.name, "backbone": args.backbone, "seeds": args.seeds}
-            args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for data in args.data:
+        with tempfile.TemporaryDirectory() as folder:
+            study(data, args, Path(folder))
 
 
 if __name__ == "__main__":

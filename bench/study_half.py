@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from provenance import provenance
 
 from npad import NPad
 from npad.evaluation.datasets import find_categories
@@ -35,6 +36,10 @@ def main() -> None:
     args = parser.parse_args()
     (category,) = find_categories(args.data)
     rows = []
+    report = {
+        "provenance": provenance(),
+        "settings": {"data": category.name, "backbone": args.backbone},
+    }
     print("| order | fitted in | scored in |", " | ".join(METRICS), "| score moves: median, most |")
     print("|---" * (len(METRICS) + 4) + "|", flush=True)
     for order in map(int, args.orders.split(",")):
@@ -59,8 +64,7 @@ def main() -> None:
             cells = [f"{value:.6f}" for value in values.values()]
             cells.append(", ".join(f"{value:.1e}" for value in moves.values()))
             print(f"| {order} | {fitted} | {scored} |", " | ".join(cells), "|", flush=True)
-        settings = {"data": Path(args.data).name, "backbone": args.backbone}
-        args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+        args.out.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
 
 
 def relative_moves(result: CategoryResult, single: CategoryResult) -> dict[str, float]:

@@ -4,25 +4,24 @@
 
 DIR is an MVTec AD category. The moments are accumulated once; each row joins a Mahalanobis
 map (training window, eps, evaluation window) and the Euclidean map, smoothed and measured at the
-model's input size.
+model's input size. Prints and keeps nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
-import numpy as np
 import torch
+from embedded import EmbeddedCategory
 from torch import Tensor
 
 from npad import NPad, ops
-from npad.evaluation.datasets import find_categories, read_mask
-from npad.evaluation.metrics import image_metrics, pixel_metrics
+from npad.evaluation.datasets import find_categories
 from npad.scoring.fusion import fusion_arguments, smoothing_sigma
 from npad.statistics.gaussian import NeighborhoodGaussian
 from npad.statistics.nominal_set import NominalSet
-
-SIZE = (256, 256)
 
 
 def main() -> None:
@@ -33,15 +32,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     (category,) = find_categories(args.data)
-    model = NPad(args.backbone, weights=args.weights, seed=args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model = NPad(args.backbone, weights=args.weights)
+        study(EmbeddedCategory(category, model, Path(folder)), args.seed)
 
-    def embed(paths: list[object]) -> Tensor:
-        source = model._open(paths, False)
-        return torch.cat([model._embed(batch.images) for batch in source.batches()])
 
-    train, test = embed(category.train), embed([s.path for s in category.test])
+def study(category: EmbeddedCategory, seed: int) -> None:
+    train, test, size = category.train, category.test, category.size
     grid = tuple(train.shape[1:3])
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held_out = train[order[: min(64, len(train) // 10)]]
     gaussian = NeighborhoodGaussian(grid, train.shape[3])
     for batch in train[order[len(held_out) :]].split(32):
@@ -51,25 +50,13 @@ def main() -> None:
         gaussian.window = window
         chosen[window] = gaussian.choose_eps(held_out)
     gaussian.update(held_out)
-    nominal = NominalSet(seed=args.seed).update(train).finalize()
+    nominal = NominalSet(seed=seed).update(train).finalize()
     euclidean = torch.cat([nominal.distance(x) for x in test.split(16)])
-
-    labels = np.array([s.is_anomalous for s in category.test])
-    masks = []
-    for sample in category.test:
-        mask = np.zeros(SIZE, dtype=bool)
-        if sample.mask_path is not None:
-            own = read_mask(sample.mask_path)
-            rows, columns = (((np.arange(256) + 0.5) * n / 256).astype(int) for n in own.shape)
-            mask = own[rows[:, None], columns]
-        masks.append(mask)
 
     def row(name: str, fusion: str, mahalanobis: Tensor | None, weight: float = 0.4) -> None:
         arguments = fusion_arguments(mahalanobis, euclidean, fusion, weight)
-        maps, scores = ops.anomaly_map(*arguments, SIZE, smoothing_sigma(SIZE))
-        image = image_metrics(labels, scores.double().numpy())
-        pixel = pixel_metrics(masks, list(maps.numpy()))
-        values = image["auroc"], pixel["pixel_auroc"], pixel["aupro"]
+        maps, scores = ops.anomaly_map(*arguments, size, smoothing_sigma(size))
+        values = category.measure(scores, maps).values()
         print(f"| {name} | " + " | ".join(f"{v:.4f}" for v in values) + " |", flush=True)
 
     print("| map | image AUROC | pixel AUROC | AUPRO |\n|---|---|---|---|")

@@ -21,10 +21,12 @@ from bench_detector import SIZE, random_images, random_weights
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from npad import NPad, ops
+from npad import NPad, devices, ops
+from npad.features.backbone import embed_in_parts
 from npad.images.source import ImageSource
 from npad.scoring import fusion
-from npad.scoring.pipeline import embed
+from npad.scoring.pipeline import score_in_parts
+from npad.scoring.scorer import reduce
 
 ROUNDS = 20
 ROWS = 12
@@ -39,20 +41,21 @@ def fitted(args: argparse.Namespace, folder: Path) -> NPad:
     return model.fit(args.data if args.data else random_images(64))
 
 
-def a_batch(args: argparse.Namespace, model: NPad) -> Tensor:
+def a_batch(args: argparse.Namespace, device: torch.device) -> Tensor:
     source = sorted(args.data.iterdir())[: args.batch] if args.data else random_images(args.batch)
     images = ImageSource(source, image_size=(SIZE, SIZE), batch_size=args.batch)
-    return next(images.batches()).images.to(model.device)
+    return next(images.batches()).images.to(device)
 
 
 def parts(model: NPad, images: Tensor) -> dict[str, Callable[[], object]]:
-    """The parts of Scorer.__call__, each on what the one before it gives."""
-    scorer = model._scorer()
-    network = scorer.network
-    x = embed(network, scorer.projection, images)
-    found: dict[str, Callable[[], object]] = {
-        "embedding (backbone, embed, projection)": lambda: embed(network, scorer.projection, images)
-    }
+    """The parts of `Scorer.forward`, each on what the one before it gives."""
+    scorer = model.scorer()
+
+    def embed() -> Tensor:
+        return reduce(embed_in_parts(scorer.network, images), scorer.projection)
+
+    x = embed()
+    found: dict[str, Callable[[], object]] = {"embedding (backbone, embed, projection)": embed}
     if scorer.mean is not None and scorer.factor is not None:
         mean, factor = scorer.mean, scorer.factor
         found["mahalanobis"] = lambda: ops.mahalanobis(
@@ -68,7 +71,7 @@ def parts(model: NPad, images: Tensor) -> dict[str, Callable[[], object]]:
     )
     sigma = fusion.smoothing_sigma(scorer.image_size)
     found["anomaly_map"] = lambda: ops.anomaly_map(*terms, scorer.image_size, sigma)
-    found["all"] = lambda: scorer(images)
+    found["all"] = lambda: score_in_parts(scorer, images)
     found["score()"] = lambda: model.score(images)
     return found
 
@@ -101,11 +104,12 @@ def main() -> None:
         parser.error("--backbone needs --weights")
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        device = devices.resolve(args.device)
         model = fitted(args, Path(folder))
-        images = a_batch(args, model)
+        images = a_batch(args, device)
         for name, function in parts(model, images).items():
-            print(f"{name:<42} {milliseconds(function, model.device):9.3f} ms")
-        cuda = model.device.type == "cuda"
+            print(f"{name:<42} {milliseconds(function, device):9.3f} ms")
+        cuda = device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as profiler:
             model.score(images)
