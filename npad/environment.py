@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -22,12 +23,7 @@ def info() -> dict[str, Any]:
     -------
     dict with the keys npad, kernels, threads, python, platform, cores, torch, cuda, gpus, packages
     """
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    installed = versions(*PACKAGES)
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "npad": __version__,
@@ -41,5 +37,14 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in gpus],
-        "packages": versions,
+        "packages": {name: installed.get(name) for name in PACKAGES},
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
+import torch
 from PIL import Image
+
+from npad.scoring.fusion import resized
+from npad.scoring.prediction import Prediction
 
 BACKGROUND = 100
 SIZE = (24, 32)
@@ -30,18 +32,24 @@ class FakeModel:
         self.mean_ = float(np.mean([np.asarray(Image.open(p), dtype=float).mean() for p in good]))
         return self
 
-    def predict_batches(self, source, *, skip_bad=False):
+    def predict_batches(self, source, *, skip_bad=False, map_size="image"):
         for start in range(0, len(source), self.batch_size):
-            batch = SimpleNamespace(scores=[], maps=[], paths=[], skipped=[])
+            scores, batch = [], Prediction(np.empty(0), [], [])
             for path in source[start : start + self.batch_size]:
                 if skip_bad and "bad" in path.name:
                     batch.skipped.append((str(path), "cut short"))
                     continue
                 pixels = np.asarray(Image.open(path).convert("L"), dtype=np.float32)
-                batch.maps.append(np.abs(pixels - np.float32(self.mean_)))
-                batch.scores.append(batch.maps[-1].max())
+                difference = np.abs(pixels - np.float32(self.mean_))
+                sizes = {"image": difference.shape, "model": self.image_size}
+                (map_,) = resized(
+                    torch.from_numpy(difference)[None], [sizes.get(map_size, map_size)]
+                )
+                scores.append(float(difference.max()))
+                batch.maps.append(map_)
                 batch.paths.append(str(path))
-            batch.scores = np.array(batch.scores, dtype=np.float64)
+                batch.sizes.append(difference.shape)
+            batch.scores = np.array(scores)
             yield batch
 
 

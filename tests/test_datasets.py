@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -6,7 +7,13 @@ import numpy as np
 import pytest
 from image_files import make_category, save_image, smooth_pixels
 
-from npad.evaluation.datasets import DatasetError, Sample, find_categories, read_mask
+from npad.evaluation.datasets import (
+    DatasetError,
+    Sample,
+    find_categories,
+    read_mask,
+    resample_mask,
+)
 from npad.images.source import ImageError, read_image
 
 
@@ -97,12 +104,19 @@ def damage_loose_image(root):
 
 def damage_no_mask(root):
     (root / "ground_truth/hole/001_mask.png").unlink()
-    return root / "test/hole/001.png", r"a defect without its mask: expected .*hole/001_mask\.png"
+    return root / "test/hole/001.png", (
+        r"a defect without its mask: 1 of 2 defective images have none; add them, here "
+        r"ground_truth/hole/001_mask\.png"
+    )
 
 
-def damage_no_masks(root):
-    shutil.rmtree(root / "ground_truth")
-    return root / "test/hole/000.png", "a defect without its mask"
+def damage_misnamed_masks(root):
+    for path in (root / "ground_truth/hole").iterdir():
+        path.rename(path.with_stem(path.stem + "s"))
+    return (
+        root / "ground_truth/hole/000_masks.png",
+        "without its image in test: name it as its image",
+    )
 
 
 def damage_no_image(root):
@@ -135,7 +149,7 @@ def damage_two_images(root):
         damage_empty_type,
         damage_loose_image,
         damage_no_mask,
-        damage_no_masks,
+        damage_misnamed_masks,
         damage_no_image,
         damage_no_type,
         damage_two_masks,
@@ -148,6 +162,44 @@ def test_damaged_layout_names_the_culprit(root, damage):
         find_categories(root)
     assert caught.value.path == path
     assert str(path) in str(caught.value)
+
+
+def test_masks_may_be_missing_altogether(root):
+    assert find_categories(root)[0].has_masks
+    shutil.rmtree(root / "ground_truth")
+    (category,) = find_categories(root)
+    assert not category.has_masks
+    assert [sample.mask_path for sample in category.test] == [None] * 4
+    save_image(root / "ground_truth/good/000_mask.png", np.zeros((20, 24), np.uint8))
+    assert not find_categories(root)[0].has_masks
+    only_good = dataclasses.replace(category, test=category.test[:2])
+    assert only_good.has_masks  # none is missing
+
+
+@pytest.mark.parametrize(("missing", "named", "more"), [(1, 0, ""), (4, 3, ""), (6, 3, "2 more")])
+def test_images_whose_masks_are_missing_are_named(tmp_path, missing, named, more):
+    root = make_category(tmp_path / "tile", n_defects=7)
+    paths = [root / f"test/hole/{i:03}.png" for i in range(missing)]
+    for i in range(missing):
+        (root / f"ground_truth/hole/{i:03}_mask.png").unlink()
+    with pytest.raises(DatasetError) as caught:
+        find_categories(root)
+    text = str(caught.value)
+    assert text.startswith(f"{paths[0]}: a defect without its mask")
+    assert all(str(path) in text for path in paths[: 1 + named])
+    assert not any(str(path) in text for path in paths[1 + named :])
+    assert f"{missing} of 7 defective images have none" in text
+    assert ("more" in text) is bool(more)
+    assert more in text
+
+
+@pytest.mark.parametrize("size", [(6, 9), (3, 3), (4, 5), (17, 31), (1, 1)])
+def test_resample_mask(size):
+    mask = smooth_pixels(6, 9, 1)[..., 0] > 128
+    out = resample_mask(mask, size)
+    assert (out.shape, out.dtype) == (size, np.bool_)
+    for y, x in np.ndindex(size):  # the pixel in which the centre lies
+        assert out[y, x] == mask[(2 * y + 1) * 6 // (2 * size[0]), (2 * x + 1) * 9 // (2 * size[1])]
 
 
 def test_no_data_set(tmp_path):
@@ -167,6 +219,14 @@ def test_read_mask(tmp_path):
     path.write_bytes(b"no mask")
     with pytest.raises(ImageError, match=r"mask\.png"):
         read_mask(path)
+
+
+@pytest.mark.skipif("NPAD_DATA" not in os.environ, reason="NPAD_DATA is not set")
+def test_solar_cells_have_no_masks():
+    (category,) = find_categories(Path(os.environ["NPAD_DATA"], "elpv_mono"))
+    assert not category.has_masks
+    assert len(category.train) > 100
+    assert {sample.defect_type for sample in category.test} == {"good", "defective"}
 
 
 @pytest.mark.skipif("NPAD_DATA" not in os.environ, reason="NPAD_DATA is not set")

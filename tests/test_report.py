@@ -20,6 +20,8 @@ from PIL import Image
 
 from npad.evaluation import measure, report
 from npad.evaluation.datasets import find_categories
+from npad.evaluation.metrics import PIXEL_METRICS
+from npad.evaluation.results import NO_MASKS
 from npad.images.source import ImageError
 
 TESTS = [
@@ -219,6 +221,32 @@ def test_many_categories_begin_with_a_summary(result, tmp_path):
     assert "Two <parts>" in text
     assert text.count("Settings of this category eps") == 2
     assert [a["href"] for a in elements.all("a")].count("#category-2") == 1
+
+
+def test_without_masks_it_says_so_and_leaves_pixels_out(result, tmp_path):
+    bare = dataclasses.replace(
+        result,
+        has_masks=False,
+        metrics={**result.metrics, **dict.fromkeys(PIXEL_METRICS, math.nan)},
+        types={
+            kind: {**values, **dict.fromkeys((*PIXEL_METRICS, "n_regions"), math.nan)}
+            for kind, values in result.types.items()
+        },
+        curves={**result.curves, **dict.fromkeys(("pixel_roc", "pro"), (np.empty(0),) * 2)},
+        pictures=[dataclasses.replace(picture, mask=None) for picture in result.pictures],
+        notes=["No masks here."],
+    )
+    report.write_report([bare, dataclasses.replace(result, pictures=[])], tmp_path / "report.html")
+    elements = Elements((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = " ".join(elements.text.split())
+    assert "nan" not in text
+    # A row of the summary; the tiles; and the table of two types, with their regions and their sum.
+    assert text.count(NO_MASKS) == 4 + 4 + 3 * 5 + 1  # and the glossary
+    assert text.count("Pixel ROC") == text.count("Per-region overlap") == 1
+    kinds = {image["alt"].rsplit(", ", 1)[-1] for image in elements.all("img")[1:]}
+    assert kinds == {"image", "anomaly map", "overlay"}
+    assert "defect outlined" not in text
+    assert "No masks here." in text
 
 
 def test_undefined_figures_and_left_out_images(result, tmp_path):

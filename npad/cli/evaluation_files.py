@@ -15,8 +15,9 @@ from typing import Any
 from npad.atomic_file import replacing
 from npad.evaluation.datasets import Category
 from npad.evaluation.measure import Model, evaluate
+from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.report import write_report
-from npad.evaluation.results import CategoryResult, summarize, to_json
+from npad.evaluation.results import NO_MASKS, CategoryResult, summarize, to_json
 
 __all__ = ["REPORT", "evaluate_all", "print_table"]
 
@@ -93,13 +94,12 @@ def _over_seeds(summaries: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row
     """Mean and sample standard deviation over seeds of each row; one seed has no deviation."""
     means, deviations = [], []
     for of_seeds in zip(*summaries, strict=True):
-        name = of_seeds[0]["category"]
-        values = {key: [row[key] for row in of_seeds] for key in of_seeds[0] if key != "category"}
-        mean = {key: _defined(statistics.fmean, v) for key, v in values.items()}
-        means.append({"category": name, **mean})
+        about = {key: of_seeds[0][key] for key in ("category", "has_masks")}
+        values = {key: [row[key] for row in of_seeds] for key in of_seeds[0] if key not in about}
+        means.append(about | {key: _defined(statistics.fmean, v) for key, v in values.items()})
         if len(of_seeds) > 1:
             deviation = {key: _defined(statistics.stdev, v) for key, v in values.items()}
-            deviations.append({"category": name, **deviation})
+            deviations.append(about | deviation)
     return means, deviations
 
 
@@ -112,7 +112,14 @@ def _rows(means: list[Row], deviations: list[Row], results: Sequence[CategoryRes
         means = means[:1]  # their mean would say the same again
     if not deviations:
         types = results[0].types if len(results) == 1 else {}
-        return [*means, *({"category": f"  {name}", **row} for name, row in types.items())]
+        has_masks = results[0].has_masks
+        return [
+            *means,
+            *(
+                {"category": f"  {name}", "has_masks": has_masks, **row}
+                for name, row in types.items()
+            ),
+        ]
     rows = []
     for mean, deviation in zip(means, deviations, strict=False):
         rows += [mean, {**deviation, "category": "  ± over seeds"}]
@@ -127,7 +134,7 @@ def _write_json(path: Path, values: Any) -> None:
 def print_table(rows: Sequence[Row]) -> None:
     """Print a table on a terminal, else tab-separated columns under the names used in the JSON."""
     cells = [
-        [str(row["category"]), *(_cell(key, row[key]) if key in row else "" for key in COLUMNS)]
+        [str(row["category"]), *(_cell(key, row) if key in row else "" for key in COLUMNS)]
         for row in rows
     ]
     if not sys.stdout.isatty():
@@ -148,7 +155,10 @@ def print_table(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def _cell(key: str, value: float | None) -> str:
+def _cell(key: str, row: Row) -> str:
+    value = row[key]
+    if key in PIXEL_METRICS and not row["has_masks"]:
+        return NO_MASKS
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.1f}" if key in ("fit_seconds", "images_per_second") else f"{value:.3f}"

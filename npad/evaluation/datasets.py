@@ -4,6 +4,8 @@
     <category>/test/good/*, test/<type>/*              images to score
     <category>/ground_truth/<type>/<name>_mask.png     where the defects are (or <name>.png)
 
+A category may have no masks at all; then only whole images can be measured.
+
 Source: Bergmann, Fauser, Sattlegger, Steger, *MVTec AD*, CVPR 2019.
 """
 
@@ -19,10 +21,11 @@ from numpy.typing import NDArray
 
 from npad.images.decoding import list_images, read_image
 
-__all__ = ["Category", "DatasetError", "Sample", "find_categories", "read_mask"]
+__all__ = ["Category", "DatasetError", "Sample", "find_categories", "read_mask", "resample_mask"]
 
 GOOD = "good"
 PARTS = ("train", "test", "ground_truth")
+_NAMED = 3  # of the images without a mask that an error lists
 
 
 class DatasetError(ValueError):
@@ -53,7 +56,7 @@ class Sample:
     defect_type : str
         ``"good"``, or the name of its folder below ``test``.
     mask_path : Path or None
-        Always there for a defect.
+        Where the defect is. A good image needs none.
     """
 
     path: Path
@@ -68,11 +71,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class Category:
-    """One kind of object or texture: what to fit and what to score, both sorted by path."""
+    """One kind of object or texture: what to fit and what to score, both sorted by path.
+
+    Raises
+    ------
+    DatasetError
+        Some defective images have a mask and others have none.
+    """
 
     name: str
     train: list[Path]
     test: list[Sample]
+
+    def __post_init__(self) -> None:
+        defects = [sample for sample in self.test if sample.is_anomalous]
+        missing = [sample for sample in defects if sample.mask_path is None]
+        if not 0 < len(missing) < len(defects):
+            return
+        first, *others = missing
+        named = [str(sample.path) for sample in others[:_NAMED]]
+        named += [f"{len(others) - _NAMED} more"] if len(others) > _NAMED else []
+        raise DatasetError(
+            first.path,
+            f"a defect without its mask{', as are ' if named else ''}{', '.join(named)}:"
+            f" {len(missing)} of {len(defects)} defective images have none; add them, here"
+            f" ground_truth/{first.defect_type}/{first.path.stem}_mask.png, or remove all masks to"
+            " measure whole images only",
+        )
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it is known where the defects are, so that pixels can be measured."""
+        return all(sample.mask_path for sample in self.test if sample.is_anomalous)
 
 
 def find_categories(root: str | os.PathLike[str]) -> list[Category]:
@@ -93,7 +123,7 @@ def find_categories(root: str | os.PathLike[str]) -> list[Category]:
     ------
     DatasetError
         No category is there; no ``train/good`` or ``test``, or no images in them; a mask without
-        its image, a defect without its mask, or two of one name.
+        its image, masks for some of the defects only, or two of one name.
     """
     root = Path(root)
     if not root.is_dir():
@@ -125,6 +155,25 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
     return np.asarray(read_image(path).any(axis=2))
 
 
+def resample_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Bring a mask to another size: each pixel takes the value that lies at its centre.
+
+    Parameters
+    ----------
+    mask : (H, W) bool
+    size : (height, width)
+
+    Returns
+    -------
+    (height, width) bool
+    """
+    rows, columns = (
+        ((np.arange(n) + 0.5) * own / n).astype(np.intp)
+        for n, own in zip(size, mask.shape, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
@@ -149,15 +198,15 @@ def _read_category(root: Path) -> Category:
                 raise DatasetError(found[1], f"a second mask of {paths[0]}: keep one")
             if found and len(paths) > 1:
                 raise DatasetError(paths[1], f"shares its mask with {paths[0]}: rename one")
-            if not found and folder.name != GOOD:
-                expected = truth_root / f"{stem}_mask.png"
-                raise DatasetError(paths[0], f"a defect without its mask: expected {expected}")
             test += [Sample(path, folder.name, found[0] if found else None) for path in paths]
+    category = Category(root.resolve().name, train, test)
     for orphans in masks.values():
         raise DatasetError(
-            orphans[0], "a mask without its image in test: add the image or remove the mask"
+            orphans[0],
+            "a mask without its image in test: name it as its image, with _mask at the end or without,"
+            " add the image, or remove the mask",
         )
-    return Category(root.resolve().name, train, test)
+    return category
 
 
 def _images(folder: Path) -> list[Path]:

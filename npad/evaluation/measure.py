@@ -10,53 +10,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from npad.evaluation import metrics
-from npad.evaluation.datasets import GOOD, Category, Sample, read_mask
-from npad.evaluation.results import (
-    PRO_LIMIT,
-    CategoryResult,
-    Curve,
-    Picture,
-    ScoredImage,
-    summarize,
-    to_json,
-)
+from npad.evaluation.datasets import GOOD, Category, read_mask, resample_mask
+from npad.evaluation.metrics import Curve, PixelRanking
+from npad.evaluation.results import PRO_LIMIT, CategoryResult, Picture, ScoredImage
 from npad.progress import task
-from npad.scoring.fusion import resized
+from npad.scoring.prediction import Prediction
 
-__all__ = ["CategoryResult", "Model", "Prediction", "evaluate", "score", "summarize", "to_json"]
+__all__ = ["Model", "evaluate", "score"]
 
 _PICTURES = 8  # of good images, of defective images and of typical images each
 _CURVE_POINTS = 200
-
-Mask = tuple[NDArray[np.bool_], tuple[int, int] | None]  # at the metric size; its own size
-
-
-class Prediction(Protocol):
-    """What a model says about a few images."""
-
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """Scores of the images, (N,)."""
-
-    @property
-    def maps(self) -> Sequence[NDArray[np.float32]]:
-        """Anomaly maps, (H, W) each, at the size of their image."""
-
-    @property
-    def paths(self) -> Sequence[str]:
-        """Paths of the images, as they were given."""
-
-    @property
-    def skipped(self) -> Sequence[tuple[str, str]]:
-        """(path, reason) of images that could not be read."""
+_NO_CURVE = np.empty(0), np.empty(0)
 
 
 class Model(Protocol):
@@ -70,9 +42,9 @@ class Model(Protocol):
         """Fit on defect-free images."""
 
     def predict_batches(
-        self, source: Sequence[Path], *, skip_bad: bool = False
+        self, source: Sequence[Path], *, skip_bad: bool = False, map_size: tuple[int, int]
     ) -> Iterator[Prediction]:
-        """Score images, batch by batch."""
+        """Score images, batch by batch, with maps of this (height, width)."""
 
     def settings(self) -> dict[str, Any]:
         """All arguments as JSON values, among them ``image_size``, (height, width)."""
@@ -92,30 +64,32 @@ def evaluate(
     ----------
     model : `npad.NPad`, or anything with its ``fit``, ``predict_batches`` and ``settings``
     category : from `npad.evaluation.datasets.find_categories`
-    metric_size : (height, width) to which maps are resized bilinearly and masks by nearest pixel
-        before the pixel metrics; None is the model's ``image_size``
+    metric_size : (height, width) of maps and masks in the pixel metrics. The model gives its maps at
+        this size; a mask is resampled by nearest pixel. None is the model's ``image_size``, at which
+        maps are as they were computed.
     skip_bad : go on after an image that cannot be read, and list it in the result
     progress : False shows no bar while metrics are computed; the model shows its own
 
     Returns
     -------
-    CategoryResult
+    CategoryResult, whose pixel metrics are NaN where the category has no masks
 
     Raises
     ------
-    ValueError  a mask has not the size of its image, or no test image could be scored.
-    ImageError  an image or a mask cannot be read. Masks are read before anything is fitted.
+    ValueError
+        A mask has not the size of its image, or no test image could be scored.
+    ImageError
+        An image or a mask cannot be read. Masks are read before anything is fitted.
 
     Notes
     -----
     Memory: the test set's maps at the metric size, float32, and once more while they are ranked.
     """
-    size = _metric_size(model, metric_size)
-    masks = _read_masks(category.test, size)
+    truth = _read_truth(category, _metric_size(model, metric_size))
     start = time.perf_counter()
     model.fit(category.train, skip_bad=skip_bad)
     fit_seconds = time.perf_counter() - start
-    return _score(model, category, size, masks, fit_seconds, skip_bad, progress)
+    return _score(model, category, truth, fit_seconds, skip_bad, progress)
 
 
 def score(
@@ -127,9 +101,8 @@ def score(
     progress: bool | None = None,
 ) -> CategoryResult:
     """As `evaluate`, for a model that is fitted already; ``fit_seconds`` is NaN."""
-    size = _metric_size(model, metric_size)
-    masks = _read_masks(category.test, size)
-    return _score(model, category, size, masks, math.nan, skip_bad, progress)
+    truth = _read_truth(category, _metric_size(model, metric_size))
+    return _score(model, category, truth, math.nan, skip_bad, progress)
 
 
 def _metric_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -139,38 +112,49 @@ def _metric_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
     return height, width
 
 
-def _read_masks(samples: Sequence[Sample], size: tuple[int, int]) -> list[Mask]:
-    masks: list[Mask] = []
-    for sample in samples:
-        if sample.mask_path is not None:
-            mask = read_mask(sample.mask_path)
-            rows, columns = (
-                ((np.arange(n) + 0.5) * own / n).astype(np.intp)
-                for n, own in zip(size, mask.shape, strict=True)
-            )
-            masks.append((mask[rows[:, None], columns], (mask.shape[0], mask.shape[1])))
-        elif sample.is_anomalous:
-            raise ValueError(f"{sample.path}: a defective image needs a mask")
+@dataclass(frozen=True, eq=False)
+class _Truth:
+    """Masks of the test images.
+
+    Attributes
+    ----------
+    size : (height, width), the metric size
+    masks : (H, W) bool of each image at this size; empty where the category has no masks
+    own_sizes : (height, width) of the masks as they were read, by the position of their image
+    """
+
+    size: tuple[int, int]
+    masks: list[NDArray[np.bool_]]
+    own_sizes: dict[int, tuple[int, int]]
+
+
+def _read_truth(category: Category, size: tuple[int, int]) -> _Truth:
+    truth = _Truth(size, [], {})
+    for i, sample in enumerate(category.test if category.has_masks else []):
+        if sample.mask_path is None:
+            truth.masks.append(np.zeros(size, dtype=bool))
         else:
-            masks.append((np.zeros(size, dtype=bool), None))
-    return masks
+            mask = read_mask(sample.mask_path)
+            truth.own_sizes[i] = mask.shape[0], mask.shape[1]
+            truth.masks.append(resample_mask(mask, size))
+    return truth
 
 
 def _score(
     model: Model,
     category: Category,
-    size: tuple[int, int],
-    masks: list[Mask],
+    truth: _Truth,
     fit_seconds: float,
     skip_bad: bool,
     progress: bool | None,
 ) -> CategoryResult:
-    position = {str(sample.path): i for i, sample in enumerate(category.test)}
+    paths = [sample.path for sample in category.test]
+    position = {str(path): i for i, path in enumerate(paths)}
     scores: dict[int, float] = {}
-    maps = np.empty((len(category.test), *size), dtype=np.float32)
+    maps = np.empty((len(paths), *truth.size), dtype=np.float32)
     skipped = list(model.skipped_)
     predict_seconds = 0.0
-    batches = model.predict_batches([sample.path for sample in category.test], skip_bad=skip_bad)
+    batches = model.predict_batches(paths, skip_bad=skip_bad, map_size=truth.size)
     while True:
         start = time.perf_counter()
         batch = next(batches, None)
@@ -178,17 +162,18 @@ def _score(
         if batch is None:
             break
         skipped += batch.skipped
-        for path, value, own_map in zip(batch.paths, batch.scores, batch.maps, strict=True):
-            i = position[str(path)]
-            mask_size = masks[i][1]
-            if mask_size is not None and mask_size != own_map.shape:
+        for path, value, own_map, size in zip(
+            batch.paths, batch.scores, batch.maps, batch.sizes, strict=True
+        ):
+            i = position[path]
+            mask_size = truth.own_sizes.get(i, size)
+            if mask_size != size:
                 raise ValueError(
                     f"{category.test[i].mask_path} is {mask_size[0]} x {mask_size[1]} pixels but"
-                    f" {path} is {own_map.shape[0]} x {own_map.shape[1]} (height x width);"
+                    f" {path} is {size[0]} x {size[1]} (height x width);"
                     " a mask must have the size of its image"
                 )
-            scores[i] = float(value)
-            (maps[i],) = resized(torch.from_numpy(own_map)[None], [size])
+            scores[i], maps[i] = float(value), own_map
     if not scores:
         raise ValueError(f"{category.name}: none of its test images could be scored")
     scored = sorted(scores)
@@ -199,7 +184,8 @@ def _score(
         name=category.name,
         n_train=len(category.train) - len(model.skipped_),
         images=images,
-        metric_size=size,
+        has_masks=category.has_masks,
+        metric_size=truth.size,
         fit_seconds=fit_seconds,
         predict_seconds=predict_seconds,
         model_bytes=getattr(model, "nbytes", None),
@@ -214,7 +200,7 @@ def _score(
             category.name,
             images,
             [maps[i] for i in scored],
-            [masks[i][0] for i in scored],
+            [truth.masks[i] for i in scored] if category.has_masks else None,
             progress,
         ),
     )
@@ -224,7 +210,7 @@ def _measure(
     name: str,
     images: list[ScoredImage],
     maps: list[NDArray[np.float32]],
-    masks: list[NDArray[np.bool_]],
+    masks: list[NDArray[np.bool_]] | None,
     progress: bool | None,
 ) -> dict[str, Any]:
     scores = np.array([image.score for image in images])
@@ -233,19 +219,25 @@ def _measure(
     _, threshold = metrics.best_f1(anomalous, scores)
     missed, false_alarms = anomalous & (scores < threshold), ~anomalous & (scores >= threshold)
 
+    def measured(chosen: NDArray[np.bool_]) -> tuple[dict[str, float], PixelRanking | None]:
+        figures = metrics.image_metrics(anomalous[chosen], scores[chosen])
+        if masks is None:
+            return figures | dict.fromkeys(metrics.PIXEL_METRICS, math.nan), None
+        of = np.flatnonzero(chosen)
+        ranking = metrics.rank_pixels([masks[i] for i in of], [maps[i] for i in of])
+        return figures | ranking.metrics(PRO_LIMIT), ranking
+
     defect_types = sorted(set(kinds[anomalous].tolist()))
     types = {}
     with task(f"{name}: metrics", len(defect_types) + 1, enabled=progress) as advance:
-        everything = metrics.rank_pixels(masks, maps)
+        figures, everything = measured(np.ones_like(anomalous))
         advance()
         for kind in defect_types:
-            chosen = np.flatnonzero(~anomalous | (kinds == kind))
-            ranking = metrics.rank_pixels([masks[i] for i in chosen], [maps[i] for i in chosen])
+            of_kind, ranking = measured(~anomalous | (kinds == kind))
             types[kind] = {
-                **metrics.image_metrics(anomalous[chosen], scores[chosen]),
-                **ranking.metrics(PRO_LIMIT),
+                **of_kind,
                 "n_images": int(np.sum(kinds == kind)),
-                "n_regions": ranking.n_regions,
+                "n_regions": ranking.n_regions if ranking else math.nan,
                 "n_missed": int(np.sum(missed & (kinds == kind))),
             }
             advance()
@@ -254,31 +246,36 @@ def _measure(
     pictures = []
     for group, i in _pick(scores, kinds):
         levels = np.clip((maps[i] - low) / (high - low), 0, 1)
-        pictures.append(Picture(images[i], group, np.rint(255 * levels).astype(np.uint8), masks[i]))
-    empty = sum(bad and not mask.any() for bad, mask in zip(anomalous, masks, strict=True))
+        mask = None if masks is None else masks[i]
+        pictures.append(Picture(images[i], group, np.rint(255 * levels).astype(np.uint8), mask))
     return {
-        "metrics": {
-            **metrics.image_metrics(anomalous, scores),
-            **everything.metrics(PRO_LIMIT),
-        },
+        "metrics": figures,
         "types": types,
         "threshold": threshold,
         "n_false_alarms": int(false_alarms.sum()),
         "n_missed": int(missed.sum()),
         "curves": {
             "roc": _thin(metrics.roc_curve(anomalous, scores)),
-            "pixel_roc": _thin(everything.roc_curve()),
-            "pro": _thin(everything.pro_curve(), PRO_LIMIT),
+            "pixel_roc": _thin(everything.roc_curve() if everything else _NO_CURVE),
+            "pro": _thin(everything.pro_curve() if everything else _NO_CURVE, PRO_LIMIT),
         },
         "color_range": (low, high),
         "pictures": pictures,
-        "notes": [
-            f"{empty} defective image{'s have' if empty > 1 else ' has'} an empty mask at this"
-            " size: their pixels count as nominal."
-        ]
-        if empty
-        else [],
+        "notes": _notes(anomalous, masks),
     }
+
+
+def _notes(anomalous: NDArray[np.bool_], masks: list[NDArray[np.bool_]] | None) -> list[str]:
+    if masks is None:
+        return [
+            "The data set has no masks that show where the defects are: whole images are measured,"
+            " pixels are not."
+        ]
+    empty = sum(bad and not mask.any() for bad, mask in zip(anomalous, masks, strict=True))
+    if not empty:
+        return []
+    have = "images have" if empty > 1 else "image has"
+    return [f"{empty} defective {have} an empty mask at this size: their pixels count as nominal."]
 
 
 def _pick(scores: NDArray[np.float64], kinds: NDArray[np.str_]) -> list[tuple[str, int]]:
@@ -297,12 +294,9 @@ def _pick(scores: NDArray[np.float64], kinds: NDArray[np.str_]) -> list[tuple[st
 
 def _thin(curve: Curve, limit: float = 1.0) -> Curve:
     """Cut the curve at x = limit and keep points that are evenly spaced along its length."""
-    x, y = curve
+    x, y = metrics.cut(curve, limit)
     if not len(x):
-        return curve
-    inside = int(np.searchsorted(x, limit, side="right"))
-    end = np.interp(limit, x[inside - 1 : inside + 1], y[inside - 1 : inside + 1])
-    x, y = np.append(x[:inside], limit), np.append(y[:inside], end)
+        return x, y
     length = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(x)) / limit + np.abs(np.diff(y)))])
     kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], _CURVE_POINTS)))
     return x[kept], y[kept]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,9 +19,13 @@ from scipy import ndimage
 from sklearn import metrics as sk
 
 __all__ = [
+    "IMAGE_METRICS",
+    "PIXEL_METRICS",
+    "Curve",
     "PixelRanking",
     "aupro",
     "best_f1",
+    "cut",
     "image_metrics",
     "pixel_metrics",
     "pro_curve",
@@ -28,7 +33,10 @@ __all__ = [
     "roc_curve",
 ]
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+IMAGE_METRICS = ("auroc", "ap", "f1_max")
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+
+Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y, both ascending
 
 # Pixels that touch at a corner are one region, as in MVTec's own evaluation of AUPRO.
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
@@ -49,7 +57,8 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
 
     Raises
     ------
-    ValueError  shapes differ, a label is neither 0 nor 1, or a score is not finite.
+    ValueError
+        Shapes differ, a label is neither 0 nor 1, or a score is not finite.
     """
     auroc, ap, f1_max, _ = _summarize(*_checked(labels, scores))
     return {"auroc": auroc, "ap": ap, "f1_max": f1_max}
@@ -115,21 +124,18 @@ class PixelRanking:
 
         Raises
         ------
-        ValueError  limit is not in (0, 1].
+        ValueError
+            The limit is not in (0, 1].
         """
         if not 0 < limit <= 1:
             raise ValueError(f"aupro: limit must be above 0 and at most 1, got {limit}")
-        fpr, pro = self.pro_curve()
-        if not len(fpr):
-            return float("nan")
-        inside = int(np.searchsorted(fpr, limit, side="right"))
-        end = np.interp(limit, fpr[inside - 1 : inside + 1], pro[inside - 1 : inside + 1])
-        return float(sk.auc([*fpr[:inside], limit], [*pro[:inside], end]) / limit)
+        fpr, pro = cut(self.pro_curve(), limit)
+        return float(sk.auc(fpr, pro) / limit) if len(fpr) else float("nan")
 
     def metrics(self, limit: float = 0.3) -> dict[str, float]:
         """Return ``pixel_auroc``, ``pixel_ap``, ``pixel_f1_max`` and ``aupro``."""
         if not self.n_nominal or not self.n_regions:
-            return dict.fromkeys(("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"), float("nan"))
+            return dict.fromkeys(PIXEL_METRICS, float("nan"))
         found = np.cumsum(self.anomalous)
         alarms = found + self.nominal_at
         return {
@@ -151,6 +157,16 @@ class PixelRanking:
         return np.concatenate([[0.0], right, [1.0]]), np.concatenate([[0.0], up, [1.0]])
 
 
+def cut(curve: Curve, limit: float) -> Curve:
+    """Return the part of a curve up to x = limit, interpolated linearly; an empty one stays empty."""
+    x, y = curve
+    if not len(x):
+        return curve
+    inside = int(np.searchsorted(x, limit, side="right"))
+    end = np.interp(limit, x[inside - 1 : inside + 1], y[inside - 1 : inside + 1])
+    return np.append(x[:inside], limit), np.append(y[:inside], end)
+
+
 def rank_pixels(masks: Iterable[ArrayLike], maps: Sequence[ArrayLike]) -> PixelRanking:
     """Rank all pixels of a set of anomaly maps; one sort serves every pixel metric and curve.
 
@@ -162,7 +178,8 @@ def rank_pixels(masks: Iterable[ArrayLike], maps: Sequence[ArrayLike]) -> PixelR
 
     Raises
     ------
-    ValueError  number or shape of masks and maps differ, or a map is not finite.
+    ValueError
+        Number or shape of masks and maps differ, or a map is not finite.
 
     Notes
     -----
@@ -229,7 +246,8 @@ def pixel_metrics(
 
     Raises
     ------
-    ValueError  as `rank_pixels`, or limit is not in (0, 1].
+    ValueError
+        As `rank_pixels`; or the limit is not in (0, 1].
     """
     return rank_pixels(masks, maps).metrics(limit)
 

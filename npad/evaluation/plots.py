@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from npad.evaluation.datasets import GOOD
+from npad.evaluation.metrics import Curve
 from npad.evaluation.results import CategoryResult
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def draw_histogram(result: CategoryResult, label: str) -> str:
     return _svg(figure, label)
 
 
-def draw_curve(
-    curve: tuple[NDArray[Any], NDArray[Any]], axis_names: tuple[str, str], end: float, label: str
-) -> str:
+def draw_curve(curve: Curve, axis_names: tuple[str, str], end: float, label: str) -> str:
     """One curve from 0 to `end`, and the diagonal that guessing would give."""
     figure = _figure(3.3, 2.9)
     ax = figure.subplots()

@@ -21,9 +21,19 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.atomic_file import replacing
+from npad.evaluation.datasets import resample_mask
+from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.overlay import color_map, draw_overlay
 from npad.evaluation.plots import draw_curve, draw_histogram
-from npad.evaluation.results import METRICS, PRO_LIMIT, CategoryResult, Picture, summarize, versions
+from npad.evaluation.results import (
+    METRICS,
+    NO_MASKS,
+    PRO_LIMIT,
+    CategoryResult,
+    Picture,
+    summarize,
+    versions,
+)
 from npad.images.source import read_image
 
 __all__ = ["write_report"]
@@ -61,9 +71,12 @@ def write_report(
 
     Raises
     ------
-    ValueError  there are no results.
-    ImageError  an image is not there any more.
-    OSError     the file cannot be written.
+    ValueError
+        There are no results.
+    ImageError
+        An image is not there any more.
+    OSError
+        The file cannot be written.
     """
     import jinja2  # noqa: PLC0415  (heavy, and only reports need it)
 
@@ -85,6 +98,8 @@ def write_report(
         labels=_LABELS,
         metrics=METRICS,
         limit=PRO_LIMIT,
+        no_masks=NO_MASKS,
+        with_masks=all(result.has_masks for result in results),
         rows=summarize(results),
         settings=shared,
         color_bar=_data_uri(color_map(np.linspace(0, 1, 256)[None]), "PNG"),
@@ -105,15 +120,17 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
         of = {"good": n_good, "defective": len(result.images) - n_good, "typical": len(pictures)}
         if pictures:
             left_out = of[group] - len(pictures)
-            defects = group != "good"
+            masks = group != "good" and result.has_masks
             groups.append(
-                {"heading": heading, "rows": pictures, "left_out": left_out, "defects": defects}
+                {"heading": heading, "rows": pictures, "left_out": left_out, "masks": masks}
             )
     curves = {
         "roc": ("Image ROC", "false positive rate", "true positive rate", "auroc"),
         "pixel_roc": ("Pixel ROC", "false positive rate", "true positive rate", "pixel_auroc"),
         "pro": ("Per-region overlap", "false positive rate", "mean overlap", "aupro"),
     }
+    if not result.has_masks:
+        curves = {"roc": curves["roc"]}
     own = {key: value for key, value in _settings(result).items() if key not in shared}
     return {
         "id": f"category-{number + 1}",
@@ -146,14 +163,18 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
     photo = _thumbnail(read_image(image.path))
     size = photo.shape[1], photo.shape[0]
     levels = np.asarray(Image.fromarray(picture.levels).resize(size, Image.Resampling.BILINEAR))
-    mask = np.asarray(Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST))
     heat = levels / np.float32(255)
     overlay = draw_overlay(photo, heat)
-    overlay[ndimage.binary_dilation(mask, iterations=2) & ~mask] = (90, 220, 255)
-    pictures = {"image": (photo, "JPEG"), "anomaly map": (color_map(heat), "JPEG")}
-    pictures["overlay"] = overlay, "JPEG"
-    if image.is_anomalous:
-        pictures["mask"] = mask, "PNG"
+    pictures: dict[str, tuple[NDArray[Any], str]] = {
+        "image": (photo, "JPEG"),
+        "anomaly map": (color_map(heat), "JPEG"),
+        "overlay": (overlay, "JPEG"),  # the outline of the defect is drawn below
+    }
+    if picture.mask is not None:
+        mask = resample_mask(picture.mask, photo.shape[:2])
+        overlay[ndimage.binary_dilation(mask, iterations=2) & ~mask] = (90, 220, 255)
+        if image.is_anomalous:
+            pictures["mask"] = mask, "PNG"
     alarm = image.score >= result.threshold
     if image.is_anomalous:
         verdict = "found" if alarm else "missed"
@@ -201,7 +222,9 @@ def _shared(settings: list[dict[str, str]]) -> dict[str, str]:
     return {k: v for k, v in settings[0].items() if all(other.get(k) == v for other in settings)}
 
 
-def _metric(value: float) -> str:
+def _metric(value: float, name: str = "", has_masks: bool = True) -> str:
+    if name in PIXEL_METRICS and not has_masks:
+        return NO_MASKS
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 

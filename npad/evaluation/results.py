@@ -6,17 +6,19 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from npad import environment
 from npad.evaluation.datasets import GOOD
+from npad.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS, Curve
 
 __all__ = [
     "METRICS",
+    "NO_MASKS",
     "PRO_LIMIT",
     "CategoryResult",
     "Picture",
@@ -27,11 +29,8 @@ __all__ = [
 ]
 
 PRO_LIMIT = 0.3  # false positive rate up to which AUPRO is integrated
-METRICS = ("auroc", "ap", "f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
-
-_PACKAGES = ("npad", "torch", "timm", "numpy", "scipy", "scikit-learn", "pillow", "faiss-cpu")
-
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+METRICS = (*IMAGE_METRICS, *PIXEL_METRICS)
+NO_MASKS = "no masks"  # what a table says in the place of a figure that needs them
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,13 @@ class Picture:
     levels : (H, W) uint8
         Its anomaly map at the metric size; 0 to 255 is `CategoryResult.color_range`.
     mask : (H, W) bool
+        None where the category has no masks.
     """
 
     image: ScoredImage
     group: str
     levels: NDArray[np.uint8]
-    mask: NDArray[np.bool_]
+    mask: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,8 @@ class CategoryResult:
     ----------
     name, n_train : name of the category, number of images fitted
     images : test images in the order of the category, without those that were skipped
+    has_masks : whether it is known where the defects are; without it, what is measured on pixels is
+        NaN or empty
     metrics : `METRICS`, over all test images; NaN where undefined
     types : for each defect type `METRICS` of its images against the good ones, and the counts
         ``n_images``, ``n_regions`` (connected regions at the metric size) and ``n_missed``
@@ -101,6 +103,7 @@ class CategoryResult:
     name: str
     n_train: int
     images: list[ScoredImage]
+    has_masks: bool
     metrics: dict[str, float]
     types: dict[str, dict[str, float]]
     threshold: float
@@ -130,6 +133,7 @@ class CategoryResult:
                 "category": self.name,
                 "n_train": self.n_train,
                 "n_test": len(self.images),
+                "has_masks": self.has_masks,
                 "metrics": self.metrics,
                 "types": self.types,
                 "threshold": self.threshold,
@@ -158,12 +162,13 @@ class CategoryResult:
 def summarize(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
     """One row for each category and a last one, ``"mean"``, with the mean over categories.
 
-    Keys: ``category``, `METRICS`, ``n_train``, ``n_test``, ``fit_seconds`` and
-    ``images_per_second``. Undefined values are NaN and left out of the means.
+    Keys: ``category``, ``has_masks`` (of the mean: of any), `METRICS`, ``n_train``, ``n_test``,
+    ``fit_seconds`` and ``images_per_second``. Undefined values are NaN and left out of the means.
     """
     rows: list[dict[str, Any]] = [
         {
             "category": result.name,
+            "has_masks": result.has_masks,
             **result.metrics,
             "n_train": result.n_train,
             "n_test": len(result.images),
@@ -172,8 +177,8 @@ def summarize(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
         }
         for result in results
     ]
-    mean: dict[str, Any] = {"category": "mean"}
-    for key in list(rows[0])[1:] if rows else []:
+    mean = {"category": "mean", "has_masks": any(row["has_masks"] for row in rows)}
+    for key in [key for key in rows[0] if key not in mean] if rows else []:
         known = [row[key] for row in rows if not math.isnan(row[key])]
         mean[key] = sum(known) / len(known) if known else math.nan
     return [*rows, mean] if rows else []
@@ -190,13 +195,11 @@ def to_json(results: Sequence[CategoryResult]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that decide the figures."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        **environment.versions("npad", "torch", *environment.PACKAGES),
+    }
 
 
 def _plain(value: Any) -> Any:
