@@ -1,0 +1,95 @@
+"""The scorer as a module of PyTorch: state, moving, export with a dynamic batch."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from npad import NPad
+from npad.learned import TENSORS
+from npad.scoring.scorer import Scorer
+
+SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(images: np.ndarray) -> NPad:
+    return NPad("filterbank", **SMALL, n_features=20).fit(images)
+
+
+@pytest.fixture
+def batch(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def test_what_it_holds(model: NPad) -> None:
+    scorer = model.scorer()
+    assert isinstance(scorer, nn.Module)
+    assert model.scorer() is scorer
+    buffers = dict(scorer.named_buffers())
+    for tensor in TENSORS:
+        assert buffers[tensor.name] is getattr(model, f"{tensor.name}_")
+    state = scorer.state_dict()
+    assert "index" not in state  # it is made from the centroids
+    own = {name for name in state if not name.startswith("network.")}
+    assert own == {tensor.name for tensor in TENSORS}
+
+
+def test_a_state_dict_brings_another_fit(model: NPad, batch: torch.Tensor) -> None:
+    other = NPad(**model.get_params()).fit(batch.flip(0) ** 2)
+    expected = other.scorer()(batch)
+    twin = Scorer(model.scorer().network, model._learned(), model._settings())
+    assert not torch.equal(twin(batch)[0], expected[0])
+    twin.load_state_dict(other.scorer().state_dict())
+    twin.index = None
+    torch.testing.assert_close(twin(batch), expected, rtol=1e-6, atol=0)
+
+
+def test_moving_it_leaves_the_backbone_of_other_models(model: NPad, batch: torch.Tensor) -> None:
+    expected = model.score(batch)
+    scorer = Scorer(model.scorer().network, model._learned(), model._settings())
+    scorer.to("meta")
+    assert {x.device.type for x in scorer.state_dict().values()} == {"meta"}
+    again = model.score(batch)
+    assert torch.equal(again[0], expected[0])
+
+
+@pytest.mark.parametrize("fusion", ["product", "sum", "mahalanobis", "euclidean"])
+def test_export_with_a_dynamic_batch(fusion: str, images: np.ndarray, batch: torch.Tensor) -> None:
+    scorer = NPad("filterbank", **SMALL, fusion=fusion, score_window=3).fit(images).scorer()
+    exported = torch.export.export(
+        scorer, (batch[:3],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
+    )
+    for n in (1, 2, 10):
+        for a, b in zip(exported.module()(batch[:n]), scorer(batch[:n]), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:No complete tensor found")
+def test_an_exported_resnet_that_is_saved_and_loaded(
+    weights: Path, images: np.ndarray, batch: torch.Tensor
+) -> None:
+    file = weights / "resnet18_layers123.safetensors"
+    model = NPad("resnet18", weights=file, **SMALL).fit(images)
+    scorer = model.scorer()
+    exported = torch.export.export(
+        scorer, (batch[:2],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
+    )
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for n in (1, 7):
+        for a, b in zip(loaded(batch[:n]), scorer(batch[:n]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.score(batch)[0], scorer(batch)[0])
