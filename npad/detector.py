@@ -237,8 +237,12 @@ class NPad:
 
         Raises
         ------
-        ValueError, MemoryError, RuntimeError
+        ValueError
             As for ``fit``.
+        MemoryError
+            As for ``fit``.
+        RuntimeError
+            The GPU has failed.
         """
         return torch.cat(list(self.embed_batches(source, skip_bad=skip_bad)))
 
@@ -275,7 +279,11 @@ class NPad:
 
         Raises
         ------
-        ValueError, MemoryError, RuntimeError
+        ValueError
+            As for ``predict_batches``.
+        MemoryError
+            As for ``fit``.
+        RuntimeError
             As for ``predict_batches``.
         """
         parts = self.predict_batches(
@@ -335,8 +343,10 @@ class NPad:
             The dtype of the images.
         ValueError
             Their shape or device.
-        MemoryError, RuntimeError
+        MemoryError
             As for ``fit``.
+        RuntimeError
+            The model is not fitted, or the GPU has failed.
         """
         self._check_fitted()
         settings = self._settings()

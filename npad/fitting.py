@@ -360,8 +360,10 @@ class Fit:
 
         Raises
         ------
-        KeyError, ValueError
+        KeyError
             This is no state of a fit.
+        ValueError
+            Its settings are none.
         """
         fit = cls(Settings(**values["settings"]), embed)
         fit.n_images = int(values["n_images"])

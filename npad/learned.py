@@ -166,8 +166,10 @@ class Learned:
         ------
         KeyError
             A value is missing.
-        TypeError, ValueError
+        TypeError
             A value cannot be what it is said to be.
+        ValueError
+            As TypeError.
         """
         read = {f.name: f.metadata["read"] for f in fields(cls) if "read" in f.metadata}
         return cls(**{name: make(values[name], settings) for name, make in read.items()})

@@ -115,8 +115,10 @@ def write_model(
     ------
     ModelFileError
         The folder is missing, the file may not be written, the disk is full.
-    TypeError, ValueError
-        `header` is not JSON; a tensor has a dtype that is not supported or a name that is not free.
+    TypeError
+        `header` is not JSON, or a tensor has a dtype that is not supported.
+    ValueError
+        `header` holds NaN or infinity, or a tensor has a name that is not free.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     table = _encode_table(header, ordered)

@@ -186,8 +186,9 @@ class NeighborhoodGaussian:
 
         Raises
         ------
-        ValueError : a window with fewer than two samples; a covariance that is not positive definite
-            with this eps; a factor that float16 cannot hold.
+        ValueError
+            A window with fewer than two samples; a covariance that is not positive definite with this
+            eps; a factor that float16 cannot hold.
         """
         positions, channels = self.mean.shape
         means = torch.empty_like(self.mean)
