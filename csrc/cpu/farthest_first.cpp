@@ -6,10 +6,9 @@
 //
 // What is not computed:
 //  - Points are lazy. A point's distance to the centres it has seen bounds the true one from above,
-//  so
-//    only points whose bound exceeds the farthest point known need to see the centres they missed
-//    (Minoux's lazy greedy). Points near an early centre are never touched again. Blocks of 16
-//    neighbouring points (leaves of a k-d tree) wake together and meet many centres at once, in
+//    so only points whose bound exceeds the farthest point known need to see the centres they
+//    missed (Minoux's lazy greedy). Points near an early centre are never touched again. Blocks of
+//    16 neighbouring points (leaves of a k-d tree) wake together and meet many centres at once, in
 //    cache.
 //  - Heads (head.h) bound the distance from below: half a head rules out most pairs at a few cycles
 //    each, the whole head nearly all others. Of what is left of 64 centres, the likeliest nearest
@@ -29,8 +28,7 @@ constexpr int64_t kChunk = 64;      // centres met at a time: their bounds fill 
 constexpr int64_t kSplitAxes = 16;  // the k-d tree looks at one cache line of each head
 constexpr float kSlack = 1e-3f;     // (d + e)^2 <= (1 + kSlack) d^2 + (1 + 1 / kSlack) e^2
 constexpr double kReportSeconds = 0.05;
-constexpr int64_t kSmall =
-    1 << 16;  // coordinates below which waking threads costs more than it gives
+constexpr int64_t kSmall = 1 << 16;  // coordinates; below, waking threads costs more than it gives
 
 struct Item {
     float value;
@@ -122,8 +120,8 @@ class KCenter {
 
     bool prepare(Progress progress, int64_t total);
 
-    // Makes the point of this rank the next centre; returns the rank of the farthest point after
-    // it.
+    // Makes the point of this rank the next centre; returns the rank of the point that is farthest
+    // then.
     uint64_t add_centre(uint64_t rank);
 
     uint64_t rank_of_point(int64_t point) const {
@@ -146,9 +144,9 @@ class KCenter {
     int64_t blocks_, groups_;
     Buffer<float> heads_;     // of every row; rows are points in the order of the tree
     Buffer<uint32_t> point_;  // of every row
-    Buffer<float>
-        nearest_;           // squared distance to the centres seen; negative: a centre, or no point
-    Buffer<int64_t> seen_;  // of every block: number of centres met
+    // Of every row: squared distance to the centres seen; negative: a centre, or no point.
+    Buffer<float> nearest_;
+    Buffer<int64_t> seen_;   // of every block: number of centres met
     Buffer<uint64_t> rank_;  // of every block: the highest of its points, from nearest_
     Buffer<uint64_t> group_rank_;
     Buffer<int64_t> todo_;
