@@ -53,7 +53,8 @@ def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
 
     Raises
     ------
-    ImageError  a folder holds no images.
+    ImageError
+        A folder holds no images.
     """
     base = os.path.commonpath([_absolute(p if p.is_dir() else p.parent) for p in paths])
     pictures = [_absolute(folder) / part for part in (OVERLAYS, MAPS)]
@@ -95,7 +96,8 @@ class PredictionFiles:
 
     Raises
     ------
-    OSError  the folder or a file in it cannot be written.
+    OSError
+        The folder or a file in it cannot be written.
     """
 
     def __init__(

@@ -52,8 +52,10 @@ def make_dataset(
 
     Raises
     ------
-    FileExistsError  ``root`` holds files already: nothing is ever overwritten.
-    ValueError       a number is out of range.
+    FileExistsError
+        ``root`` holds files already: nothing is ever overwritten.
+    ValueError
+        A number is out of range.
     """
     root = Path(root)
     if min(image_size) < 64:

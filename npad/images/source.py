@@ -109,8 +109,10 @@ class ImageSource:
     ------
     ImageError
         A path that does not exist, or a folder without images.
-    TypeError, ValueError
-        A source, dtype or shape that is not supported.
+    TypeError
+        A source or dtype that is not supported.
+    ValueError
+        A shape that is not supported.
     """
 
     n_images: int | None
@@ -189,9 +191,10 @@ class ImageSource:
         ------
         ImageError
             A bad image, in place of the batch that would hold it (unless ``skip_bad``).
-        IndexError, ValueError
-            An index out of range, or indices into an iterable; an iterator used a second time; an
-            iterable without images.
+        IndexError
+            An index out of range.
+        ValueError
+            Indices into an iterable; an iterator used a second time; an iterable without images.
         """
         if self._stream is not None:
             if indices is not None:
