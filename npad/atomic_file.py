@@ -13,18 +13,21 @@ from fnmatch import fnmatch
 from io import BufferedWriter
 from pathlib import Path
 
-__all__ = ["naming", "replacing"]
+__all__ = ["naming", "remove_leftovers", "replacing"]
 
 _TEMPORARY = ".npad-{}.tmp"  # hidden, and ends as no result does
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
+def replacing(
+    path: str | os.PathLike[str], *, one_of_many: bool = False
+) -> Iterator[BufferedWriter]:
     """Write to a temporary file that takes the place of `path` once it is whole and on the disk.
 
-    The temporary file lies in the same folder. It is flushed to the disk before it is renamed, and
-    removed after an exception, so that a full disk, an interrupt or a power cut leaves what was
-    there before. One that a killed process left behind is removed by the next writer in the folder.
+    The temporary file lies in the same folder, under a name that no other writer uses. It is flushed
+    to the disk before it is renamed, and removed after an exception, so that a full disk, an
+    interrupt or a power cut leaves what was there before. One that a killed process left behind is
+    removed by the next writer in the folder.
 
     Parameters
     ----------
@@ -32,6 +35,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
         Where it is a symbolic link, the file it points to is replaced and the link stays. A new
         file's mode follows the umask; a file that is replaced passes its mode on, so far as the
         umask allows.
+    one_of_many : bool
+        For thousands of files that can be made again: the disk is not waited for, so that a power
+        cut may take the file, and the folder is not searched for what was left behind.
 
     Yields
     ------
@@ -45,7 +51,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
         a full disk. Also where `path` is a folder or a device, which renaming would replace. It
         names `path`, unless it is about another file that was used in the block.
     """
-    with naming(path), _replacing(path) as file:
+    with naming(path), _replacing(path, one_of_many) as file:
         yield file
 
 
@@ -67,20 +73,24 @@ def _is_no_help(name: object) -> bool:
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[BufferedWriter]:
+def _replacing(path: str | os.PathLike[str], one_of_many: bool) -> Iterator[BufferedWriter]:
     target = Path(os.path.realpath(path))
     mode = _mode(target)
-    _remove_leftovers(target.parent)
+    if not one_of_many:
+        remove_leftovers(target.parent)
     temporary, descriptor = _open_temporary(target.parent, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if not one_of_many:
+                os.fsync(file.fileno())
             temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if one_of_many:
+        return
     with suppress(OSError):  # the file is in place; not every file system can flush a folder
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -111,7 +121,7 @@ def _open_temporary(folder: Path, mode: int) -> tuple[Path, int]:
         os.close(descriptor)  # another writer removed it before it was locked
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove temporary files whose writer was killed; a living writer holds the lock of its own."""
     for leftover in folder.glob(_TEMPORARY.format("*")):
         with suppress(OSError), leftover.open("rb") as file:

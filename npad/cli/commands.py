@@ -190,7 +190,9 @@ def predict(
     )
     skipped = []
     with files:
-        for prediction in model.predict_batches(list(inputs), skip_bad=skip_bad):
+        for prediction in model.predict_batches(
+            list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
+        ):
             files.add(prediction)
             skipped += prediction.skipped
         _list_skipped(skipped)

@@ -148,8 +148,8 @@ def print_table(rows: Sequence[Row]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", overflow="ellipsis", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for key, heading in COLUMNS.items():  # in a narrow terminal, "no masks" takes two lines
+        table.add_column(heading, justify="right", no_wrap=key not in PIXEL_METRICS)
     for name, *values in cells:
         table.add_row(Text(name), *values)  # a name is no markup
     Console().print(table)

@@ -2,6 +2,9 @@
 
 Rows of scores are written as they come, under a name that says "partial", and get their own name
 once every image is scored. Every picture appears whole or not at all.
+
+The colour scale of the overlays is that of the whole run. Unless it is given, it is known at the end
+only; until then pixels and maps wait on the disk, in a file that has no name.
 """
 
 from __future__ import annotations
@@ -11,32 +14,31 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from npad.atomic_file import naming
-from npad.evaluation.overlay import draw_overlay
-from npad.images.source import ImageError, list_images, read_image
+from npad.atomic_file import naming, remove_leftovers, replacing
+from npad.evaluation.overlay import draw_overlay, eight_bit
+from npad.images.source import ImageError, list_images
 from npad.progress import track
 from npad.scoring.fusion import resized
-
-if TYPE_CHECKING:
-    from npad.detector import Prediction
+from npad.scoring.prediction import Prediction
 
 __all__ = ["PredictionFiles", "find_inputs"]
 
 SCORES = ("scores.csv", "scores.jsonl")
 OVERLAYS, MAPS = "overlays", "maps"
-_SKETCH = (64, 64)  # a map is kept at this size until its overlay is drawn: it is smooth
 _SAMPLE = 1 << 21  # values of all maps, from which the ends of the colour scale are taken
+
+Waiting = tuple[str, NDArray[np.uint8], NDArray[np.float32]]  # path, pixels, map
 
 
 def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
@@ -84,8 +86,10 @@ class PredictionFiles:
     folder : made if it is not there
     inputs : from `find_inputs`
     maps, overlays : whether to write them
-    color_range : map values at the ends of the overlays' colour scale; None takes the median and
-        the 99.9th percentile of all maps of the run
+    color_range : map values at the ends of the overlays' colour scale. None takes the median and
+        the 99.9th percentile of all maps of the run: then overlays are drawn at the end, and until
+        then the folder's disk holds three bytes for each pixel of the images and four for each pixel
+        of the maps at the model's size.
     progress : as for `npad.progress.task`
 
     Attributes
@@ -117,7 +121,7 @@ class PredictionFiles:
         self._inputs = inputs
         self._maps, self._overlays = maps, overlays
         self._progress = progress
-        self._drawn: list[str] = []
+        self._pictures: set[Path] = set()  # folders that pictures have been written into
 
     def __enter__(self) -> PredictionFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -131,30 +135,41 @@ class PredictionFiles:
                 )
                 for name in SCORES
             )
-            # It has no name, so that nothing can be left behind.
-            self._sketches: IO[bytes] = stack.enter_context(
-                tempfile.TemporaryFile(dir=self._folder)
-            )
+            self._spool: _Spool | None = None
+            if self._overlays and self.color_range is None:
+                self._spool = stack.enter_context(_Spool(self._folder, len(self._inputs)))
             self._files = stack.pop_all()
         self._rows = csv.writer(self._csv, lineterminator="\n")
         self._rows.writerow(("path", "score"))
         return self
 
     def add(self, prediction: Prediction) -> None:
-        """Write the rows and maps of a few images."""
-        for path, score, map_ in zip(
-            prediction.paths, prediction.scores, prediction.maps, strict=True
+        """Write the rows and pictures of a few images.
+
+        Parameters
+        ----------
+        prediction : with maps at the model's size, and with images if there are overlays
+        """
+        nothing: list[NDArray[Any] | None] = [None] * len(prediction.paths)
+        images = prediction.images if self._overlays else nothing
+        for path, score, map_, size, image in zip(
+            prediction.paths,
+            prediction.scores,
+            prediction.maps,
+            prediction.sizes,
+            images,
+            strict=True,
         ):
-            row = {"path": path, "score": float(score), "size": list(map_.shape)}
+            row: dict[str, Any] = {"path": path, "score": float(score), "size": list(size)}
             if self._maps:
                 row["map"] = self._name(MAPS, path)
-                self._save(Image.fromarray(map_), self._name(MAPS, path), "TIFF")
-            if self._overlays:
+                self._save(Image.fromarray(_at(map_, size)), row["map"], "TIFF")
+            if image is not None:
                 row["overlay"] = self._name(OVERLAYS, path)
-                (sketch,) = resized(torch.from_numpy(map_)[None], [_SKETCH])
-                with naming(self._folder):
-                    self._sketches.write(np.ascontiguousarray(sketch, dtype=np.float32).tobytes())
-                self._drawn.append(path)
+                if self._spool is None:
+                    self._draw(path, image, map_)
+                else:
+                    self._spool.put(path, eight_bit(image), map_)
             with naming(self.partial):
                 self._rows.writerow((path, repr(row["score"])))
                 self._jsonl.write(json.dumps(row) + "\n")
@@ -164,15 +179,18 @@ class PredictionFiles:
         self.n_scored += len(prediction.paths)
 
     def finish(self) -> None:
-        """Give the scores their final name, then draw the overlays."""
+        """Give the scores their final name, then draw the overlays that waited for the colours."""
         for file, name in zip((self._csv, self._jsonl), SCORES, strict=True):
             partial = self._folder / _partial(name)
             with naming(partial):
                 file.flush()
                 os.fsync(file.fileno())
                 partial.replace(self._folder / name)
-        if self._drawn:
-            self._draw()
+        if self._spool is not None:
+            self.color_range = self._spool.color_range()
+            waiting = track(self._spool, "overlays", self.n_scored, self._progress, "images")
+            for path, image, map_ in waiting:
+                self._draw(path, image, map_)
 
     def __exit__(
         self,
@@ -186,22 +204,11 @@ class PredictionFiles:
             for name in SCORES:
                 (self._folder / _partial(name)).unlink(missing_ok=True)
 
-    def _draw(self) -> None:
-        self._sketches.flush()
-        shape = (len(self._drawn), *_SKETCH)
-        sketches = np.memmap(self._sketches, np.float32, "r", shape=shape)
-        if self.color_range is None:
-            values = sketches.reshape(-1)[:: -(-sketches.size // _SAMPLE)]
-            low, high = (float(level) for level in np.quantile(values, (0.5, 0.999)))
-            self.color_range = low, max(high, float(np.nextafter(np.float32(low), np.inf)))
+    def _draw(self, path: str, image: NDArray[Any], map_: NDArray[np.float32]) -> None:
+        assert self.color_range is not None
         low, high = self.color_range
-        rows = zip(self._drawn, sketches, strict=True)
-        for path, sketch in track(rows, "overlays", len(self._drawn), self._progress, "images"):
-            image = read_image(path)
-            scaled = torch.from_numpy((sketch - low) / (high - low))
-            (heat,) = resized(scaled[None], [image.shape[:2]])
-            picture: NDArray[np.uint8] = draw_overlay(image, heat)
-            self._save(Image.fromarray(picture), self._name(OVERLAYS, path), "PNG")
+        heat = (_at(map_, image.shape[:2]) - low) / (high - low)
+        self._save(Image.fromarray(draw_overlay(image, heat)), self._name(OVERLAYS, path), "PNG")
 
     def _name(self, part: str, path: str) -> str:
         """Path below the folder. The image's own suffix stays, so that a.jpg and a.png differ."""
@@ -212,15 +219,71 @@ class PredictionFiles:
         buffer = io.BytesIO()
         picture.save(buffer, kind, **({"compress_level": 1} if kind == "PNG" else {}))
         target = self._folder / name
-        with naming(target):
+        if target.parent not in self._pictures:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.parent / f".npad-{os.getpid()}.tmp"
-            try:
-                temporary.write_bytes(buffer.getbuffer())
-                temporary.replace(target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            remove_leftovers(target.parent)
+            self._pictures.add(target.parent)
+        with replacing(target, one_of_many=True) as file:
+            file.write(buffer.getbuffer())
+
+
+class _Spool:
+    """Pixels and maps on the disk until the colours are known, and a sample of the maps' values.
+
+    Iterating gives everything back in order. The file has no name: nothing can be left behind.
+
+    Parameters
+    ----------
+    folder : where the file is
+    n_images : how many will come, at most
+    """
+
+    def __init__(self, folder: Path, n_images: int) -> None:
+        self._folder = folder
+        self._per_map = max(1, _SAMPLE // n_images)
+        self._random = np.random.default_rng(0)
+        self._sample: list[NDArray[np.float32]] = []
+        self._shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def __enter__(self) -> _Spool:
+        with naming(self._folder):
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self._folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, path: str, image: NDArray[np.uint8], map_: NDArray[np.float32]) -> None:
+        values = map_.ravel()
+        if len(values) > self._per_map:  # a regular step could meet the same columns in every row
+            values = self._random.choice(values, self._per_map)
+        self._sample.append(values.copy())
+        self._shapes.append((path, image.shape, map_.shape))
+        with naming(self._folder):
+            for array in (image, map_):
+                self._file.write(np.ascontiguousarray(array).data)
+
+    def color_range(self) -> tuple[float, float]:
+        """Median and 99.9th percentile of the maps, which differ."""
+        low, high = np.quantile(np.concatenate(self._sample), (0.5, 0.999)).tolist()
+        return low, max(high, float(np.nextafter(np.float32(low), np.inf)))
+
+    def __iter__(self) -> Iterator[Waiting]:
+        with naming(self._folder):
+            self._file.seek(0)  # what is not on the disk yet is written before
+        for path, of_image, of_map in self._shapes:
+            yield path, self._take(np.uint8, of_image), self._take(np.float32, of_map)
+
+    def _take(self, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        array = np.empty(shape, dtype)
+        self._file.readinto(array)  # type: ignore[attr-defined]
+        return array
+
+
+def _at(map_: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:
+    """A map at the size (height, width) of its image."""
+    (own,) = resized(torch.from_numpy(map_)[None], [(size[0], size[1])])
+    return own
 
 
 def _partial(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["color_map", "draw_overlay"]
+__all__ = ["color_map", "draw_overlay", "eight_bit"]
 
 _COLORMAP = "inferno"
 _OVER_IMAGE = 0.3, 0.9  # part of the colour map that is seen on dark images and on light ones
@@ -42,8 +42,7 @@ def draw_overlay(image: NDArray[Any], heat: NDArray[np.float32]) -> NDArray[np.u
     -------
     (H, W, 3) uint8
     """
-    if image.dtype != np.uint8:
-        image = np.rint(255 * image.clip(0, 1)).astype(np.uint8)
+    image = eight_bit(image)
     level = heat.clip(0, 1)
     rise = (level / _OPAQUE).clip(0, 1)
     # Slow at first: half of all nominal pixels are a little warm, and would tint the whole image.
@@ -52,6 +51,13 @@ def draw_overlay(image: NDArray[Any], heat: NDArray[np.float32]) -> NDArray[np.u
     color = color_map(low + (high - low) * level)
     picture: NDArray[np.uint8] = np.rint(image + strength * (color - image.astype(np.float32)))
     return picture.astype(np.uint8)
+
+
+def eight_bit(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Make uint8 of an image that is uint8 already or float in [0, 1]."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(255 * image.clip(0, 1)).astype(np.uint8)
 
 
 @cache

@@ -23,7 +23,7 @@ from scipy import ndimage
 from npad.atomic_file import replacing
 from npad.evaluation.datasets import resample_mask
 from npad.evaluation.metrics import PIXEL_METRICS
-from npad.evaluation.overlay import color_map, draw_overlay
+from npad.evaluation.overlay import color_map, draw_overlay, eight_bit
 from npad.evaluation.plots import draw_curve, draw_histogram
 from npad.evaluation.results import (
     METRICS,
@@ -194,8 +194,7 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
 
 def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     """Shrink or enlarge (H, W, 3) uint8 or float in [0, 1] to `_THUMBNAIL`; uint8."""
-    if pixels.dtype != np.uint8:
-        pixels = (255 * pixels.clip(0, 1) + 0.5).astype(np.uint8)
+    pixels = eight_bit(pixels)
     scale = _THUMBNAIL / max(pixels.shape[:2])
     width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
