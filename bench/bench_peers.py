@@ -166,9 +166,8 @@ def run_children(method: str, args: argparse.Namespace) -> None:
 def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy from the scores and maps that the predicting process left, with its timings."""
     import numpy as np
-    from PIL import Image
 
-    from npad.evaluation.datasets import read_mask
+    from npad.evaluation.datasets import read_mask, resample_mask
     from npad.evaluation.metrics import image_metrics, pixel_metrics
 
     result: dict[str, Any] = {}
@@ -180,8 +179,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     masks = np.zeros(maps.shape, dtype=bool)
     for mask, name in zip(masks, names, strict=True):
         if (mask_path := samples[name].mask_path) is not None:
-            image = Image.fromarray(read_mask(mask_path))
-            mask[:] = image.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+            mask[:] = resample_mask(read_mask(mask_path), (SIZE, SIZE))
     labels = np.array([samples[name].is_anomalous for name in names])
     result["image"] = image_metrics(labels, scores)
     result["image_by_map_maximum"] = image_metrics(labels, maps.max(axis=(1, 2)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import NPad
-from npad.evaluation.datasets import Category, read_mask
+from npad.evaluation.datasets import Category, read_mask, resample_mask
 from npad.evaluation.metrics import image_metrics, pixel_metrics
 
 METRICS = ("auroc", "pixel_auroc", "aupro")
@@ -23,7 +23,7 @@ class EmbeddedCategory:
 
     Parameters
     ----------
-    category : from `npad.evaluation.datasets.find_categories`
+    category : from `npad.evaluation.datasets.find_categories`, with masks
     model : not fitted; its backbone and image size are used
     folder : holds the files for as long as this is in use
 
@@ -34,6 +34,8 @@ class EmbeddedCategory:
     """
 
     def __init__(self, category: Category, model: NPad, folder: Path) -> None:
+        if not category.has_masks:
+            raise ValueError(f"{category.name}: the studies measure pixels, and there are no masks")
         height, width = model.settings()["image_size"]
         self.size = height, width
         self.labels = np.array([sample.is_anomalous for sample in category.test])
@@ -51,12 +53,7 @@ class EmbeddedCategory:
     def _mask(self, path: Path | None) -> NDArray[np.bool_]:
         if path is None:
             return np.zeros(self.size, dtype=bool)
-        mask = read_mask(path)
-        rows, columns = (
-            ((np.arange(n) + 0.5) * own / n).astype(np.intp)
-            for n, own in zip(self.size, mask.shape, strict=True)
-        )
-        return mask[rows[:, None], columns]
+        return resample_mask(read_mask(path), self.size)
 
 
 def _embedded(model: NPad, paths: Sequence[Path], file: Path) -> Tensor:
