@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops, progress
-from npad.features.projection import principal_axes, random_axes
+from npad.features.projection import principal_axes
 from npad.images.source import ImageSource
 from npad.learned import Learned, Standardization
+from npad.ops.axes import random_axes
 from npad.scoring.scorer import distances, reduce
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
 from npad.statistics.gaussian import NeighborhoodGaussian

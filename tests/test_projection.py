@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from npad.features.projection import principal_axes, random_axes
+from npad.features.projection import principal_axes
 
 
 def test_principal_axes_are_those_of_the_covariance() -> None:
@@ -12,12 +12,6 @@ def test_principal_axes_are_those_of_the_covariance() -> None:
     _, _, expected = torch.pca_lowrank(x.double(), q=6, niter=20)
     cosines = (axes.double() * expected[:, :3]).sum(0).abs()
     torch.testing.assert_close(cosines, torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def test_random_axes_are_orthonormal_and_seeded() -> None:
-    first, again = (random_axes(20, 7, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert torch.equal(first, again)
-    torch.testing.assert_close(first.T @ first, torch.eye(7), rtol=0, atol=1e-6)
 
 
 def test_no_embeddings() -> None:

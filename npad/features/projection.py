@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from npad import ops
-from npad.ops.axes import random_axes
 
-__all__ = ["principal_axes", "random_axes"]
+__all__ = ["principal_axes"]
 
 
 def principal_axes(embeddings: Iterable[Tensor], n: int) -> Tensor:
