@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,7 @@ class NPad:
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
     _graphs: tuple[Scorer, Graphs] | None
+    _in_force: tuple[list[int], object, Settings] | None  # ids, whose they are, what they make
 
     def __init__(
         self,
@@ -164,9 +165,17 @@ class NPad:
         return self._settings().to_json()
 
     def _settings(self) -> Settings:
-        """The arguments in force."""
-        now = Settings(**self.get_params())
-        return now.fixed_by(self.settings_) if self._is_fitted else now
+        """The arguments in force; made again when one of them is another object."""
+        fitted = self.settings_ if self._is_fitted else None
+        given = self.get_params()
+        key = [*map(id, given.values()), id(fitted)]
+        if self._in_force is None or self._in_force[0] != key:
+            now = Settings(**given)
+            settings = now if fitted is None else now.fixed_by(fitted)
+            if not all(isinstance(value, Hashable) for value in given.values()):
+                return settings  # a list may change and remain the same object
+            self._in_force = key, (given, fitted), settings
+        return self._in_force[2]
 
     @property
     def _is_fitted(self) -> bool:
@@ -515,7 +524,7 @@ class NPad:
     def _forget(self) -> None:
         """Start without what is made at first use."""
         self._networks = {}
-        self._scoring = self._graphs = None
+        self._scoring = self._graphs = self._in_force = None
 
     # ----------------------------------------------------------------------------------------------
     # Parts.
@@ -594,7 +603,7 @@ class NPad:
         return self._learned().nbytes
 
 
-_CACHES = ("_networks", "_scoring", "_graphs")
+_CACHES = ("_networks", "_scoring", "_graphs", "_in_force")
 
 
 def _open(

@@ -202,3 +202,12 @@ def test_the_list_needs_no_library() -> None:
     code = "import sys, npad.settings; print({'torch', 'numpy', 'typer'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_list_that_changes_is_seen(images: np.ndarray) -> None:
+    model = NPad("filterbank", layers=[2, 3])
+    assert model.settings()["layers"] == [2, 3]
+    model.layers.append(4)  # type: ignore[union-attr]
+    assert model.settings()["layers"] == [2, 3, 4]
+    model.set_params(layers=(2,), window=7)
+    assert (model.settings()["layers"], model.settings()["window"]) == ([2], 7)
