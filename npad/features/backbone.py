@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         self.net.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
         # A function, not a module: that would be a second entry for the same weights.
-        self._compiled = torch.compile(self._features) if compile else None
+        self._compiled = torch.compile(self._features, dynamic=False) if compile else None
 
     @property
     def identity(self) -> dict[str, Any]:
