@@ -7,7 +7,6 @@ import os
 import pty
 import random
 import re
-import resource
 import select
 import shutil
 import signal
@@ -17,12 +16,11 @@ import sys
 import tempfile
 import termios
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import SMALL, fail, npad, succeed
+from command_line import SMALL, disk_of, fail, npad, succeed
 from image_files import make_category, save_image, smooth_pixels
 from PIL import Image
 
@@ -387,17 +385,6 @@ def test_a_bug_is_one_line_too(category, tmp_path, monkeypatch):
     monkeypatch.setattr(NPad, "fit", broken)
     args = ("fit", category / "train/good", "-o", tmp_path / "m", *SMALL)
     fail(1, *args, says=["internal error: KeyError", "--debug"])
-
-
-@contextmanager
-def disk_of(n_bytes):
-    """Let no file grow beyond this, as if the disk were full."""
-    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk(category, model, tmp_path):
