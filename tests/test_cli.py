@@ -264,6 +264,31 @@ def test_evaluate(category, tmp_path):
         assert re.search(rf"{key}\W.{{0,40}}\b{value}\b", page, re.DOTALL), key
 
 
+def test_evaluate_without_masks(category, tmp_path):
+    """Beside a category that has some: the mean over categories is that of those that have."""
+    root = tmp_path / "data"
+    for name in ("bolt", "nut"):
+        shutil.copytree(category, root / name)
+    shutil.rmtree(root / "nut/ground_truth")
+
+    def table(folder, *options):
+        said = succeed("evaluate", folder, "-o", tmp_path / "out", *SMALL, *options)
+        rows = list(csv.DictReader(said.out.splitlines()[:-1], delimiter="\t"))
+        return {row["category"].strip(): row for row in rows}
+
+    pixels = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+    both = table(root)
+    assert all(both["nut"][name] == "no masks" for name in pixels)
+    assert all(both["bolt"][name] == both["mean"][name] != "no masks" for name in pixels)
+    assert both["nut"]["auroc"] == both["bolt"]["auroc"]
+    alone = table(root / "nut")
+    assert alone.keys() == {"nut", "hole"}
+    assert all(row[name] == "no masks" for row in alone.values() for name in pixels)
+    assert "no masks" in (tmp_path / "out/report.html").read_text()
+    seeds = table(root / "nut", "--seeds", "0,1")
+    assert all(row[name] == "no masks" for row in seeds.values() for name in pixels)
+
+
 def test_evaluate_many_categories_with_many_seeds(category, tmp_path):
     root = tmp_path / "data"
     for name in ("bolt", "nut"):
