@@ -1,9 +1,10 @@
 """Run `npad` in this process, and check what it says when it fails."""
 
 import io
+import resource
 import signal
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 from unittest import mock
 
@@ -53,3 +54,14 @@ def fail(code, *args, says=()):
     missing = [text for text in says if str(text) not in outcome.err]
     assert not missing, f"{missing} missing in {outcome.err!r}"
     return outcome
+
+
+@contextmanager
+def disk_of(n_bytes):
+    """Let no file grow beyond this, as if the disk were full."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -308,3 +308,13 @@ def test_writers_do_not_take_each_others_files_for_leftovers(tmp_path):
         content = path.read_bytes()
         assert len(content) == 1049
         assert len(set(content)) == 1
+
+
+def test_one_of_many_files_waits_for_nothing(tmp_path, monkeypatch):
+    """Nor does it look through its folder, which would take longer with every file."""
+    monkeypatch.setattr(os, "fsync", None)
+    monkeypatch.setattr(Path, "glob", None)
+    with replacing(tmp_path / "a", one_of_many=True) as file:
+        file.write(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    assert names(tmp_path) == ["a"]

@@ -7,7 +7,6 @@ import os
 import pty
 import random
 import re
-import resource
 import select
 import shutil
 import signal
@@ -17,12 +16,11 @@ import sys
 import tempfile
 import termios
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import SMALL, fail, npad, succeed
+from command_line import SMALL, disk_of, fail, npad, succeed
 from image_files import make_category, save_image, smooth_pixels
 from PIL import Image
 
@@ -266,6 +264,31 @@ def test_evaluate(category, tmp_path):
         assert re.search(rf"{key}\W.{{0,40}}\b{value}\b", page, re.DOTALL), key
 
 
+def test_evaluate_without_masks(category, tmp_path):
+    """Beside a category that has some: the mean over categories is that of those that have."""
+    root = tmp_path / "data"
+    for name in ("bolt", "nut"):
+        shutil.copytree(category, root / name)
+    shutil.rmtree(root / "nut/ground_truth")
+
+    def table(folder, *options):
+        said = succeed("evaluate", folder, "-o", tmp_path / "out", *SMALL, *options)
+        rows = list(csv.DictReader(said.out.splitlines()[:-1], delimiter="\t"))
+        return {row["category"].strip(): row for row in rows}
+
+    pixels = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+    both = table(root)
+    assert all(both["nut"][name] == "no masks" for name in pixels)
+    assert all(both["bolt"][name] == both["mean"][name] != "no masks" for name in pixels)
+    assert both["nut"]["auroc"] == both["bolt"]["auroc"]
+    alone = table(root / "nut")
+    assert alone.keys() == {"nut", "hole"}
+    assert all(row[name] == "no masks" for row in alone.values() for name in pixels)
+    assert "no masks" in (tmp_path / "out/report.html").read_text()
+    seeds = table(root / "nut", "--seeds", "0,1")
+    assert all(row[name] == "no masks" for row in seeds.values() for name in pixels)
+
+
 def test_evaluate_many_categories_with_many_seeds(category, tmp_path):
     root = tmp_path / "data"
     for name in ("bolt", "nut"):
@@ -387,17 +410,6 @@ def test_a_bug_is_one_line_too(category, tmp_path, monkeypatch):
     monkeypatch.setattr(NPad, "fit", broken)
     args = ("fit", category / "train/good", "-o", tmp_path / "m", *SMALL)
     fail(1, *args, says=["internal error: KeyError", "--debug"])
-
-
-@contextmanager
-def disk_of(n_bytes):
-    """Let no file grow beyond this, as if the disk were full."""
-    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk(category, model, tmp_path):
