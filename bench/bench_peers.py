@@ -11,8 +11,6 @@ a peak of memory belongs to one of them; what they leave in ``--raw`` is not com
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -46,11 +44,11 @@ if TYPE_CHECKING:
 
 
 def machine() -> dict[str, Any]:
+    from npad.environment import versions
+
     found = provenance()
-    for package in ("anomalib", "torchvision"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found["packages"][package] = importlib.metadata.version(package)
-    return {**found, "nice": os.nice(0)}
+    packages = found["packages"] | versions("anomalib", "torchvision")
+    return {**found, "packages": packages, "nice": os.nice(0)}
 
 
 def peak_rss_bytes() -> int:

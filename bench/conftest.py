@@ -22,7 +22,7 @@ import torch
 from provenance import provenance
 from torch import Tensor
 
-from npad.ops._extension import cuda as cuda_kernels
+from npad import info
 
 Contenders = dict[str, Callable[[], object]]
 Seconds = Callable[[Callable[[], object]], float]
@@ -57,7 +57,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The GPU, or the CPU with as many threads as the parameter says."""
     before = torch.get_num_threads()
     if request.param == "cuda":
-        if not (torch.cuda.is_available() and cuda_kernels):
+        if not (torch.cuda.is_available() and info()["kernels"].get("cuda")):
             required = os.environ.get("NPAD_REQUIRE_CUDA") == "1"
             (pytest.fail if required else pytest.skip)("no GPU, or no CUDA kernels")
         yield torch.device("cuda", 0)

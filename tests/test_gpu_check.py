@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def test_every_target_names_a_case_that_is_benchmarked() -> None:
                 group += [case._asdict() for case in marks["cases"].kwargs.get("cuda", ())]
     for group, case, _, _ in load("gpu_report").TARGETS:
         assert any(case.items() <= c.items() for c in cases[group]), (group, case)
+
+
+def test_every_test_file_and_benchmark_that_it_runs_is_there() -> None:
+    text = (BENCH / "gpu_check.sh").read_text()
+    looped = text.partition("for op in mahalanobis")[2].partition("; do")[0].replace("\\", "")
+    files = [
+        *(f"tests/test_{module}.py" for module in load("gpu_report").MODULES),
+        *(f"bench/bench_{op}.py" for op in ["mahalanobis", *looped.split()]),
+        *re.findall(r"(?:tests|bench)/\w+\.py", text),
+    ]
+    assert len(files) > 20
+    assert not [file for file in files if not (BENCH.parent / file).is_file()]
 
 
 def test_tests_that_lack_a_package_are_named(tmp_path: Path) -> None:
