@@ -96,7 +96,6 @@ class PredictionFiles:
     ----------
     n_scored : images so far
     color_range : as given, or as found once the overlays are drawn
-    partial : the file that holds the scores so far
 
     Raises
     ------
@@ -116,7 +115,7 @@ class PredictionFiles:
     ) -> None:
         self.n_scored = 0
         self.color_range = color_range
-        self.partial = folder / _partial(SCORES[0])
+        self._scores_so_far = folder / _partial(SCORES[0])
         self._folder = folder
         self._inputs = inputs
         self._maps, self._overlays = maps, overlays
@@ -170,10 +169,10 @@ class PredictionFiles:
                     self._draw(path, image, map_)
                 else:
                     self._spool.put(path, eight_bit(image), map_)
-            with naming(self.partial):
+            with naming(self._scores_so_far):
                 self._rows.writerow((path, repr(row["score"])))
                 self._jsonl.write(json.dumps(row) + "\n")
-        with naming(self.partial):
+        with naming(self._scores_so_far):
             self._csv.flush()
             self._jsonl.flush()
         self.n_scored += len(prediction.paths)
