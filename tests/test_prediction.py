@@ -18,6 +18,7 @@ from npad.images import ImageSource, read_image
 SIZE = (32, 48)
 SIZES = [(32, 48), (20, 31), (75, 50), (32, 48), (64, 96)]
 WRONG = ["images", "", None, 32, (32,), (0, 5), (5, -1), (2.5, 5), ("5", "5"), (1, 2, 3)]
+WRONG += [(True, True), (5, True), np.array([5, 5]), np.array(["image"])]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_maps_of_the_models_size_are_not_resized(
     assert prediction.sizes == SIZES
 
 
-@pytest.mark.parametrize("size", [(7, 100), (1, 1), SIZE])
+@pytest.mark.parametrize("size", [(7, 100), (1, 1), SIZE, (np.int64(7), np.int32(9))])
 def test_maps_of_one_size(
     model: NPad, images: list[np.ndarray], own_maps: torch.Tensor, size: tuple[int, int]
 ) -> None:

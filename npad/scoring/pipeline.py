@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -43,10 +44,13 @@ def checked_map_size(map_size: Any) -> MapSize:
         No size that a map can have.
     """
     match map_size:
-        case "image" | "model":
+        case str("image" | "model"):  # a str: an array would be compared element by element
             return map_size
-        case (int(height), int(width)) if min(height, width) >= 1:
-            return height, width
+        case (height, width) if all(
+            isinstance(side, Integral) and not isinstance(side, bool) and int(side) >= 1
+            for side in (height, width)
+        ):
+            return int(height), int(width)
     raise ValueError(
         f"NPad: map_size must be 'image', 'model' or a positive (height, width), got {map_size!r}"
     )
