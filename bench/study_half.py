@@ -20,7 +20,8 @@ from provenance import provenance
 
 from npad import NPad
 from npad.evaluation.datasets import find_categories
-from npad.evaluation.measure import CategoryResult, evaluate, score
+from npad.evaluation.measure import evaluate, score
+from npad.evaluation.results import CategoryResult
 
 METRICS = ("auroc", "pixel_auroc", "aupro")
 HALVES = ("float16", "bfloat16")
