@@ -27,7 +27,7 @@ from npad import NPad
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.synthetic import make_dataset
 from npad.features.backbone import Backbone
-from npad.fitting import AXES_IMAGES, Fit
+from npad.fitting import Fit, axes_sample
 from npad.learned import Learned
 from npad.scoring.scorer import Scorer
 from npad.settings import Settings
@@ -70,9 +70,8 @@ def fit(settings: Settings, embeddings: Tensor) -> Learned:
     """As `NPad.fit` does from the images of these embeddings, (N, h, w, D)."""
     run = Fit(settings)
     if settings.chooses_axes:
-        generator = torch.Generator().manual_seed(settings.seed)
-        sample = torch.randperm(len(embeddings), generator=generator)[:AXES_IMAGES]
-        run.choose_axes(embeddings[sample.sort().values].split(settings.batch_size))
+        sample = embeddings[axes_sample(len(embeddings), settings.seed)]
+        run.choose_axes(sample.split(settings.batch_size))
     for x in embeddings.split(settings.batch_size):
         run.update(embeddings=x)
     return run.finalize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, Final, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from npad.statistics.gaussian import NeighborhoodGaussian
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
-__all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit", "fit_images"]
+__all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit", "axes_sample", "fit_images"]
 
 MIN_IMAGES: Final = 2
 AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
@@ -113,11 +114,12 @@ class Fit:
         For a source that can be read twice: a random sample stands for it better than what comes
         first.
         """
-        embeddings = list(sample)
-        if embeddings:
-            self._begin(embeddings[0])
+        rest = iter(sample)
+        first = next(rest, None)
+        if first is not None:
+            self._begin(first)
             if self._needs_axes():
-                self._choose_axes(embeddings)
+                self._choose_axes(chain([first], rest))
 
     def _needs_axes(self) -> bool:
         return self.settings.n_features is not None and self.projection is None
@@ -154,7 +156,7 @@ class Fit:
             axes = random_axes(channels, n_features, generator)
             self.projection = axes.contiguous().to(x.device)  # as it is read from a file
 
-    def _choose_axes(self, embeddings: list[Tensor]) -> None:
+    def _choose_axes(self, embeddings: Iterable[Tensor]) -> None:
         assert self.settings.n_features is not None
         self.projection = principal_axes(embeddings, self.settings.n_features)
 
@@ -215,7 +217,7 @@ class Fit:
         ValueError
             Other settings, another grid or channels, or other axes.
         """
-        if other.settings != self.settings:
+        if other.settings.to_json() != self.settings.to_json():
             raise ValueError("Fit.merge: the fits have different settings; merge fits of the same")
         if other._grid is None:
             return self
@@ -395,15 +397,19 @@ class Fit:
         return {name: part for name, part in parts.items() if part is not None}
 
 
+def axes_sample(n_images: int, seed: int) -> list[int]:
+    """Indices, in order, of the images of a source that choose its axes."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(n_images, generator=generator)[:AXES_IMAGES].tolist())
+
+
 def fit_images(
     settings: Settings, embed: Callable[[Tensor], Tensor], images: ImageSource
 ) -> Learned:
     """One pass over the images, and a look at some of them before, where axes are to be chosen."""
     fit = Fit(settings, embed)
     if settings.chooses_axes and images.random_access and images.n_images is not None:
-        generator = torch.Generator().manual_seed(settings.seed)
-        sample = torch.randperm(images.n_images, generator=generator)[:AXES_IMAGES]
-        with closing(images.batches(sorted(sample.tolist()))) as batches:
+        with closing(images.batches(axes_sample(images.n_images, settings.seed))) as batches:
             fit.choose_axes(embed(batch.images) for batch in batches)
     with (
         closing(images.batches()) as batches,

@@ -95,7 +95,6 @@ def test_a_fit_that_is_written_down_goes_on_as_if_it_had_not_stopped(
     values, tensors = fit.state()
     write_model(tmp_path / "state", json.loads(json.dumps(values)), tensors)
     again = Fit.from_state(*read_model(tmp_path / "state"))
-    again.settings = fit.settings  # a state does not keep progress, which is off in tests
     for other in (fit, again):
         for part in x[stop:].split(7):
             other.update(embeddings=part)
@@ -152,6 +151,7 @@ def test_what_does_not_merge() -> None:
     fit = Fit(settings(n_features=4)).update(embeddings=x)
     with pytest.raises(ValueError, match="different settings"):
         fit.merge(Fit(settings(n_features=5)))
+    fit.merge(Fit(settings(n_features=4, device="cuda:1", progress=None)))  # the machine's own
     with pytest.raises(ValueError, match="different axes"):
         fit.merge(Fit(settings(n_features=4)).update(embeddings=embeddings(80, seed=1)))
     with pytest.raises(ValueError, match=r"grid and channels are .*10\) here and .*7\) in other"):
