@@ -58,9 +58,8 @@ def quiet_pillow() -> Iterator[None]:
 def _put_in_place() -> None:
     global _n_quiet, _libtiff_handler  # noqa: PLW0603
     _n_quiet += 1
-    filters: Any = (
-        warnings.filters
-    )  # another list than before, where catch_warnings has begun or ended
+    # Another list than before, where catch_warnings has begun or ended.
+    filters: Any = warnings.filters
     if not filters or filters[0] is not _FILTER:
         filters.insert(0, _FILTER)
         _changed.append(filters)
