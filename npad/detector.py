@@ -656,6 +656,8 @@ def _list(rows: Iterable[tuple[str, str]]) -> str:
 
 if NPad.__doc__:  # not where Python runs without docstrings
     NPad.__doc__ = NPad.__doc__.format(
-        arguments=_list((a.name, f"{a.help} Default: {a.default_text}.") for a in ARGUMENTS),
+        arguments=_list(
+            (a.name, a.help + (f" None: {a.unset}." if a.unset else "")) for a in ARGUMENTS
+        ),
         learned=_list((f"{name}_", meaning) for name, meaning in MEANINGS.items()),
     )
