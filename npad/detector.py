@@ -171,7 +171,7 @@ class NPad:
         key = [*map(id, given.values()), id(fitted)]
         if self._in_force is None or self._in_force[0] != key:
             now = Settings(**given)
-            settings = now if fitted is None else now.fixed_by(fitted)
+            settings = now if fitted is None else fitted.changed_by(given)
             if not all(isinstance(value, Hashable) for value in given.values()):
                 return settings  # a list may change and remain the same object
             self._in_force = key, (given, fitted), settings

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Final
@@ -429,9 +429,9 @@ class Settings:
         """Whether axes are chosen on nominal embeddings."""
         return self.n_features is not None and self.reduction == "pca"
 
-    def fixed_by(self, fitted: Settings) -> Settings:
-        """These settings where a fitted model heeds them, and those it was fitted with elsewhere."""
-        return Settings(**{a.name: getattr(self if a.live else fitted, a.name) for a in ARGUMENTS})
+    def changed_by(self, given: Mapping[str, Any]) -> Settings:
+        """These of a fitted model, but for the arguments given that it heeds."""
+        return replace(self, **{a.name: given[a.name] for a in ARGUMENTS if a.live})
 
     def to_json(self) -> dict[str, Any]:
         """What a model file keeps, as JSON types: all but device and progress."""

@@ -183,6 +183,7 @@ def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
     before = fitted.predict(images)
     model = NPad(**fitted.get_params()).fit(images)
     model.set_params(window=5, image_size=64, n_centroids=3, backbone="resnet18")
+    model.nominal_set = None  # nor does the fusion that would follow from it
     after = model.predict(images)
     assert np.array_equal(after.scores, before.scores)
     model.batch_size = 3
@@ -191,6 +192,13 @@ def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
     assert (kept["backbone"], kept["batch_size"]) == ("filterbank", 3)
     model.fusion_weight = 0.9
     assert not np.array_equal(model.predict(images).scores, before.scores)
+
+
+def test_a_model_without_centroids_goes_on_without_them(images: np.ndarray) -> None:
+    model = NPad("filterbank", image_size=32, nominal_set=None, progress=False).fit(images)
+    before = model.predict(images)
+    model.nominal_set = "kcenter"
+    assert np.array_equal(model.predict(images).scores, before.scores)
 
 
 def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
