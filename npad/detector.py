@@ -169,13 +169,14 @@ class NPad:
         fitted = self.settings_ if self._is_fitted else None
         given = self.get_params()
         key = [*map(id, given.values()), id(fitted)]
-        if self._in_force is None or self._in_force[0] != key:
+        kept = self._in_force  # another thread may replace it at any time, as all that is kept
+        if kept is None or kept[0] != key:
             now = Settings(**given)
             settings = now if fitted is None else fitted.changed_by(given)
             if not all(isinstance(value, Hashable) for value in given.values()):
                 return settings  # a list may change and remain the same object
-            self._in_force = key, (given, fitted), settings
-        return self._in_force[2]
+            kept = self._in_force = key, (given, fitted), settings
+        return kept[2]
 
     @property
     def _is_fitted(self) -> bool:
@@ -543,7 +544,8 @@ class NPad:
         )  # fmt: skip
         network = self._networks.get(key)
         if network is None:
-            network = self._networks[key] = shared_backbone(*key)
+            network = shared_backbone(*key)
+            self._networks = {**self._networks, key: network}  # another thread may walk the old one
         return network
 
     def _own_network(
@@ -578,9 +580,10 @@ class NPad:
         parts = network, *learned.tensors().values()  # kept by the scorer: no other gets their ids
         live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
         key = *map(id, parts), *live, learned.standardization
-        if self._scoring is None or self._scoring[0] != key:
-            self._scoring = key, Scorer(network, learned, settings)
-        return self._scoring[1]
+        kept = self._scoring
+        if kept is None or kept[0] != key:
+            kept = self._scoring = key, Scorer(network, learned, settings)
+        return kept[1]
 
     def _on_device(
         self, settings: Settings, device: torch.device
@@ -592,9 +595,10 @@ class NPad:
         if device.type != "cuda" or not (_cuda.registered and cuda_graphs.SAFE):
             return run
         with _lock:
-            if self._graphs is None or self._graphs[0] is not scorer:
-                self._graphs = scorer, Graphs(run)
-            return self._graphs[1]
+            kept = self._graphs
+            if kept is None or kept[0] is not scorer:
+                kept = self._graphs = scorer, Graphs(run)
+            return kept[1]
 
     @property
     def nbytes(self) -> int:
