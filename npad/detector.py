@@ -423,9 +423,12 @@ class NPad:
         ------
         ModelFileError
             The file cannot be written; what was there before is whole.
+        ValueError
+            A fusion that was set after the fit needs what the fit did not find.
         """
         self._check_fitted()
-        settings, learned = self._settings(), self._learned()
+        settings = self._settings()
+        learned = self._learned_for(settings)
         network = self._own_network(settings, devices.resolve(settings.device))
         header = {
             "npad_version": __version__,
@@ -574,9 +577,20 @@ class NPad:
             self._scoring = self._graphs = None
         return learned
 
+    def _learned_for(self, settings: Settings, device: torch.device | None = None) -> Learned:
+        """As `_learned`, with all that the settings need: the fusion may be another since the fit."""
+        learned = self._learned(device)
+        lacks = learned.lacks(settings)
+        if lacks:
+            raise ValueError(
+                f"NPad: fusion={settings.fusion!r} needs {' and '.join(lacks)}, which a fit with "
+                f"fusion={self.settings_.fusion!r} does not find; fit again, or set that fusion"
+            )
+        return learned
+
     def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
         """Made when it is first used, and again when something that it depends on is another."""
-        learned, network = self._learned(device), self._own_network(settings, device)
+        learned, network = self._learned_for(settings, device), self._own_network(settings, device)
         parts = network, *learned.tensors().values()  # kept by the scorer: no other gets their ids
         live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
         key = *map(id, parts), *live, learned.standardization

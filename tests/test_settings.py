@@ -201,6 +201,29 @@ def test_a_model_without_centroids_goes_on_without_them(images: np.ndarray) -> N
     assert np.array_equal(model.predict(images).scores, before.scores)
 
 
+@pytest.mark.parametrize(
+    ("fitted_with", "then", "lacks"),
+    [
+        ("mahalanobis", "product", "centroids"),
+        ("euclidean", "mahalanobis", "mean and factor"),
+        ("product", "sum", "standardization"),
+        ("mahalanobis", "sum", "centroids and standardization"),
+    ],
+)
+def test_a_fusion_that_the_fit_did_not_prepare(
+    fitted_with: str, then: str, lacks: str, images: np.ndarray, tmp_path: Path
+) -> None:
+    model = NPad("filterbank", image_size=32, n_centroids=20, fusion=fitted_with, progress=False)
+    model.fit(images).fusion = then
+    message = f"^NPad: fusion='{then}' needs {lacks}, which a fit with fusion='{fitted_with}' does"
+    for use in (model.predict, model.predict_batches, lambda _: model.save(tmp_path / "model")):
+        with pytest.raises(ValueError, match=message):
+            use(images)
+    assert not list(tmp_path.iterdir())
+    model.fit(images).save(tmp_path / "model")
+    NPad.load(tmp_path / "model").predict(images)
+
+
 def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
     assert fitted.settings().keys() == {a.name for a in ARGUMENTS} - {"device", "progress"}
     json.dumps(fitted.settings(), allow_nan=False)
