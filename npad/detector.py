@@ -254,7 +254,10 @@ class NPad:
         RuntimeError
             The GPU has failed.
         """
-        return torch.cat(list(self.embed_batches(source, skip_bad=skip_bad)))
+        parts = list(self.embed_batches(source, skip_bad=skip_bad))
+        if not parts:
+            raise ValueError("NPad.embed: none of the images could be read; look at the files")
+        return torch.cat(parts)
 
     def embed_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Tensor]:
         """Embeddings batch by batch, in memory that does not grow with the number of images."""
