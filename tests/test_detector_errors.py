@@ -225,6 +225,14 @@ def test_device_that_is_none(device, model):
             use(device=device)
 
 
+def test_device_without_values(fitted):
+    before = fitted.centroids_
+    for use in (fit_nowhere, fitted.to):
+        with pytest.raises(ValueError, match=r"device='meta' cannot be used here \(it holds no v"):
+            use(device="meta")
+    assert fitted.centroids_ is before
+
+
 def test_device_that_is_not_there(model):
     message = r"device='cuda:99' cannot be used here \([^.]*\); give device='cpu', or one that"
     for use in (fit_nowhere, lambda **arguments: NPad.load(model, **arguments)):
