@@ -278,6 +278,7 @@ class Settings:
         _or_none(_path),
         _parse_file,
         unset="timm downloads them",
+        live=True,  # the file may have moved; other weights are refused by their hash
     )
     window: int = _argument(
         3, "Side of the training window, in positions of the grid.", "ODD", _odd, int
