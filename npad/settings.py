@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -64,8 +65,9 @@ def _int(what: str, allowed: Callable[[int], bool]) -> Check:
 
 def _number(what: str, allowed: Callable[[float], bool]) -> Check:
     def check(value: Any) -> float:
-        if isinstance(value, Real) and not isinstance(value, bool) and allowed(float(value)):
-            return int(value) if isinstance(value, Integral) else float(value)
+        with suppress(OverflowError):  # of an int that no float holds
+            if isinstance(value, Real) and not isinstance(value, bool) and allowed(float(value)):
+                return int(value) if isinstance(value, Integral) else float(value)
         raise _UnfitError(what)
 
     return check
@@ -73,8 +75,9 @@ def _number(what: str, allowed: Callable[[float], bool]) -> Check:
 
 def _one_of(*choices: Any) -> Check:
     def check(value: Any) -> Any:
-        if any(type(value) is type(choice) and value == choice for choice in choices):
-            return value
+        for choice in choices:  # a text may be NumPy's; 1 is not True
+            if isinstance(value, type(choice)) and value == choice:
+                return choice
         raise _UnfitError(f"one of {', '.join(map(repr, choices))}")
 
     return check
@@ -114,7 +117,7 @@ def _height_width(value: Any) -> tuple[int, int]:
 def _levels(value: Any) -> tuple[int, ...]:
     level = _int("", lambda n: n >= 0)
     try:
-        levels = tuple(map(level, value))
+        levels = () if isinstance(value, Iterator) else tuple(map(level, value))  # read again later
     except (_UnfitError, TypeError):
         levels = ()
     if not levels:

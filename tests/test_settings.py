@@ -24,6 +24,7 @@ REFUSED = [
     ({"layers": []}, "layers must be a sequence of levels"),
     ({"layers": "23"}, "layers must be a sequence of levels"),
     ({"layers": (2, -1)}, "layers must be a sequence of levels"),
+    ({"layers": iter((2, 3))}, "layers must be a sequence of levels"),
     ({"layers": 2}, "layers must be a sequence of levels"),
     ({"image_size": 0}, r"image_size must be a positive int or \(height, width\), got 0"),
     ({"image_size": 64.0}, "image_size must be a positive int"),
@@ -44,6 +45,7 @@ REFUSED = [
     ({"n_centroids": -1}, "n_centroids must be a whole number of at least 1 or a fraction below 1"),
     ({"n_centroids": 2.5}, "n_centroids must be a whole number .* got 2.5"),
     ({"n_centroids": 0}, "n_centroids must be a whole number"),
+    ({"n_centroids": 10**400}, "n_centroids must be a whole number"),
     ({"n_centroids": math.nan}, "n_centroids must be a whole number"),
     ({"n_centroids": math.inf}, "n_centroids must be a whole number"),
     ({"n_centroids": True}, "n_centroids must be a whole number"),
@@ -121,12 +123,14 @@ def test_what_is_accepted() -> None:
         "eps": np.float32(0.5),
         "fusion_weight": 1,
         "seed": -(2**63),
+        "fusion": np.str_("sum"),
     }
     settings = Settings(**given)  # type: ignore[arg-type]
     assert settings.layers == (2, 3)
     assert settings.image_size == (96, 96)
     assert (settings.weights, settings.window, settings.n_centroids) == ("w.pt", 5, 64)
     assert json.loads(json.dumps(settings.to_json()))["eps"] == 0.5
+    assert type(settings.fusion) is str
     assert Settings(nominal_set=None).fusion == "mahalanobis"
     assert Settings(n_centroids=0.25).n_centroids == 0.25
 
