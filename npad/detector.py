@@ -20,6 +20,7 @@ from npad.fitting import fit_images
 from npad.images import ImageSource
 from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
+from npad.nominal_methods import METHODS
 from npad.ops import _cuda
 from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
@@ -33,7 +34,7 @@ from npad.scoring.pipeline import (
 )
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer
-from npad.settings import ARGUMENTS, Settings
+from npad.settings import ARGUMENTS, Settings, uses_nominal_set
 
 __all__ = ["NPad", "Prediction"]
 
@@ -217,6 +218,8 @@ class NPad:
         """
         settings = Settings(**self.get_params())
         device = devices.resolve(settings.device)
+        if uses_nominal_set(settings.fusion):
+            METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
         with devices.explained("NPad.fit", device), devices.plain(device):
             network = self._network(settings, device, fitting=True)
             network.grid(settings.image_size)  # a size that does not work is told before the work
