@@ -20,6 +20,7 @@ from npad.fitting import fit_images
 from npad.images import ImageSource
 from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
+from npad.nominal_methods import METHODS
 from npad.ops import _cuda
 from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
@@ -33,7 +34,7 @@ from npad.scoring.pipeline import (
 )
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer
-from npad.settings import ARGUMENTS, Settings
+from npad.settings import ARGUMENTS, Settings, uses_nominal_set
 
 __all__ = ["NPad", "Prediction"]
 
@@ -169,13 +170,14 @@ class NPad:
         fitted = self.settings_ if self._is_fitted else None
         given = self.get_params()
         key = [*map(id, given.values()), id(fitted)]
-        if self._in_force is None or self._in_force[0] != key:
+        kept = self._in_force  # another thread may replace it at any time, as all that is kept
+        if kept is None or kept[0] != key:
             now = Settings(**given)
-            settings = now if fitted is None else now.fixed_by(fitted)
+            settings = now if fitted is None else fitted.changed_by(given)
             if not all(isinstance(value, Hashable) for value in given.values()):
                 return settings  # a list may change and remain the same object
-            self._in_force = key, (given, fitted), settings
-        return self._in_force[2]
+            kept = self._in_force = key, (given, fitted), settings
+        return kept[2]
 
     @property
     def _is_fitted(self) -> bool:
@@ -216,6 +218,8 @@ class NPad:
         """
         settings = Settings(**self.get_params())
         device = devices.resolve(settings.device)
+        if uses_nominal_set(settings.fusion):
+            METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
         with devices.explained("NPad.fit", device), devices.plain(device):
             network = self._network(settings, device, fitting=True)
             network.grid(settings.image_size)  # a size that does not work is told before the work
@@ -253,7 +257,10 @@ class NPad:
         RuntimeError
             The GPU has failed.
         """
-        return torch.cat(list(self.embed_batches(source, skip_bad=skip_bad)))
+        parts = list(self.embed_batches(source, skip_bad=skip_bad))
+        if not parts:
+            raise ValueError("NPad.embed: none of the images could be read; look at the files")
+        return torch.cat(parts)
 
     def embed_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Tensor]:
         """Embeddings batch by batch, in memory that does not grow with the number of images."""
@@ -422,9 +429,12 @@ class NPad:
         ------
         ModelFileError
             The file cannot be written; what was there before is whole.
+        ValueError
+            A fusion that was set after the fit needs what the fit did not find.
         """
         self._check_fitted()
-        settings, learned = self._settings(), self._learned()
+        settings = self._settings()
+        learned = self._learned_for(settings)
         network = self._own_network(settings, devices.resolve(settings.device))
         header = {
             "npad_version": __version__,
@@ -543,7 +553,8 @@ class NPad:
         )  # fmt: skip
         network = self._networks.get(key)
         if network is None:
-            network = self._networks[key] = shared_backbone(*key)
+            network = shared_backbone(*key)
+            self._networks = {**self._networks, key: network}  # another thread may walk the old one
         return network
 
     def _own_network(
@@ -572,15 +583,27 @@ class NPad:
             self._scoring = self._graphs = None
         return learned
 
+    def _learned_for(self, settings: Settings, device: torch.device | None = None) -> Learned:
+        """As `_learned`, with all that the settings need: the fusion may be another since the fit."""
+        learned = self._learned(device)
+        lacks = learned.lacks(settings)
+        if lacks:
+            raise ValueError(
+                f"NPad: fusion={settings.fusion!r} needs {' and '.join(lacks)}, which a fit with "
+                f"fusion={self.settings_.fusion!r} does not find; fit again, or set that fusion"
+            )
+        return learned
+
     def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
         """Made when it is first used, and again when something that it depends on is another."""
-        learned, network = self._learned(device), self._own_network(settings, device)
+        learned, network = self._learned_for(settings, device), self._own_network(settings, device)
         parts = network, *learned.tensors().values()  # kept by the scorer: no other gets their ids
         live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
         key = *map(id, parts), *live, learned.standardization
-        if self._scoring is None or self._scoring[0] != key:
-            self._scoring = key, Scorer(network, learned, settings)
-        return self._scoring[1]
+        kept = self._scoring
+        if kept is None or kept[0] != key:
+            kept = self._scoring = key, Scorer(network, learned, settings)
+        return kept[1]
 
     def _on_device(
         self, settings: Settings, device: torch.device
@@ -592,9 +615,10 @@ class NPad:
         if device.type != "cuda" or not (_cuda.registered and cuda_graphs.SAFE):
             return run
         with _lock:
-            if self._graphs is None or self._graphs[0] is not scorer:
-                self._graphs = scorer, Graphs(run)
-            return self._graphs[1]
+            kept = self._graphs
+            if kept is None or kept[0] is not scorer:
+                kept = self._graphs = scorer, Graphs(run)
+            return kept[1]
 
     @property
     def nbytes(self) -> int:

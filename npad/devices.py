@@ -49,6 +49,8 @@ def resolve(value: Any) -> torch.device:
             f"got {value!r}"
         ) from error
     try:
+        if found.type == "meta":  # a model moved there would lose its values
+            raise RuntimeError("it holds no values")
         return torch.empty(0, device=found).device  # with its index
     except Exception as error:  # torch raises RuntimeError, AssertionError, NotImplementedError
         first_sentence = re.split(r"\n|\. ", str(error).strip())[0]

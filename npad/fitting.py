@@ -215,8 +215,12 @@ class Fit:
         Raises
         ------
         ValueError
-            Other settings, another grid or channels, or other axes.
+            This same fit, other settings, another grid or channels, or other axes.
         """
+        if other is self:
+            raise ValueError(
+                "Fit.merge: a fit cannot be merged with itself: its images would count twice"
+            )
         if other.settings.to_json() != self.settings.to_json():
             raise ValueError("Fit.merge: the fits have different settings; merge fits of the same")
         if other._grid is None:
@@ -236,6 +240,9 @@ class Fit:
         self._gaussian = _joined(self._gaussian, other._gaussian)
         self._nominal = _joined(self._nominal, other._nominal)
         self._held_out.merge(other._held_out, self._add)
+        if self._eps is None:
+            self._eps = other._eps
+        self._standardization = self._standardization or other._standardization
         self.n_images += other.n_images
         self._waiting += other._waiting
         if not self._needs_axes() or self.n_images >= AXES_IMAGES:

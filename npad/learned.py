@@ -151,6 +151,12 @@ class Learned:
         """Size of the nominal set, or None without one."""
         return None if self.centroids is None else len(self.centroids)
 
+    def lacks(self, settings: Settings) -> list[str]:
+        """What a model of these settings needs and has not got, by name."""
+        needed = [t.name for t in TENSORS if t.when(settings)]
+        needed += ["standardization"] if settings.fusion == "sum" else []
+        return [name for name in needed if getattr(self, name) is None]
+
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if "read" in f.metadata}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Final
@@ -64,8 +65,9 @@ def _int(what: str, allowed: Callable[[int], bool]) -> Check:
 
 def _number(what: str, allowed: Callable[[float], bool]) -> Check:
     def check(value: Any) -> float:
-        if isinstance(value, Real) and not isinstance(value, bool) and allowed(float(value)):
-            return int(value) if isinstance(value, Integral) else float(value)
+        with suppress(OverflowError):  # of an int that no float holds
+            if isinstance(value, Real) and not isinstance(value, bool) and allowed(float(value)):
+                return int(value) if isinstance(value, Integral) else float(value)
         raise _UnfitError(what)
 
     return check
@@ -73,8 +75,9 @@ def _number(what: str, allowed: Callable[[float], bool]) -> Check:
 
 def _one_of(*choices: Any) -> Check:
     def check(value: Any) -> Any:
-        if any(type(value) is type(choice) and value == choice for choice in choices):
-            return value
+        for choice in choices:  # a text may be NumPy's; 1 is not True
+            if isinstance(value, type(choice)) and value == choice:
+                return choice
         raise _UnfitError(f"one of {', '.join(map(repr, choices))}")
 
     return check
@@ -114,7 +117,7 @@ def _height_width(value: Any) -> tuple[int, int]:
 def _levels(value: Any) -> tuple[int, ...]:
     level = _int("", lambda n: n >= 0)
     try:
-        levels = tuple(map(level, value))
+        levels = () if isinstance(value, Iterator) else tuple(map(level, value))  # read again later
     except (_UnfitError, TypeError):
         levels = ()
     if not levels:
@@ -278,6 +281,7 @@ class Settings:
         _or_none(_path),
         _parse_file,
         unset="timm downloads them",
+        live=True,  # the file may have moved; other weights are refused by their hash
     )
     window: int = _argument(
         3, "Side of the training window, in positions of the grid.", "ODD", _odd, int
@@ -429,9 +433,9 @@ class Settings:
         """Whether axes are chosen on nominal embeddings."""
         return self.n_features is not None and self.reduction == "pca"
 
-    def fixed_by(self, fitted: Settings) -> Settings:
-        """These settings where a fitted model heeds them, and those it was fitted with elsewhere."""
-        return Settings(**{a.name: getattr(self if a.live else fitted, a.name) for a in ARGUMENTS})
+    def changed_by(self, given: Mapping[str, Any]) -> Settings:
+        """These of a fitted model, but for the arguments given that it heeds."""
+        return replace(self, **{a.name: given[a.name] for a in ARGUMENTS if a.live})
 
     def to_json(self) -> dict[str, Any]:
         """What a model file keeps, as JSON types: all but device and progress."""

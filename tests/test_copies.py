@@ -85,8 +85,14 @@ def test_a_copy_outlives_the_file_of_weights(
         BackboneError, match=r"was fitted on resnet18 with weights .* give the same"
     ):
         pickle.loads(content).predict(images)
-    file.unlink()
+    file.rename(tmp_path / "other.safetensors")
     for twin in (model, copy.copy(model), copy.deepcopy(model)):
         assert np.array_equal(twin.predict(images).scores, expected)
+    twin = pickle.loads(content)
     with pytest.raises(BackboneError, match="there is no such file"):
-        pickle.loads(content).predict(images)
+        twin.predict(images)
+    twin.weights = tmp_path / "other.safetensors"
+    with pytest.raises(BackboneError, match=r"was fitted on resnet18 .* give the same file with"):
+        twin.predict(images)
+    twin.weights = weights / "resnet18_layers123.safetensors"  # where the same ones lie
+    assert np.array_equal(twin.predict(images).scores, expected)

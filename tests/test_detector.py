@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -264,6 +265,22 @@ def test_predict_from_two_threads(model: NPad, cloth: Path) -> None:
         worker.join()
     assert all(np.array_equal(scores, expected) for scores in found)
     assert len(found) == 2
+
+
+class Forgetful(NPad):
+    """As if another thread let go of what is kept, once it is stored and before it is used."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        kept = ("_in_force", "_scoring", "_graphs")
+        super().__setattr__(name, None if name in kept else value)
+
+
+def test_what_is_kept_may_be_gone_at_any_time(model: NPad, cloth: Path) -> None:
+    forgetful = copy.copy(model)
+    forgetful.__class__ = Forgetful
+    forgetful._forget()
+    found = forgetful.predict(cloth / "test" / "good").scores
+    assert np.array_equal(found, model.predict(cloth / "test" / "good").scores)
 
 
 def test_real_images(data: Path, weights: Path) -> None:

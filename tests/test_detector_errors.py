@@ -148,11 +148,13 @@ def test_one_image(pixels, folder, tmp_path):
 
 
 @pytest.mark.parametrize("n_features", [None, 8])
-def test_all_images_are_bad(n_features, folder):
+def test_all_images_are_bad(n_features, folder, fitted):
     for path in folder.iterdir():
         text(path)
     with pytest.raises(ValueError, match=r"0 image.*at least 2"):
         small(n_features=n_features).fit(folder, skip_bad=True)
+    with pytest.raises(ValueError, match=r"NPad\.embed: none of the images could be read"):
+        fitted.embed(folder, skip_bad=True)
 
 
 def test_two_image_sizes(pixels, folder, fitted):
@@ -221,6 +223,14 @@ def test_device_that_is_none(device, model):
     for use in (fit_nowhere, lambda **arguments: NPad.load(model, **arguments)):
         with pytest.raises(ValueError, match=message):
             use(device=device)
+
+
+def test_device_without_values(fitted):
+    before = fitted.centroids_
+    for use in (fit_nowhere, fitted.to):
+        with pytest.raises(ValueError, match=r"device='meta' cannot be used here \(it holds no v"):
+            use(device="meta")
+    assert fitted.centroids_ is before
 
 
 def test_device_that_is_not_there(model):

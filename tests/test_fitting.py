@@ -146,11 +146,21 @@ def test_one_that_waits_takes_the_axes_of_the_other() -> None:
     assert few.finalize().n_images == 100
 
 
+def test_an_empty_fit_takes_what_the_other_has_chosen() -> None:
+    """Images that were held out have been fitted by then: nothing is left to choose on."""
+    arguments = {"fusion": "sum", "holdout": 0.3}
+    other = Fit(settings(**arguments)).update(embeddings=embeddings(60))
+    expected = other.finalize()
+    assert_equal(Fit(settings(**arguments)).merge(other).finalize(), expected)
+
+
 def test_what_does_not_merge() -> None:
     x = embeddings(80)
     fit = Fit(settings(n_features=4)).update(embeddings=x)
     with pytest.raises(ValueError, match="different settings"):
         fit.merge(Fit(settings(n_features=5)))
+    with pytest.raises(ValueError, match="merged with itself"):
+        fit.merge(fit)
     fit.merge(Fit(settings(n_features=4, device="cuda:1", progress=None)))  # the machine's own
     with pytest.raises(ValueError, match="different axes"):
         fit.merge(Fit(settings(n_features=4)).update(embeddings=embeddings(80, seed=1)))

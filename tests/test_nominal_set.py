@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from npad import ops
+from npad import NPad, ops
 from npad.nominal_methods import METHODS, Method
 from npad.statistics.k_center import _projected
 from npad.statistics.nominal_set import NominalSet
@@ -226,7 +226,12 @@ def test_k_means_looks_at_a_seeded_sample() -> None:
 def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)  # import raises ImportError
     monkeypatch.delitem(sys.modules, "npad.statistics.k_means", raising=False)
-    for make in (METHODS["kmeans"].load, lambda: NominalSet("kmeans")):
+    model = NPad("no such backbone", nominal_set="kmeans")  # which would be looked for after that
+    for make in (
+        METHODS["kmeans"].load,
+        lambda: NominalSet("kmeans"),
+        lambda: model.fit("nowhere"),
+    ):
         with pytest.raises(
             ImportError, match=r"nominal_set='kmeans' needs .*faiss.* pip install \"npad\[faiss\]\""
         ):

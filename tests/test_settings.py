@@ -24,6 +24,7 @@ REFUSED = [
     ({"layers": []}, "layers must be a sequence of levels"),
     ({"layers": "23"}, "layers must be a sequence of levels"),
     ({"layers": (2, -1)}, "layers must be a sequence of levels"),
+    ({"layers": iter((2, 3))}, "layers must be a sequence of levels"),
     ({"layers": 2}, "layers must be a sequence of levels"),
     ({"image_size": 0}, r"image_size must be a positive int or \(height, width\), got 0"),
     ({"image_size": 64.0}, "image_size must be a positive int"),
@@ -44,6 +45,7 @@ REFUSED = [
     ({"n_centroids": -1}, "n_centroids must be a whole number of at least 1 or a fraction below 1"),
     ({"n_centroids": 2.5}, "n_centroids must be a whole number .* got 2.5"),
     ({"n_centroids": 0}, "n_centroids must be a whole number"),
+    ({"n_centroids": 10**400}, "n_centroids must be a whole number"),
     ({"n_centroids": math.nan}, "n_centroids must be a whole number"),
     ({"n_centroids": math.inf}, "n_centroids must be a whole number"),
     ({"n_centroids": True}, "n_centroids must be a whole number"),
@@ -121,12 +123,14 @@ def test_what_is_accepted() -> None:
         "eps": np.float32(0.5),
         "fusion_weight": 1,
         "seed": -(2**63),
+        "fusion": np.str_("sum"),
     }
     settings = Settings(**given)  # type: ignore[arg-type]
     assert settings.layers == (2, 3)
     assert settings.image_size == (96, 96)
     assert (settings.weights, settings.window, settings.n_centroids) == ("w.pt", 5, 64)
     assert json.loads(json.dumps(settings.to_json()))["eps"] == 0.5
+    assert type(settings.fusion) is str
     assert Settings(nominal_set=None).fusion == "mahalanobis"
     assert Settings(n_centroids=0.25).n_centroids == 0.25
 
@@ -183,6 +187,7 @@ def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
     before = fitted.predict(images)
     model = NPad(**fitted.get_params()).fit(images)
     model.set_params(window=5, image_size=64, n_centroids=3, backbone="resnet18")
+    model.nominal_set = None  # nor does the fusion that would follow from it
     after = model.predict(images)
     assert np.array_equal(after.scores, before.scores)
     model.batch_size = 3
@@ -191,6 +196,36 @@ def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
     assert (kept["backbone"], kept["batch_size"]) == ("filterbank", 3)
     model.fusion_weight = 0.9
     assert not np.array_equal(model.predict(images).scores, before.scores)
+
+
+def test_a_model_without_centroids_goes_on_without_them(images: np.ndarray) -> None:
+    model = NPad("filterbank", image_size=32, nominal_set=None, progress=False).fit(images)
+    before = model.predict(images)
+    model.nominal_set = "kcenter"
+    assert np.array_equal(model.predict(images).scores, before.scores)
+
+
+@pytest.mark.parametrize(
+    ("fitted_with", "then", "lacks"),
+    [
+        ("mahalanobis", "product", "centroids"),
+        ("euclidean", "mahalanobis", "mean and factor"),
+        ("product", "sum", "standardization"),
+        ("mahalanobis", "sum", "centroids and standardization"),
+    ],
+)
+def test_a_fusion_that_the_fit_did_not_prepare(
+    fitted_with: str, then: str, lacks: str, images: np.ndarray, tmp_path: Path
+) -> None:
+    model = NPad("filterbank", image_size=32, n_centroids=20, fusion=fitted_with, progress=False)
+    model.fit(images).fusion = then
+    message = f"^NPad: fusion='{then}' needs {lacks}, which a fit with fusion='{fitted_with}' does"
+    for use in (model.predict, model.predict_batches, lambda _: model.save(tmp_path / "model")):
+        with pytest.raises(ValueError, match=message):
+            use(images)
+    assert not list(tmp_path.iterdir())
+    model.fit(images).save(tmp_path / "model")
+    NPad.load(tmp_path / "model").predict(images)
 
 
 def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
