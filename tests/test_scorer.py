@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from npad import NPad
+from npad import NPad, ops
 from npad.learned import TENSORS
 from npad.scoring.scorer import Scorer
 
@@ -48,11 +49,22 @@ def test_what_it_holds(model: NPad) -> None:
 def test_a_state_dict_brings_another_fit(model: NPad, batch: torch.Tensor) -> None:
     other = NPad(**model.get_params()).fit(batch.flip(0) ** 2)
     expected = other.scorer()(batch)
-    twin = Scorer(model.scorer().network, model._learned(), model._settings())
+    twin = copy.deepcopy(model.scorer())  # whose tensors are not the model's
     assert not torch.equal(twin(batch)[0], expected[0])
     twin.load_state_dict(other.scorer().state_dict())
-    twin.index = None
     torch.testing.assert_close(twin(batch), expected, rtol=1e-6, atol=0)
+
+
+def test_centroids_of_a_state_dict_are_found_again(model: NPad) -> None:
+    """The index is no part of it: that of the centroids before would give other distances."""
+    twin = copy.deepcopy(model.scorer())
+    state = twin.state_dict()
+    state["centroids"] = state["centroids"].flip(1) + 5
+    twin.load_state_dict(state)
+    x = torch.rand(2, *model.grid_, state["centroids"].shape[1]) + 5
+    found = twin.distances(x)[1]
+    expected, _ = ops.nearest_centroid(x.flatten(0, 2), state["centroids"])
+    assert torch.equal(found.flatten(), expected)
 
 
 def test_moving_it_leaves_the_backbone_of_other_models(model: NPad, batch: torch.Tensor) -> None:

@@ -21,6 +21,11 @@ def reduce(x: Tensor, projection: Tensor | None) -> Tensor:
     return x if projection is None else x @ projection
 
 
+def _make_index(scorer: Scorer, _: object = None) -> None:
+    """Of the centroids that it has now; that of others would find wrong distances."""
+    scorer.index = None if scorer.centroids is None else ops.centroid_index(scorer.centroids)
+
+
 def distances(
     x: Tensor,
     mean: Tensor | None,
@@ -66,8 +71,9 @@ class Scorer(nn.Module):
         for tensor in TENSORS:
             value = getattr(learned, tensor.name) if tensor.when(settings) else None
             self.register_buffer(tensor.name, value)
-        index = None if self.centroids is None else ops.centroid_index(self.centroids)
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", None, persistent=False)
+        _make_index(self)
+        self.register_load_state_dict_post_hook(_make_index)
         self.standardization = learned.standardization
         self.image_size = settings.image_size
         self.score_window = settings.score_window
