@@ -390,7 +390,8 @@ class NPad:
 
         Returns
         -------
-        Scorer, for ``torch.export``, ``state_dict`` and the like. It shares the model's tensors.
+        Scorer, for ``torch.export``, ``state_dict`` and the like: a new one, which shares the model's
+        tensors until it is moved or loads others.
 
         Raises
         ------
@@ -399,7 +400,9 @@ class NPad:
         """
         self._check_fitted()
         settings = self._settings()
-        return self._scorer(settings, devices.resolve(settings.device))
+        device = devices.resolve(settings.device)
+        network = self._own_network(settings, device)
+        return Scorer(network, self._learned_for(settings, device), settings)
 
     def to(self, device: str | torch.device) -> NPad:
         """Move the model to a torch device, or to a GPU if there is one ("auto").

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from npad import NPad, ops
 from npad.learned import TENSORS
-from npad.scoring.scorer import Scorer
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 
@@ -36,7 +34,6 @@ def batch(images: np.ndarray) -> torch.Tensor:
 def test_what_it_holds(model: NPad) -> None:
     scorer = model.scorer()
     assert isinstance(scorer, nn.Module)
-    assert model.scorer() is scorer
     buffers = dict(scorer.named_buffers())
     for tensor in TENSORS:
         assert buffers[tensor.name] is getattr(model, f"{tensor.name}_")
@@ -49,15 +46,18 @@ def test_what_it_holds(model: NPad) -> None:
 def test_a_state_dict_brings_another_fit(model: NPad, batch: torch.Tensor) -> None:
     other = NPad(**model.get_params()).fit(batch.flip(0) ** 2)
     expected = other.scorer()(batch)
-    twin = copy.deepcopy(model.scorer())  # whose tensors are not the model's
+    before, own = model.score(batch), model.scorer()(batch)
+    twin = model.scorer()
     assert not torch.equal(twin(batch)[0], expected[0])
     twin.load_state_dict(other.scorer().state_dict())
     torch.testing.assert_close(twin(batch), expected, rtol=1e-6, atol=0)
+    assert torch.equal(model.score(batch)[0], before[0])
+    assert torch.equal(model.scorer()(batch)[0], own[0])
 
 
 def test_centroids_of_a_state_dict_are_found_again(model: NPad) -> None:
     """The index is no part of it: that of the centroids before would give other distances."""
-    twin = copy.deepcopy(model.scorer())
+    twin = model.scorer()
     state = twin.state_dict()
     state["centroids"] = state["centroids"].flip(1) + 5
     twin.load_state_dict(state)
@@ -67,10 +67,11 @@ def test_centroids_of_a_state_dict_are_found_again(model: NPad) -> None:
     assert torch.equal(found.flatten(), expected)
 
 
-def test_moving_it_leaves_the_backbone_of_other_models(model: NPad, batch: torch.Tensor) -> None:
+def test_moving_it_leaves_the_model_and_others_of_its_backbone(
+    model: NPad, batch: torch.Tensor
+) -> None:
     expected = model.score(batch)
-    scorer = Scorer(model.scorer().network, model._learned(), model._settings())
-    scorer.to("meta")
+    scorer = model.scorer().to("meta")
     assert {x.device.type for x in scorer.state_dict().values()} == {"meta"}
     again = model.score(batch)
     assert torch.equal(again[0], expected[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,11 +20,6 @@ __all__ = ["Scorer", "distances", "reduce"]
 def reduce(x: Tensor, projection: Tensor | None) -> Tensor:
     """Embeddings (..., D) -> (..., C), where a fit has chosen axes."""
     return x if projection is None else x @ projection
-
-
-def _make_index(scorer: Scorer, _: object = None) -> None:
-    """Of the centroids that it has now; that of others would find wrong distances."""
-    scorer.index = None if scorer.centroids is None else ops.centroid_index(scorer.centroids)
 
 
 def distances(
@@ -72,8 +68,7 @@ class Scorer(nn.Module):
             value = getattr(learned, tensor.name) if tensor.when(settings) else None
             self.register_buffer(tensor.name, value)
         self.register_buffer("index", None, persistent=False)
-        _make_index(self)
-        self.register_load_state_dict_post_hook(_make_index)
+        self._make_index()
         self.standardization = learned.standardization
         self.image_size = settings.image_size
         self.score_window = settings.score_window
@@ -97,6 +92,19 @@ class Scorer(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
         return self.score(self.network(images))
+
+    def _make_index(self) -> None:
+        """Of the centroids that it has now; that of others would find wrong distances."""
+        self.index = None if self.centroids is None else ops.centroid_index(self.centroids)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load: into a network and tensors of its own, as they may be in use elsewhere."""
+        self.network = copy.deepcopy(self.network)
+        for tensor in TENSORS:
+            value = getattr(self, tensor.name)
+            setattr(self, tensor.name, None if value is None else value.clone())
+        super()._load_from_state_dict(*arguments)
+        self._make_index()
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Scorer:
         """Move: a network of its own, since the one that it has may be in use elsewhere."""
