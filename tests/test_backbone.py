@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,17 @@ def test_compiled_it_gives_the_same(resnet: Backbone, resnet_file: Path) -> None
     compiled = Backbone("resnet18", layers=[0], weights=resnet_file, compile=True)
     expected = Backbone("resnet18", layers=[0], weights=resnet_file)(images)
     torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_of_a_compiled_one_runs_its_own_network() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    compiled = Backbone("filterbank", compile=True)
+    before = compiled(images)
+    twin = deepcopy(compiled)
+    for tensor in twin.net.state_dict().values():
+        tensor.zero_()
+    assert not torch.equal(twin(images), before)
+    assert torch.equal(compiled(images), before)
 
 
 def test_models_share_a_backbone_while_one_is_in_use(resnet_file: Path, folder: Path) -> None:

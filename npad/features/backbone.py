@@ -121,8 +121,20 @@ class Backbone(nn.Module):
         fold_batch_norm(self.net)
         self.net.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
+        self._compiles = compile
+        self._compile_features()
+
+    def _compile_features(self) -> None:
         # A function, not a module: that would be a second entry for the same weights.
-        self._compiled = torch.compile(self._features, dynamic=False) if compile else None
+        self._compiled = torch.compile(self._features, dynamic=False) if self._compiles else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the compiled function, which goes on running the network that it was made of."""
+        return {**vars(self), "_compiled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile_features()
 
     @property
     def identity(self) -> dict[str, Any]:
