@@ -263,7 +263,10 @@ class NPad:
         return torch.cat(parts)
 
     def embed_batches(self, source: Any, *, skip_bad: bool = False) -> Iterator[Tensor]:
-        """Embeddings batch by batch, in memory that does not grow with the number of images."""
+        """Embeddings batch by batch, in memory that does not grow with the number of images.
+
+        Takes, yields and raises what ``embed`` does; a source of bad images alone yields nothing.
+        """
         settings = self._settings()
         device = devices.resolve(settings.device)
         projection = self._learned(device).projection if self._is_fitted else None

@@ -92,8 +92,8 @@ class Fit:
         TypeError
             Neither images nor embeddings, or both; images without a way to embed them.
         ValueError
-            Embeddings of another grid or of other channels than before; more features asked for
-            than there are channels; values that are not finite.
+            Embeddings that have not four axes, or another grid or other channels than before; more
+            features asked for than there are channels; values that are not finite.
         MemoryError
             The statistics would not fit into memory.
         """
@@ -136,6 +136,10 @@ class Fit:
 
     def _begin(self, x: Tensor) -> None:
         """Look at embeddings as they come."""
+        if x.ndim != 4:
+            raise ValueError(
+                f"Fit.update: embeddings must have shape (B, h, w, D), got {tuple(x.shape)}"
+            )
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
         if self._grid is not None:
             if (grid, channels) != (self._grid, self._n_channels):
@@ -337,7 +341,10 @@ class Fit:
     # A fit that is written down and goes on later.
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All that the fit is, as JSON types and tensors; `npad.model_file.write_model` takes both."""
+        """All that the fit is, as JSON types and tensors; `npad.model_file.write_model` takes both.
+
+        The tensors are the fit's own: write or copy them before the fit goes on.
+        """
         values: dict[str, Any] = {
             "settings": self.settings.to_json(),
             "n_images": self.n_images,

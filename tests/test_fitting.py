@@ -190,6 +190,8 @@ def test_what_is_refused() -> None:
         ValueError, match=r"must be \(3, 4\) with 10 channels as before, got \(2, 4\)"
     ):
         fit.update(embeddings=x[:, :2])
+    with pytest.raises(ValueError, match=r"shape \(B, h, w, D\), got \(3, 4, 10\)"):
+        fit.update(embeddings=x[0])
     with pytest.raises(ValueError, match="n_features=11 is more than the 10 channels"):
         Fit(settings(n_features=11)).update(embeddings=x)
     with pytest.raises(ValueError, match=r"1 image\(s\) given; at least 2"):
