@@ -221,7 +221,7 @@ class NPad:
         if uses_nominal_set(settings.fusion):
             METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
         with devices.explained("NPad.fit", device), devices.plain(device):
-            network = self._network(settings, device, fitting=True)
+            network = self._network(settings, device, fitting=True, kept=False)
             network.grid(settings.image_size)  # a size that does not work is told before the work
             images = _open(source, settings, device, skip_bad)
             learned = fit_images(settings, embedder(network, device, "NPad.fit"), images)
@@ -546,9 +546,17 @@ class NPad:
     # Parts.
 
     def _network(
-        self, settings: Settings, device: torch.device, *, fitting: bool = False
+        self,
+        settings: Settings,
+        device: torch.device,
+        *,
+        fitting: bool = False,
+        kept: bool = True,
     ) -> Backbone:
-        """The backbone, in the precision of fitting or of scoring."""
+        """The backbone, in the precision of fitting or of scoring.
+
+        One that is kept goes on as it was read; a fit looks whether its file is another by now.
+        """
         if settings.backbone_dtype is not None:
             dtype = getattr(torch, settings.backbone_dtype)
         else:  # as measured: float16 costs nothing in scoring, but fitting chooses other centroids
@@ -557,7 +565,7 @@ class NPad:
         key = (
             settings.backbone, settings.layers, settings.weights, dtype, settings.compile, device
         )  # fmt: skip
-        network = self._networks.get(key)
+        network = self._networks.get(key) if kept else None
         if network is None:
             network = shared_backbone(*key)
             self._networks = {**self._networks, key: network}  # another thread may walk the old one

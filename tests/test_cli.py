@@ -393,6 +393,17 @@ def test_usage(args, says, category, model, tmp_path):
     fail(2, *(arg.format(**names) for arg in args), says=[says])
     assert files(tmp_path) == set()
 
+def test_a_package_that_is_missing_is_told_before_the_work(category, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)  # import raises ImportError
+    monkeypatch.delitem(sys.modules, "npad.statistics.k_means", raising=False)
+    for command in (
+        ("fit", category / "train/good", "-o", tmp_path / "m"),
+        ("evaluate", category, "-o", tmp_path / "report"),
+    ):
+        says = ["--nominal-set 'kmeans' needs", "npad[faiss]"]
+        fail(2, *command, *SMALL, "--nominal-set", "kmeans", says=says)
+    assert files(tmp_path) == set()
+
 
 def test_debug_shows_the_traceback(model, tmp_path):
     (tmp_path / "text.png").write_text("no image")

@@ -92,3 +92,16 @@ def test_a_copy_outlives_the_file_of_weights(
         twin.predict(images)
     twin.weights = weights / "resnet18_layers123.safetensors"  # where the same ones lie
     assert np.array_equal(twin.predict(images).scores, expected)
+
+
+def test_a_fit_takes_a_file_of_weights_that_was_replaced(
+    weights: Path, images: np.ndarray, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    state = load_file(weights / "resnet18_layers123.safetensors")
+    save_file(state, file)
+    model = NPad("resnet18", weights=file, **SMALL).fit(images)
+    before = model.backbone_["weights_hash"]
+    save_file({name: tensor.flip(0) for name, tensor in state.items()}, file)
+    model.predict(images)
+    assert model.fit(images).backbone_["weights_hash"] != before

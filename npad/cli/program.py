@@ -20,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from npad.nominal_methods import METHODS
 from npad.settings import ARGUMENTS, Argument
 
 __all__ = ["Arguments", "UsageError", "check_device", "command", "new_model", "run"]
@@ -87,8 +88,10 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
     model = NPad(**arguments, **more)
     check_device(model.device)
     try:
-        model.settings()
-    except ValueError as error:
+        nominal_set = model.settings()["nominal_set"]
+        if nominal_set is not None:
+            METHODS[nominal_set].load()  # whose package may be missing
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return model
 
