@@ -393,6 +393,7 @@ def test_usage(args, says, category, model, tmp_path):
     fail(2, *(arg.format(**names) for arg in args), says=[says])
     assert files(tmp_path) == set()
 
+
 def test_a_package_that_is_missing_is_told_before_the_work(category, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # import raises ImportError
     monkeypatch.delitem(sys.modules, "npad.statistics.k_means", raising=False)
@@ -583,6 +584,13 @@ def test_interrupt(job, longest, large, model, tmp_path):
             assert np.asarray(Image.open(tmp_path / name)).shape == (64, 64)
     else:
         assert left == set()
+
+
+def test_an_interrupt_that_was_lost_is_raised_again(model, category, tmp_path, monkeypatch):
+    """As one is that comes while Python destroys an object."""
+    monkeypatch.setattr(program._interrupt, "seen", True)
+    outcome = npad("predict", model, category / "test", "-o", tmp_path / "out")
+    assert outcome == (program.INTERRUPTED, "", "npad: interrupted\n")
 
 
 def test_terminal(large, tmp_path):

@@ -14,7 +14,15 @@ from typing import Annotated, Any
 import typer
 
 from npad._version import __version__
-from npad.cli.program import Arguments, UsageError, check_device, command, new_model, run
+from npad.cli.program import (
+    Arguments,
+    UsageError,
+    check_device,
+    command,
+    heed_interrupt,
+    new_model,
+    run,
+)
 
 __all__ = ["app", "main"]
 
@@ -193,6 +201,7 @@ def predict(
         for prediction in model.predict_batches(
             list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
         ):
+            heed_interrupt()
             files.add(prediction)
             skipped += prediction.skipped
         _list_skipped(skipped)

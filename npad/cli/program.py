@@ -209,6 +209,15 @@ class _Interrupt:
 _interrupt = _Interrupt()
 
 
+def heed_interrupt() -> None:
+    """Raise an interrupt again that was lost: Python drops what is raised in a destructor.
+
+    For the loop of a long job, which would otherwise go on to its end.
+    """
+    if _interrupt.seen:
+        raise KeyboardInterrupt
+
+
 def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 141 (closed pipe)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
