@@ -17,7 +17,7 @@ from npad import devices, model_file, ops
 from npad._version import __version__
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.fitting import fit_images
-from npad.images import ImageSource
+from npad.images import ImageSource, Reading
 from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
@@ -78,6 +78,8 @@ class NPad:
         *,
         layers: Sequence[int] | None = None,
         image_size: int | tuple[int, int] = 256,
+        bit_depth: int | None = None,
+        max_pixels: int = 178_956_970,
         weights: str | Path | None = None,
         window: int = 3,
         score_window: int = 1,
@@ -100,6 +102,8 @@ class NPad:
         self.backbone = backbone
         self.layers = layers
         self.image_size = image_size
+        self.bit_depth = bit_depth
+        self.max_pixels = max_pixels
         self.weights = weights
         self.window = window
         self.score_window = score_window
@@ -154,9 +158,9 @@ class NPad:
     def settings(self) -> dict[str, Any]:
         """The arguments that a model file keeps, checked, as JSON types.
 
-        All but ``device`` and ``progress``, which belong to the machine and not to the model. For a
-        fitted model, the ones that it was fitted with, where a change has no effect before the next
-        fit.
+        All but ``device``, ``max_pixels`` and ``progress``, which belong to the machine and not to the
+        model. For a fitted model, the ones that it was fitted with, where a change has no effect before
+        the next fit.
 
         Raises
         ------
@@ -658,6 +662,7 @@ def _open(
         batch_size=settings.batch_size,
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",
+        reading=Reading(settings.bit_depth, settings.max_pixels),
         keep_pixels=keep_pixels,
     )
 

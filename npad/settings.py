@@ -22,6 +22,7 @@ from npad.nominal_methods import METHODS
 __all__ = [
     "ARGUMENTS",
     "FUSIONS",
+    "MAX_PIXELS",
     "Argument",
     "Settings",
     "uses_gaussians",
@@ -31,6 +32,7 @@ __all__ = [
 FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 REDUCTIONS: Final = ("pca", "random")
+MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
 
 
 def uses_gaussians(fusion: str) -> bool:
@@ -274,6 +276,23 @@ class Settings:
         _height_width,
         _parse_size,
     )
+    bit_depth: int | None = _argument(
+        None,
+        "Bits that the camera fills of 16-bit images that do not say it themselves.",
+        "N",
+        _or_none(_int("an int from 1 to 16", lambda n: 1 <= n <= 16)),
+        int,
+        unset="16",
+    )
+    max_pixels: int = _argument(
+        MAX_PIXELS,
+        "Pixels of an image; one of more is refused, as it may be a decompression bomb.",
+        "N",
+        _count,
+        int,
+        kept=False,
+        live=True,
+    )
     weights: str | None = _argument(
         None,
         "The backbone's weights: a safetensors file, or a torch file, of which only tensors are read.",
@@ -438,7 +457,7 @@ class Settings:
         return replace(self, **{a.name: given[a.name] for a in ARGUMENTS if a.live})
 
     def to_json(self) -> dict[str, Any]:
-        """What a model file keeps, as JSON types: all but device and progress."""
+        """What a model file keeps, as JSON types."""
         values = {a.name: getattr(self, a.name) for a in ARGUMENTS if a.kept}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

@@ -14,7 +14,7 @@ from npad.evaluation.datasets import (
     read_mask,
     resample_mask,
 )
-from npad.images.source import ImageError, read_image
+from npad.images import ImageError, read_image
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from PIL import Image
 from npad import NPad, model_file
 from npad.evaluation.datasets import DatasetError, find_categories
 from npad.evaluation.measure import evaluate
-from npad.images.source import ImageError
+from npad.images import ImageError
 from npad.model_file import ModelFileError
 
 

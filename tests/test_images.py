@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from image_files import encode, save_image, smooth_pixels
 from PIL import Image
 
+from npad.images import ImageError, ImageSource, list_images, read_image
 from npad.images import source as images_module
-from npad.images.source import ImageError, ImageSource, list_images, read_image
 
 LOSSLESS = ["png", "bmp", "tif", "tiff", "webp"]
 

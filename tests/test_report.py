@@ -22,7 +22,7 @@ from npad.evaluation import measure, report
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.results import NO_MASKS
-from npad.images.source import ImageError
+from npad.images import ImageError
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(12)),

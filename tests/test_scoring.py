@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from npad import NPad, detector
-from npad.images.source import Batch, ImageError
+from npad.images import Batch, ImageError
 from npad.ops import _cuda
 from npad.scoring import pipeline
 from npad.scoring.cuda_graphs import Graphs

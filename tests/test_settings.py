@@ -31,6 +31,9 @@ REFUSED = [
     ({"image_size": (64, 64, 3)}, "image_size must be a positive int"),
     ({"image_size": (True, 64)}, "image_size must be a positive int"),
     ({"image_size": "64"}, "image_size must be a positive int"),
+    ({"bit_depth": 17}, "bit_depth must be an int from 1 to 16, got 17"),
+    ({"bit_depth": 12.0}, "bit_depth must be an int from 1 to 16"),
+    ({"max_pixels": 0}, "max_pixels must be an int of at least 1"),
     ({"weights": 5}, "weights must be the path of a file, got 5"),
     ({"window": 4}, "window must be an odd int of at least 1, got 4"),
     ({"window": True}, "window must be an odd int of at least 1, got True"),
@@ -229,7 +232,11 @@ def test_a_fusion_that_the_fit_did_not_prepare(
 
 
 def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
-    assert fitted.settings().keys() == {a.name for a in ARGUMENTS} - {"device", "progress"}
+    assert fitted.settings().keys() == {a.name for a in ARGUMENTS} - {
+        "device",
+        "max_pixels",
+        "progress",
+    }
     json.dumps(fitted.settings(), allow_nan=False)
 
 

@@ -27,7 +27,8 @@ from PIL import Image
 
 from npad.atomic_file import naming, remove_leftovers, replacing
 from npad.evaluation.overlay import draw_overlay, eight_bit
-from npad.images.source import ImageError, list_images
+from npad.images.errors import ImageError
+from npad.images.folders import list_images
 from npad.progress import track
 from npad.scoring.fusion import resized
 from npad.scoring.prediction import Prediction

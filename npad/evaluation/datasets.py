@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from npad.images.decoding import list_images, read_image
+from npad.images.decoding import read_image
+from npad.images.folders import list_images
 
 __all__ = ["Category", "DatasetError", "Sample", "find_categories", "read_mask", "resample_mask"]
 

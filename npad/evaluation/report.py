@@ -34,7 +34,7 @@ from npad.evaluation.results import (
     summarize,
     versions,
 )
-from npad.images.source import read_image
+from npad.images.decoding import read_image
 
 __all__ = ["write_report"]
 

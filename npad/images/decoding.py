@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,14 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from npad.images.errors import ImageError
 from npad.images.quiet import quiet_pillow
+from npad.settings import MAX_PIXELS
 
-__all__ = ["ImageError", "Loaded", "list_images", "load", "read_image"]
+__all__ = ["AS_IT_SAYS", "Loaded", "Reading", "load", "read_image"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Array: TypeAlias = NDArray[Any]
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 # What each mode of Pillow becomes. Alpha is dropped: an inspection image is what the camera saw.
@@ -32,52 +32,27 @@ MODES |= {"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "F": "F"}
 ROUNDING = 1e-5
 
 
-class ImageError(ValueError):
-    """An image or a folder of images that cannot be used.
+@dataclass(frozen=True)
+class Reading:
+    """What files and arrays do not say of themselves.
 
     Attributes
     ----------
-    path : str
-        The file or folder, or ``"image[17]"`` for a position in an array.
-    reason : str
-        What is wrong and what to do.
+    bit_depth : int, optional
+        Bits that the camera fills of 16, for images that do not tell: their white is
+        ``2**bit_depth - 1``. None: all 16.
+    max_pixels : int
+        An image of more is refused before it is decoded.
     """
 
-    def __init__(self, path: StrPath, reason: str) -> None:
-        super().__init__(os.fspath(path), reason)
-        self.path = os.fspath(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+    bit_depth: int | None = None
+    max_pixels: int = MAX_PIXELS
 
 
-def list_images(folder: StrPath) -> list[Path]:
-    """Image files in a folder and its subfolders, sorted, chosen by suffix.
-
-    Hidden files and folders are left out (some systems put a "._name.png" beside each image).
-
-    Raises
-    ------
-    ImageError
-        The folder does not exist, is not a folder, or cannot be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise ImageError(error.filename, f"the folder cannot be read: {error.strerror}")
-
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
+AS_IT_SAYS = Reading()
 
 
-def read_image(path: StrPath) -> Array:
+def read_image(path: StrPath, reading: Reading = AS_IT_SAYS) -> Array:
     """Read one image as RGB, turned as its EXIF orientation says.
 
     PNG, JPEG, BMP, TIFF or WebP, told by content and not by suffix; of several frames the first.
@@ -88,6 +63,7 @@ def read_image(path: StrPath) -> Array:
     Parameters
     ----------
     path : path of the file
+    reading : what the file may not say of itself
 
     Returns
     -------
@@ -98,7 +74,7 @@ def read_image(path: StrPath) -> Array:
     ImageError
         Whatever is wrong with the file: missing, not an image, cut short, damaged, too large.
     """
-    return _pixels([_decode(path)])
+    return _pixels([_decode(path, reading)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +89,30 @@ class Loaded:
         The size before resizing.
     pixels : (H, W, 3) uint8, or float32 in [0, 1]
         The image before resizing, as `read_image` gives it; None where it is not kept.
+    constant : bool
+        Every pixel is equal.
+    undeclared : int or None
+        Its largest value, where values have 16 bits and neither the file nor ``bit_depth`` says how
+        many of them the camera fills.
+    n_pages : int
+        Pages of its file, of which the first is read.
     """
 
     tensor: Tensor
     size: tuple[int, int]
     pixels: Array | None
+    constant: bool = False
+    undeclared: int | None = None
+    n_pages: int = 1
 
 
 def load(
-    image: StrPath | Array, name: str, image_size: tuple[int, int], *, keep_pixels: bool = False
+    image: StrPath | Array,
+    name: str,
+    image_size: tuple[int, int],
+    reading: Reading = AS_IT_SAYS,
+    *,
+    keep_pixels: bool = False,
 ) -> Loaded:
     """Bring one image to the form that the backbone takes.
 
@@ -131,6 +122,7 @@ def load(
     name : how an error calls the image
     image_size : (height, width)
         The result's size: bilinear with antialiasing. An image of this size is not interpolated.
+    reading : what the image may not say of itself
     keep_pixels : whether the image as it was decoded is part of the result
 
     Raises
@@ -140,10 +132,10 @@ def load(
     """
     planes: list[Image.Image] | list[Array]
     if isinstance(image, np.ndarray):
-        planes = _planes(image, name)
+        planes = _planes(image, name, reading)
         size = (image.shape[0], image.shape[1])
     else:
-        planes = [_decode(image)]
+        planes = [_decode(image, reading)]
         size = (planes[0].height, planes[0].width)
     scaled = [_scale(_resize(plane, image_size)) for plane in planes]
     out = np.empty((3, *image_size), np.float32)
@@ -159,7 +151,7 @@ def _pixels(planes: Sequence[Image.Image | Array]) -> Array:
     return np.stack(arrays * 3 if len(arrays) == 1 else arrays, axis=2)
 
 
-def _decode(path: StrPath) -> Image.Image:
+def _decode(path: StrPath, reading: Reading) -> Image.Image:
     """The file in Pillow's mode L, RGB or F (in [0, 1])."""
     try:
         with quiet_pillow(), Image.open(path, formats=FORMATS) as image:
@@ -203,7 +195,7 @@ def _convert(image: Image.Image, path: StrPath) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _planes(array: Array, name: str) -> list[Array]:
+def _planes(array: Array, name: str, reading: Reading) -> list[Array]:
     """(H, W, C) as what Pillow resizes: RGB or grey uint8, or one float32 plane per channel."""
     array = array[:, :, :3]
     if array.dtype == np.uint8:

@@ -23,18 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, split_images
-from npad.images.decoding import (
-    SUFFIXES,
-    Array,
-    ImageError,
-    Loaded,
-    StrPath,
-    list_images,
-    load,
-    read_image,
-)
+from npad.images.decoding import AS_IT_SAYS, Array, Loaded, Reading, StrPath, load
+from npad.images.errors import ImageError
+from npad.images.folders import SUFFIXES, list_images
 
-__all__ = ["Batch", "ImageError", "ImageSource", "list_images", "read_image"]
+__all__ = ["Batch", "ImageSource"]
 
 Task: TypeAlias = "tuple[int, str, StrPath | Array]"  # position, name, a file or (H, W, C) pixels
 
@@ -91,6 +84,8 @@ class ImageSource:
         Leave out images that raise `ImageError` and list them in ``skipped``.
     page_locked : bool
         Put the batches in memory from which a GPU copies while the CPU goes on.
+    reading : Reading
+        What the images may not say of themselves.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
 
@@ -129,6 +124,7 @@ class ImageSource:
         workers: int | None = None,
         skip_bad: bool = False,
         page_locked: bool = False,
+        reading: Reading = AS_IT_SAYS,
         keep_pixels: bool = False,
     ) -> None:
         if workers is None:
@@ -142,6 +138,7 @@ class ImageSource:
         self.workers = workers
         self.skip_bad = skip_bad
         self.page_locked = page_locked
+        self.reading = reading
         self.keep_pixels = keep_pixels
         self.skipped = []
         self.reiterable = not isinstance(source, Iterator)
@@ -235,7 +232,12 @@ class ImageSource:
         self, pool: ThreadPoolExecutor, tasks: Iterable[Task]
     ) -> Iterator[tuple[Task, Future[Loaded]]]:
         """Results in order, the next batch being decoded while the consumer holds this one."""
-        decode = partial(load, image_size=self.image_size, keep_pixels=self.keep_pixels)
+        decode = partial(
+            load,
+            image_size=self.image_size,
+            reading=self.reading,
+            keep_pixels=self.keep_pixels,
+        )
         pending: deque[tuple[Task, Future[Loaded]]] = deque()
         for task in tasks:
             _, name, entry = task

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.backbone import Backbone, embed_in_parts
-from npad.images.source import Batch, ImageError, ImageSource
+from npad.images.errors import ImageError
+from npad.images.source import Batch, ImageSource
 from npad.scoring.fusion import cut
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer, reduce
