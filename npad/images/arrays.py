@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npad.images.decoding import DTYPES, Array
+from npad.images.decoding import DTYPES
+from npad.images.samples import Array
 
 __all__ = ["item_images", "split_images"]
 

@@ -6,22 +6,17 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from npad.images.errors import ImageError
 from npad.images.quiet import quiet_pillow
-from npad.settings import MAX_PIXELS
+from npad.images.samples import AS_IT_SAYS, Array, Reading, StrPath
 
-__all__ = ["AS_IT_SAYS", "Loaded", "Reading", "load", "read_image"]
-
-StrPath: TypeAlias = "str | os.PathLike[str]"
-Array: TypeAlias = NDArray[Any]
+__all__ = ["Loaded", "load", "read_image"]
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
@@ -30,26 +25,6 @@ MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "
 MODES |= {"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "F": "F"}
 # Interpolation in float32 leaves [0, 1] by a rounding error; a wrong scale leaves it by far more.
 ROUNDING = 1e-5
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What files and arrays do not say of themselves.
-
-    Attributes
-    ----------
-    bit_depth : int, optional
-        Bits that the camera fills of 16, for images that do not tell: their white is
-        ``2**bit_depth - 1``. None: all 16.
-    max_pixels : int
-        An image of more is refused before it is decoded.
-    """
-
-    bit_depth: int | None = None
-    max_pixels: int = MAX_PIXELS
-
-
-AS_IT_SAYS = Reading()
 
 
 def read_image(path: StrPath, reading: Reading = AS_IT_SAYS) -> Array:

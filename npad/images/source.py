@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, split_images
-from npad.images.decoding import AS_IT_SAYS, Array, Loaded, Reading, StrPath, load
+from npad.images.decoding import Loaded, load
 from npad.images.errors import ImageError
 from npad.images.folders import SUFFIXES, list_images
+from npad.images.samples import AS_IT_SAYS, Array, Reading, StrPath
 
 __all__ = ["Batch", "ImageSource"]
 
