@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -18,6 +19,7 @@ from npad._version import __version__
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.fitting import fit_images
 from npad.images import ImageSource, Reading
+from npad.images.depth import least_depth
 from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
@@ -123,6 +125,7 @@ class NPad:
         self.batch_size = batch_size
         self.progress = progress
         self._forget()
+        Settings(**self.get_params())  # and again when it is used: an attribute may be set meanwhile
 
     if TYPE_CHECKING:
 
@@ -219,6 +222,12 @@ class NPad:
             once, with a warning.
         RuntimeError
             The GPU has failed.
+
+        Warns
+        -----
+        UserWarning
+            Images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every pixel
+            of an image is equal.
         """
         settings = Settings(**self.get_params())
         device = devices.resolve(settings.device)
@@ -229,6 +238,7 @@ class NPad:
             network.grid(settings.image_size)  # a size that does not work is told before the work
             images = _open(source, settings, device, skip_bad)
             learned = fit_images(settings, embedder(network, device, "NPad.fit"), images)
+        _tell_of_depth(images, settings)
         self._adopt(settings, learned, network)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
@@ -344,7 +354,9 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = _open(source, settings, device, skip_bad, keep_pixels=keep_images)
+        images = _open(
+            source, settings, device, skip_bad, darkest=self.darkest_, keep_pixels=keep_images
+        )
         run = Run(self._on_device(settings, device), device, map_size)
         return predictions(run, images, settings.progress)
 
@@ -654,6 +666,7 @@ def _open(
     device: torch.device,
     skip_bad: bool,
     *,
+    darkest: float = 0.0,
     keep_pixels: bool = False,
 ) -> ImageSource:
     return ImageSource(
@@ -663,8 +676,23 @@ def _open(
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",
         reading=Reading(settings.bit_depth, settings.max_pixels),
+        darkest=darkest,
         keep_pixels=keep_pixels,
     )
+
+
+def _tell_of_depth(images: ImageSource, settings: Settings) -> None:
+    """Warn where no image has used the upper of 16 bits, and nobody has said why."""
+    if settings.bit_depth is not None or images.brightest is None:
+        return
+    depth = least_depth(images.brightest)
+    if depth is not None:
+        warnings.warn(
+            f"NPad.fit: no image uses the upper of its 16 bits, the largest value is "
+            f"{images.brightest}: read as fractions of 65535 they are almost black; if the camera "
+            f"fills {depth} bits, fit with bit_depth={depth}",
+            stacklevel=3,
+        )
 
 
 def _sizes(

@@ -43,6 +43,7 @@ class Fit:
     Attributes
     ----------
     n_images : images so far
+    darkest : the largest value, 0 to 1, that each of them reaches; of embeddings it is not known
     projection : (D, C) float32, to which embeddings are reduced; None before it is chosen, or where
         all features are kept
 
@@ -56,6 +57,7 @@ class Fit:
     def __init__(self, settings: Settings, embed: Embed | None = None) -> None:
         self.settings = settings
         self.n_images = 0
+        self.darkest = 1.0
         self.projection: Tensor | None = None
         self._embed = embed
         self._grid: tuple[int, int] | None = None
@@ -100,6 +102,8 @@ class Fit:
         x = self._embeddings(images, embeddings)
         self._begin(x)
         self.n_images += len(x)
+        if len(x):
+            self.darkest = min(self.darkest, 0.0 if images is None else _darkest(images))
         if self._needs_axes():
             self._waiting.append(x)
             if self.n_images >= AXES_IMAGES:
@@ -248,6 +252,7 @@ class Fit:
             self._eps = other._eps
         self._standardization = self._standardization or other._standardization
         self.n_images += other.n_images
+        self.darkest = min(self.darkest, other.darkest)
         self._waiting += other._waiting
         if not self._needs_axes() or self.n_images >= AXES_IMAGES:
             self._end_waiting()
@@ -280,6 +285,7 @@ class Fit:
         return Learned(
             grid=self._grid,
             n_images=self.n_images,
+            darkest=self.darkest,
             eps=self._eps,
             standardization=standardization,
             projection=self.projection,
@@ -348,6 +354,7 @@ class Fit:
         values: dict[str, Any] = {
             "settings": self.settings.to_json(),
             "n_images": self.n_images,
+            "darkest": self.darkest,
             "grid": self._grid,
             "n_channels": self._n_channels,
             "waiting": [len(x) for x in self._waiting],
@@ -384,6 +391,7 @@ class Fit:
         """
         fit = cls(Settings(**values["settings"]), embed)
         fit.n_images = int(values["n_images"])
+        fit.darkest = float(values["darkest"])
         if values["grid"] is not None:
             height, width = values["grid"]
             fit._grid = int(height), int(width)
@@ -433,6 +441,11 @@ def fit_images(
             fit.update(batch.images)
             advance(len(batch.images))
     return fit.finalize()
+
+
+def _darkest(images: Tensor) -> float:
+    """The largest value of the image where it is least."""
+    return float(images.flatten(1).amax(1).min())
 
 
 def _joined(part: S | None, other: S | None) -> S | None:

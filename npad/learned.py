@@ -7,7 +7,7 @@ the fields of `Learned`. ``NPad`` has each as an attribute with a trailing ``_``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 import torch
@@ -88,9 +88,13 @@ def _standardization(value: Any, settings: Settings) -> Standardization | None:
     return Standardization(**value) if value else None
 
 
-def _value(meaning: str, read: Callable[[Any, Settings], Any]) -> Any:
-    """`read` makes it of what JSON gives back."""
-    return field(metadata={"meaning": meaning, "read": read})
+def _darkest(value: Any, settings: Settings) -> float:
+    return float(value)
+
+
+def _value(meaning: str, read: Callable[[Any, Settings], Any], default: Any = MISSING) -> Any:
+    """`read` makes it of what JSON gives back; the default is that of models which have none."""
+    return field(default=default, metadata={"meaning": meaning, "read": read})
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,9 @@ class Learned:
     eps: float | None = _value("the eps in use; None where no Gaussian is", _eps)
     standardization: Standardization | None = _value(
         'mean and standard deviation of both maps, for the fusion "sum"', _standardization
+    )
+    darkest: float = _value(
+        "the largest value, 0 to 1, that every image fitted reaches", _darkest, default=0.0
     )
     projection: Tensor | None = _tensor(
         "D, C",
@@ -177,8 +184,14 @@ class Learned:
         ValueError
             As TypeError.
         """
-        read = {f.name: f.metadata["read"] for f in fields(cls) if "read" in f.metadata}
-        return cls(**{name: make(values[name], settings) for name, make in read.items()})
+        read = [f for f in fields(cls) if "read" in f.metadata]
+        return cls(
+            **{
+                f.name: f.metadata["read"](values[f.name], settings)
+                for f in read
+                if f.name in values or f.default is MISSING
+            }
+        )
 
     @staticmethod
     def expected(

@@ -199,7 +199,7 @@ def test_unsupported_dtype(dtype, pixels, fitted):
             use(pixels.astype(dtype))
 
 
-@pytest.mark.parametrize("source", [5, None, b"images", [5], ["a.png", np.zeros((8, 8))]])
+@pytest.mark.parametrize("source", [5, None, [5], {"a": 1}.keys])
 def test_no_source(source):
     with pytest.raises(TypeError, match="source"):
         small().fit(source)

@@ -85,9 +85,9 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
     """Make an NPad from the options that were given. What it would refuse is an error of usage."""
     from npad.detector import NPad  # noqa: PLC0415
 
-    model = NPad(**arguments, **more)
-    check_device(model.device)
     try:
+        model = NPad(**arguments, **more)
+        check_device(model.device)
         nominal_set = model.settings()["nominal_set"]
         if nominal_set is not None:
             METHODS[nominal_set].load()  # whose package may be missing

@@ -1,24 +1,26 @@
-"""Images in arrays: which axis is which, and the single images in a batch of any kind."""
+"""Images in memory: which axis is which, and the single images in a batch of any kind."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from npad.images.decoding import DTYPES
-from npad.images.samples import Array
+from npad.images.samples import Array, Entry
 
-__all__ = ["item_images", "split_images"]
+__all__ = ["item_images", "single_image", "split_images"]
 
 CHANNELS = (1, 3, 4)
 
 
-def item_images(item: object, number: int) -> list[Array]:
-    """The images of one item of an iterable, each (H, W, C)."""
+def item_images(item: object, number: int) -> list[Entry]:
+    """The images of one item of an iterable."""
     where = f"source, item {number}"
     if isinstance(item, Mapping):
         if "image" not in item:
@@ -27,22 +29,44 @@ def item_images(item: object, number: int) -> list[Array]:
     elif isinstance(item, (list, tuple)) and not _is_list_of_images(item):
         item = item[0]
     if isinstance(item, (list, tuple)):
-        sizes = sorted({tuple(x.shape) for x in item if isinstance(x, (np.ndarray, Tensor))})
+        found = sorted({str(tuple(getattr(x, "shape", (type(x).__name__,)))) for x in item})
         raise ValueError(
-            f"{where}: a batch must be one array (N, C, H, W) of images of one size, "
-            f"got a {type(item).__name__} of {len(item)} with the shapes {sizes}"
+            f"{where}: a batch must be one array (N, C, H, W) of images of one size, or a single "
+            f"image, got a {type(item).__name__} of {len(item)}: {', '.join(found)}"
         )
-    if isinstance(item, (str, os.PathLike)):
-        raise TypeError(f"{where} is a path: pass paths as a list")
-    if not isinstance(item, (np.ndarray, Tensor)):
-        raise TypeError(f"{where}: expected an array or a tensor, got {type(item).__name__}")
-    return split_images(item, where, grey_batch=False)
+    if isinstance(item, (np.ndarray, Tensor)):
+        return list(split_images(item, where, grey_batch=False))
+    image = single_image(item)
+    if image is None:
+        raise TypeError(
+            f"{where}: expected an array, a tensor, a path, an image of Pillow's or the bytes of a "
+            f"file, got {type(item).__name__}"
+        )
+    return [image]
+
+
+def single_image(item: object) -> Entry | None:
+    """A path, an image of Pillow's, the bytes of a file or what an open file holds; else None."""
+    if isinstance(item, (str, os.PathLike, Image.Image, bytes)):
+        return item
+    if isinstance(item, (bytearray, memoryview)):
+        return bytes(item)
+    if isinstance(item, io.BytesIO):
+        return item.getvalue()  # wherever its writer has left off
+    if isinstance(item, (io.BufferedIOBase, io.RawIOBase)):
+        return item.read()
+    return None
 
 
 def _is_list_of_images(item: Sequence[object]) -> bool:
     """Whether taking the first element alone would lose images."""
-    arrays = [x for x in item if isinstance(x, (np.ndarray, Tensor))]
-    return not item or (len(arrays) > 1 and arrays[0].ndim == arrays[1].ndim < 4)
+    if not item:
+        return True
+    first, *others = item
+    if isinstance(first, (np.ndarray, Tensor)):
+        same = [x for x in others if isinstance(x, (np.ndarray, Tensor))]
+        return bool(same) and same[0].ndim == first.ndim < 4
+    return single_image(first) is not None and any(type(x) is type(first) for x in others)
 
 
 def split_images(images: Array | Tensor, where: str, *, grey_batch: bool) -> list[Array]:
@@ -60,6 +84,12 @@ def split_images(images: Array | Tensor, where: str, *, grey_batch: bool) -> lis
     ndim, shape = images.ndim, images.shape
     last = ndim in (3, 4) and shape[-1] in CHANNELS
     first = ndim in (3, 4) and shape[-3] in CHANNELS
+    if grey_batch and ndim == 3 and shape[0] in CHANNELS[1:] and not last:
+        n, *size = shape
+        raise ValueError(
+            f"{where}: shape {shape} is one colour image (C, H, W) or {n} grey ones (N, H, W): pass "
+            f"it as {(1, *shape)} with images[None], or as {(n, 1, *size)} with images[:, None]"
+        )
     if last and first:
         raise ValueError(f"{where}: cannot tell which axis of {shape} holds the channels")
     if first:

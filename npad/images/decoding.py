@@ -67,8 +67,8 @@ class Loaded:
     constant : bool
         Every pixel is equal.
     undeclared : int or None
-        Its largest value, where values have 16 bits and neither the file nor ``bit_depth`` says how
-        many of them the camera fills.
+        Its largest value, where values have 16 bits and the file does not say how many of them the
+        camera fills.
     n_pages : int
         Pages of its file, of which the first is read.
     """

@@ -12,10 +12,12 @@ from PIL import Image
 from npad.images.errors import ImageError
 from npad.settings import MAX_PIXELS
 
-__all__ = ["AS_IT_SAYS", "Array", "Reading", "Samples", "StrPath", "check_size"]
+__all__ = ["AS_IT_SAYS", "Array", "Entry", "Reading", "Samples", "StrPath", "check_size"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Array: TypeAlias = NDArray[Any]
+# One image: a file, the bytes of a file, an image of Pillow's, or pixels (H, W, C).
+Entry: TypeAlias = "StrPath | bytes | Image.Image | Array"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Many images: folders, files, arrays and iterables become batches of RGB in [0, 1].
+"""Many images: folders, files, images in memory and iterables become batches of RGB in [0, 1].
 
 Files are decoded and resized by worker threads a bounded number of images ahead of the consumer
 (Pillow releases the interpreter lock for both). Every image is processed by itself, so the result
@@ -8,6 +8,7 @@ does not depend on the batch size or on the number of workers.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,15 +23,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from npad.images.arrays import item_images, split_images
+from npad.images.arrays import item_images, single_image, split_images
 from npad.images.decoding import Loaded, load
+from npad.images.depth import check_depth
 from npad.images.errors import ImageError
 from npad.images.folders import SUFFIXES, list_images
-from npad.images.samples import AS_IT_SAYS, Array, Reading, StrPath
+from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath
 
 __all__ = ["Batch", "ImageSource"]
 
-Task: TypeAlias = "tuple[int, str, StrPath | Array]"  # position, name, a file or (H, W, C) pixels
+Task: TypeAlias = "tuple[int, str, Entry]"  # position, name, image
+_NAMED = 10  # constant images; a dead camera would fill the terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class Batch:
     sizes : list of (height, width)
         The size of each image as displayed, that is after its EXIF orientation.
     names : list of str
-        The path as given, or ``"image[17]"`` for arrays.
+        The path as given, or ``"image[17]"`` for what has none.
     indices : list of int
         The position of each image in the source.
     pixels : list of (H, W, 3) uint8, or float32 in [0, 1]
@@ -67,13 +70,16 @@ class ImageSource:
     ----------
     source
         - A folder (searched by `list_images`), a file, or a list of both.
+        - One image in memory or a list of them: an image of Pillow's, or a file's bytes, also in a
+          ``BytesIO`` or an open file.
         - An array or tensor: (H, W), (H, W, C), (C, H, W), (N, H, W), (N, H, W, C) or
-          (N, C, H, W); RGB order; uint8, uint16 (divided by 65535) or floating in [0, 1]. The
-          channels are the first or last axis of 1, 3 or 4: write a few grey images as (N, 1, H, W).
-        - A list of such arrays, or any iterable of batches (a DataLoader for one). A batch is an
-          array, a tuple or list with the images first, or a mapping with the key ``"image"``; in
-          three dimensions it is a single image. A batch is split to ``batch_size``, never merged,
-          unless it comes in a list.
+          (N, C, H, W); RGB order; uint8, uint16 or floating in [0, 1]. The channels are the first or
+          last axis of 1, 3 or 4. Three or four grey images are told from one colour image by a fourth
+          axis: (N, 1, H, W) or (1, C, H, W). An array of paths is a list of them.
+        - A list of such arrays, or any iterable of paths, images or batches (a DataLoader for one). A
+          batch is an array, a tuple or list with the images first, or a mapping with the key
+          ``"image"``; in three dimensions it is a single image. A batch is split to ``batch_size``,
+          never merged, unless it comes in a list.
     image_size : (height, width)
         Every image is resized to exactly this, bilinearly with antialiasing, without a crop and
         without keeping its aspect. An image of this size is left as it is.
@@ -87,6 +93,9 @@ class ImageSource:
         Put the batches in memory from which a GPU copies while the CPU goes on.
     reading : Reading
         What the images may not say of themselves.
+    darkest : float
+        The largest value, 0 to 1, that every image of a model reaches. An image is refused that comes
+        up to it only by another bit depth.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
 
@@ -100,6 +109,9 @@ class ImageSource:
         Whether `batches` takes indices: True for paths and arrays, False for an iterable.
     skipped : list of (name, reason)
         The images left out so far.
+    brightest : int or None
+        The largest value so far of images whose values have 16 bits and that do not say how many of
+        them the camera fills; None if there was no such image.
 
     Raises
     ------
@@ -108,13 +120,19 @@ class ImageSource:
     TypeError
         A source or dtype that is not supported.
     ValueError
-        A shape that is not supported.
+        A shape that is not supported, or that may be read in two ways.
+
+    Warns
+    -----
+    UserWarning
+        Every pixel of an image is equal; of a file's pages, the first is read.
     """
 
     n_images: int | None
     reiterable: bool
     random_access: bool
     skipped: list[tuple[str, str]]
+    brightest: int | None
 
     def __init__(
         self,
@@ -126,6 +144,7 @@ class ImageSource:
         skip_bad: bool = False,
         page_locked: bool = False,
         reading: Reading = AS_IT_SAYS,
+        darkest: float = 0.0,
         keep_pixels: bool = False,
     ) -> None:
         if workers is None:
@@ -140,35 +159,39 @@ class ImageSource:
         self.skip_bad = skip_bad
         self.page_locked = page_locked
         self.reading = reading
+        self.darkest = darkest
         self.keep_pixels = keep_pixels
         self.skipped = []
-        self.reiterable = not isinstance(source, Iterator)
-        self._entries: Sequence[StrPath | Array] = ()  # paths and (H, W, C) arrays, or
+        self.brightest = None
+        self._constant: set[int] = set()  # positions of images that were named
+        self._told_of_pages = False
+        self._entries: Sequence[Entry] = ()  # images, or
         self._stream: Iterable[object] | None = None  # an iterable of batches
         self._used_up = False
 
-        if isinstance(source, (str, os.PathLike)):
-            if not Path(source).exists():
-                raise ImageError(source, "no such file or folder")
-            self._entries = _expand([source])
+        if isinstance(source, np.ndarray) and _holds_paths(source):
+            source = source.ravel().tolist()
+        image = single_image(source)
+        if isinstance(image, (str, os.PathLike)):
+            if not Path(image).exists():
+                raise ImageError(image, "no such file or folder")
+            self._entries = _files(image)
+        elif image is not None:
+            self._entries = [image]
         elif isinstance(source, (np.ndarray, Tensor)):
             self._entries = split_images(source, "source", grey_batch=True)
         elif isinstance(source, (list, tuple)):
-            paths = [item for item in source if isinstance(item, (str, os.PathLike))]
-            if paths and len(paths) < len(source):
-                raise TypeError("source: a list must hold either paths or arrays, not both")
-            if paths:
-                self._entries = _expand(paths)
-            else:
-                self._entries = [x for i, item in enumerate(source) for x in item_images(item, i)]
+            self._entries = [x for i, item in enumerate(source) for x in _listed(item, i)]
         elif isinstance(source, Iterable):
             self._stream = source
         else:
             raise TypeError(
-                "source must be a folder, a list of paths, an array, a tensor or an iterable of "
-                f"batches, got {type(source).__name__}"
+                "source must be a folder, a list of paths, an array, a tensor, images of Pillow's or "
+                "an iterable of batches (a data set goes through a DataLoader), got "
+                f"{type(source).__name__}"
             )
 
+        self.reiterable = self._stream is None or not isinstance(source, Iterator)
         self.random_access = self._stream is None
         self.n_images = len(self._entries) if self.random_access else _loader_length(source)
         if self.n_images == 0:
@@ -254,6 +277,7 @@ class ImageSource:
         for task, future in results:
             try:
                 loaded = future.result()
+                self._look_at(loaded, task)
             except ImageError as error:
                 if not self.skip_bad:
                     raise
@@ -262,20 +286,52 @@ class ImageSource:
             else:
                 yield task, loaded
 
+    def _look_at(self, image: Loaded, task: Task) -> None:
+        """Refuse or remark upon what an image is as a whole."""
+        index, name, _ = task
+        if image.undeclared is not None:
+            self.brightest = max(self.brightest or 0, image.undeclared)
+            check_depth(image.undeclared, name, self.reading.bit_depth, self.darkest)
+        if image.n_pages > 1 and not self._told_of_pages:
+            self._told_of_pages = True
+            _warn(f"{name} has {image.n_pages} pages: the first is read, of every such file")
+        if image.constant and index not in self._constant and len(self._constant) <= _NAMED:
+            self._constant.add(index)
+            if len(self._constant) <= _NAMED:
+                _warn(
+                    f"{name}: every pixel is equal, as after a failed exposure or where a file is "
+                    "misread; look at it"
+                )
+            else:
+                _warn("there are more images whose pixels are all equal; they are not named")
 
-def _expand(paths: Iterable[StrPath]) -> list[StrPath]:
-    """The paths given, each folder among them replaced by its images."""
-    found: list[StrPath] = []
-    for path in paths:
-        if Path(path).is_dir():
-            images = list_images(path)
-            if not images:
-                suffixes = ", ".join(sorted(SUFFIXES))
-                raise ImageError(path, f"the folder holds no images ({suffixes})")
-            found += images
-        else:
-            found.append(path)
-    return found
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def _holds_paths(array: Array) -> bool:
+    if array.dtype.kind == "U":
+        return True
+    return array.dtype == object and all(isinstance(x, (str, os.PathLike)) for x in array.flat)
+
+
+def _listed(item: object, number: int) -> Sequence[Entry]:
+    """The images of one item of a list, which may be a folder."""
+    if isinstance(item, (str, os.PathLike)):
+        return _files(item)
+    return item_images(item, number)
+
+
+def _files(path: StrPath) -> Sequence[StrPath]:
+    """A file, or the images of a folder."""
+    if not Path(path).is_dir():
+        return [path]
+    images = list_images(path)
+    if not images:
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise ImageError(path, f"the folder holds no images ({suffixes})")
+    return images
 
 
 def _stream_tasks(stream: Iterable[object]) -> Iterator[list[Task]]:
@@ -289,8 +345,8 @@ def _stream_tasks(stream: Iterable[object]) -> Iterator[list[Task]]:
         raise ValueError("source: the iterable yielded no images")
 
 
-def _name(index: int, entry: StrPath | Array) -> str:
-    return f"image[{index}]" if isinstance(entry, np.ndarray) else os.fspath(entry)
+def _name(index: int, entry: Entry) -> str:
+    return os.fspath(entry) if isinstance(entry, (str, os.PathLike)) else f"image[{index}]"
 
 
 def _loader_length(source: object) -> int | None:
