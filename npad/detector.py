@@ -125,7 +125,9 @@ class NPad:
         self.batch_size = batch_size
         self.progress = progress
         self._forget()
-        Settings(**self.get_params())  # and again when it is used: an attribute may be set meanwhile
+        Settings(
+            **self.get_params()
+        )  # and again when it is used: an attribute may be set meanwhile
 
     if TYPE_CHECKING:
 

@@ -12,7 +12,16 @@ from PIL import Image
 from npad.images.errors import ImageError
 from npad.settings import MAX_PIXELS
 
-__all__ = ["AS_IT_SAYS", "Array", "Entry", "Reading", "Samples", "StrPath", "check_size"]
+__all__ = [
+    "AS_IT_SAYS",
+    "Array",
+    "Entry",
+    "Reading",
+    "Samples",
+    "StrPath",
+    "TooLargeError",
+    "check_size",
+]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Array: TypeAlias = NDArray[Any]
@@ -53,23 +62,34 @@ class Samples:
         is 255 and of float32 1, and not said.
     n_pages : int
         Pages of the file, of which the first is here.
+    size : (height, width), optional
+        That of the image, upright, where it was decoded at a smaller one.
     """
 
     values: Image.Image | Array
     white: int | None = None
     n_pages: int = 1
+    size: tuple[int, int] | None = None
+
+
+class TooLargeError(ImageError):
+    """The image has more pixels than may be."""
 
 
 def check_size(width: int, height: int, name: str, reading: Reading) -> None:
-    """Refuse an image that is too large, before it is decoded.
+    """Refuse an image that is too large or has no pixels, before it is decoded.
 
     Raises
     ------
     ImageError
+        It has no pixels.
+    TooLargeError
         It has more than ``reading.max_pixels`` pixels.
     """
+    if width < 1 or height < 1:
+        raise ImageError(name, f"an image of {width} x {height} pixels; remove or replace it")
     if width * height > reading.max_pixels:
-        raise ImageError(
+        raise TooLargeError(
             name,
             f"{width} x {height} pixels are more than {reading.max_pixels} and may be a "
             f"decompression bomb; if the file can be trusted, give max_pixels={width * height}",

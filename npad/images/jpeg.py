@@ -1,0 +1,115 @@
+"""JPEG: its segments are read here, its pixels are decoded by Pillow."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from PIL import Image
+
+from npad.images.errors import ImageError
+from npad.images.orientation import TURNS_AXES, exif_orientation, upright, xmp_orientation
+from npad.images.samples import Reading, Samples, check_size
+
+__all__ = ["read_jpeg"]
+
+START_OF_SCAN, APP1, APP2, APP14 = 0xDA, 0xE1, 0xE2, 0xEE
+DCT_FRAMES = (
+    0xC0,
+    0xC1,
+    0xC2,
+    0xC9,
+    0xCA,
+)  # baseline, extended, progressive; Huffman or arithmetic
+OTHER_FRAMES = {0xF7: "JPEG-LS"} | dict.fromkeys((0xC3, 0xCB), "lossless JPEG")
+OTHER_FRAMES |= dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE), "hierarchical JPEG")
+BARE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+
+
+def read_jpeg(
+    file: BinaryIO, name: str, reading: Reading, least: tuple[int, int] | None = None
+) -> Samples:
+    """Read a JPEG of 8 bits: grey, YCbCr, RGB, CMYK or YCCK; of several pictures (MPO) the first.
+
+    Parameters
+    ----------
+    least : (height, width), optional
+        Decode at a half, a quarter or an eighth of the size, if that is at least twice this.
+    """
+    data = file.read()
+    frame = None
+    adobe, n_pages = False, 1
+    orientation = of_xmp = None
+    for marker, body in _segments(data):
+        if marker in OTHER_FRAMES:
+            raise ImageError(
+                name, f"a {OTHER_FRAMES[marker]} image: not read; save it as PNG or TIFF"
+            )
+        if marker in DCT_FRAMES:
+            frame = struct.unpack_from(">BHHB", body)
+        elif marker == APP14 and body.startswith(b"Adobe"):
+            adobe = True
+        elif marker == APP1 and body.startswith(b"Exif\0\0"):
+            orientation = orientation or exif_orientation(body)
+        elif marker == APP1 and body.startswith(XMP):
+            of_xmp = xmp_orientation(body)
+        elif marker == APP2 and body.startswith(b"MPF\0"):
+            n_pages = _n_pictures(body[4:])
+    if frame is None:
+        raise ValueError("no frame")
+    bits, height, width, channels = frame
+    orientation = orientation or of_xmp
+    if bits != 8:
+        raise ImageError(name, f"a JPEG of {bits} bits: not read; save it as 16-bit PNG or TIFF")
+    if height == 0:
+        raise ImageError(name, "a JPEG that tells its height at its end: not read; save it again")
+    if channels not in (1, 3, 4):
+        raise ImageError(name, f"a JPEG of {channels} channels: not read; save it as RGB or grey")
+    check_size(width, height, name, reading)
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
+    # Adobe stores how much light the ink leaves.
+    stored = "CMYK;I" if channels == 4 and adobe else mode
+    reduction = 1
+    if least is not None:
+        rows, columns = least[::-1] if orientation in TURNS_AXES else least
+        spare = min(height // rows, width // columns) // 2
+        reduction = max(factor for factor in (1, 2, 4, 8) if factor <= max(spare, 1))
+    reduced = (-(-width // reduction), -(-height // reduction))
+    image = Image.frombytes(mode, reduced, data, "jpeg", stored, "", reduction, 0)
+    if mode == "CMYK":
+        image = image.convert("RGB")
+    sides = (width, height) if orientation in TURNS_AXES else (height, width)
+    return Samples(
+        upright(image, orientation), n_pages=n_pages, size=sides if reduction > 1 else None
+    )
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and body of each segment before the first scan."""
+    at = 2
+    while True:
+        at = data.index(0xFF, at)  # there may be rubbish between segments
+        while data[at] == 0xFF:
+            at += 1
+        marker = data[at]
+        at += 1
+        if marker == START_OF_SCAN:
+            return
+        if marker == 0 or marker in BARE:
+            continue
+        (length,) = struct.unpack_from(">H", data, at)
+        yield marker, data[at + 2 : at + length]
+        at += length
+
+
+def _n_pictures(index: bytes) -> int:
+    """The number that the index of a multi-picture file gives."""
+    order = "<" if index.startswith(b"II") else ">"
+    at = struct.unpack_from(order + "I", index, 4)[0]
+    for entry in range(at + 2, len(index) - 11, 12):
+        tag, value = struct.unpack_from(order + "H6xI", index, entry)
+        if tag == 0xB001:
+            return max(1, value)
+    return 1

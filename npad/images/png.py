@@ -1,0 +1,167 @@
+"""PNG: its chunks are read here, its pixels are decoded by Pillow."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from npad.images.errors import ImageError
+from npad.images.orientation import exif_orientation, upright, xmp_orientation
+from npad.images.pillow import to_array
+from npad.images.samples import Array, Reading, Samples, check_size
+
+__all__ = ["read_png"]
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # types of colour
+# Pillow's mode and how a row is stored, for 8 bits and fewer. X is alpha: it is dropped.
+MODES = {
+    (1, GREY): ("1", "1"),
+    (2, GREY): ("L", "L;2"),
+    (4, GREY): ("L", "L;4"),
+    (8, GREY): ("L", "L"),
+    (8, RGB): ("RGB", "RGB"),
+    (1, PALETTE): ("P", "P;1"),
+    (2, PALETTE): ("P", "P;2"),
+    (4, PALETTE): ("P", "P;4"),
+    (8, PALETTE): ("P", "P"),
+    (8, GREY_ALPHA): ("LA", "LA"),
+    (8, RGB_ALPHA): ("RGB", "RGBX"),
+}
+# Pillow keeps one byte of two in colour: the image is decoded once for each.
+BYTES = {RGB: ("RGB;16L", "RGB;16B"), RGB_ALPHA: ("RGBX;16L", "RGBX;16B")}
+TEXT = (b"tEXt", b"zTXt", b"iTXt")
+MAX_TEXT = 1 << 20  # bytes of a text, that a small file might claim to hold more of
+EXIF_AS_TEXT = re.compile(rb"Raw profile type \w+\0\s*\w+\s+\d+\s([0-9a-fA-F\s]+)")
+
+
+def read_png(file: BinaryIO, name: str, reading: Reading) -> Samples:
+    """Read any PNG; of an animation, what a viewer without animations shows.
+
+    16 bits stay 16 bits. White is what sBIT says. Of colour, gAMA, cHRM and iCCP are not applied:
+    an inspection image is what the camera saw.
+    """
+    chunks: dict[bytes, bytes] = {}  # the first of each kind
+    pixels: list[memoryview] = []
+    texts: list[bytes] = []
+    first_frame = 0  # of an animation: 1 where its frames begin with the pixels that are read
+    for kind, body in _chunks(file.read()):
+        if kind == b"IDAT":
+            first_frame = first_frame if pixels else int(b"fcTL" in chunks)
+            pixels.append(body)
+        elif kind in TEXT:
+            texts.append(_text(kind, bytes(body)))
+        elif kind != b"fdAT":
+            chunks.setdefault(kind, bytes(body))
+    width, height, bits, colour, *methods = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    if methods[:2] != [0, 0]:
+        raise ImageError(name, "a PNG of an unknown compression: save it again")
+    check_size(width, height, name, reading)
+    stream = b"".join(pixels)
+    pixels.clear()  # and with them the bytes of the file
+
+    def decode(mode: str, stored: str) -> Image.Image:
+        return Image.frombytes(mode, (width, height), stream, "zip", stored, methods[2])
+
+    values: Image.Image | Array
+    if (bits, colour) == (16, GREY):
+        values = to_array(decode("I;16", "I;16B"))
+    elif (bits, colour) == (16, GREY_ALPHA):
+        two = to_array(decode("RGBA", "RGBA")).view(">u2")  # two bytes of grey, two of alpha
+        values = two[:, :, 0].astype(np.uint16)
+    elif bits == 16 and colour in BYTES:
+        values = np.empty((height, width, 3, 2), np.uint8)
+        for byte, stored in enumerate(BYTES[colour]):
+            to_array(decode("RGB", stored), values[..., byte])
+        values = values.view("<u2")[..., 0].astype(np.uint16, copy=False)
+    else:
+        mode, stored = MODES[bits, colour]
+        values = decode(mode, stored)
+        if mode == "P":
+            values = _look_up(values, chunks[b"PLTE"], name)
+        elif mode in ("1", "LA"):
+            values = values.convert("L")
+    white = None
+    if b"sBIT" in chunks and bits >= 8 and colour != PALETTE:
+        significant = chunks[b"sBIT"][: 3 if colour in BYTES else 1]
+        values, white = _as_written(values, bits, significant, name)
+    n_pages = 1
+    if b"acTL" in chunks:
+        n_pages = max(1, int.from_bytes(chunks[b"acTL"][:4], "big") + 1 - first_frame)
+    return Samples(upright(values, _orientation(chunks, texts)), white, n_pages)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Kind and body of each chunk, as far as the data go."""
+    view, at = memoryview(data), 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = view[at + 8 : at + 8 + length]
+        if kind in (b"IHDR", b"PLTE"):  # the pixels have a check sum of their own
+            (expected,) = struct.unpack_from(">I", data, at + 8 + length)
+            if zlib.crc32(body, zlib.crc32(kind)) != expected:
+                raise ValueError(f"wrong check sum of {kind.decode()}")
+        yield kind, body
+        if kind == b"IEND":
+            return
+        at += 12 + length
+
+
+def _text(kind: bytes, body: bytes) -> bytes:
+    """Keyword, a zero byte, and the text, inflated where it is compressed."""
+    keyword, _, text = body.partition(b"\0")
+    with suppress(IndexError, zlib.error):  # a damaged text does not matter
+        compressed = kind == b"zTXt"
+        if kind == b"iTXt":  # two flags, two names that end in zero, and the text
+            compressed = text[:1] == b"\1"
+            text = text[2:].split(b"\0", 2)[2]
+        elif compressed:
+            text = text[1:]
+        if compressed:
+            text = zlib.decompressobj().decompress(text, MAX_TEXT)
+    return keyword + b"\0" + text
+
+
+def _orientation(chunks: dict[bytes, bytes], texts: list[bytes]) -> int | None:
+    found = [exif_orientation(chunks.get(b"eXIf", b""))]
+    for text in texts:
+        if profile := EXIF_AS_TEXT.match(text):
+            digits = bytes(profile[1]).translate(None, b" \r\n\t")
+            found.append(exif_orientation(bytes.fromhex(digits[: len(digits) // 2 * 2].decode())))
+    found += [xmp_orientation(text) for text in texts if text.startswith(b"XML:com.adobe.xmp\0")]
+    return next((orientation for orientation in found if orientation), None)
+
+
+def _as_written(
+    values: Image.Image | Array, bits: int, significant: bytes, name: str
+) -> tuple[Image.Image | Array, int | None]:
+    """The values and their white, where so many bits of those stored are said to be significant.
+
+    PNG asks a writer to spread them over all bits: the lower ones are zero, or repeat the upper ones.
+    Cameras leave the upper ones zero. In a dark image the lower bits tell which it is.
+    """
+    n = max(significant)
+    array = to_array(values) if isinstance(values, Image.Image) else values
+    spread = not 0 < n < bits or array.max() >= 2**n or not (array & (2 ** (bits - n) - 1)).any()
+    if spread:
+        return values, 65535 if bits == 16 and n > 0 else None
+    if min(significant) < n:
+        raise ImageError(
+            name, "the channels have different bit depths (sBIT): save it at one depth"
+        )
+    return array.astype(np.uint16), 2**n - 1
+
+
+def _look_up(indices: Image.Image, palette: bytes, name: str) -> Image.Image:
+    """The colours, of three bytes each, that a palette has for each pixel of an image of one byte."""
+    _, last = indices.getextrema()
+    if last >= len(palette) // 3:  # type: ignore[operator]
+        raise ImageError(name, "damaged: a pixel's colour is not in the palette; replace it")
+    indices.putpalette(palette[:768])
+    return indices.convert("RGB")

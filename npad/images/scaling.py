@@ -1,0 +1,142 @@
+"""What brings samples to [0, 1] and to a size, a band of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from npad.images.errors import ImageError
+from npad.images.pillow import to_array
+from npad.images.samples import Array, Reading, Samples
+
+__all__ = ["as_pixels", "is_constant", "resized", "white_level"]
+
+BILINEAR = Image.Resampling.BILINEAR
+Box: TypeAlias = "tuple[float, float, float, float]"
+# Interpolation in float32 leaves [0, 1] by a rounding error; a wrong scale leaves it by far more.
+ROUNDING = 1e-5
+VISIBLE = 1e-3  # of differences: one below may be due to rounding
+BAND = 1 << 24  # pixels that are converted at once: an ordinary image in one piece
+
+
+def white_level(samples: Samples, name: str, reading: Reading) -> tuple[int, int | None]:
+    """The value that becomes 1, and the largest one of 16 bits whose white the file does not say.
+
+    Raises
+    ------
+    ImageError
+        A value lies above white; or one of floating point outside [0, 1].
+    """
+    values = samples.values
+    if isinstance(values, Image.Image) or values.dtype.type is np.uint8:
+        return 255, None
+    if values.dtype.type is not np.uint16:
+        _check_range(values, name)
+        return 1, None
+    white = samples.white or 2 ** (reading.bit_depth or 16) - 1
+    largest = int(values.max())
+    if largest <= white:
+        return white, largest if samples.white is None else None
+    if samples.white is not None:
+        reason = f"but the file says that white is {white}; save it again with what is right"
+    else:
+        reason = (
+            f"but white is {white} at bit_depth={reading.bit_depth}; give bit_depth="
+            f"{largest.bit_length()} or more, with which the model must have been fitted"
+        )
+    raise ImageError(name, f"a value is {largest}, {reason}")
+
+
+def _check_range(pixels: Array, name: str) -> None:
+    low, high = float(pixels.min()), float(pixels.max())  # NaN propagates
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
+        return
+    if not np.isfinite([low, high]).all():
+        raise ImageError(name, "the image holds NaN or Inf: replace those pixels")
+    if low < 0:
+        advice = "pass the image as it is before normalisation, which is the backbone's part"
+    else:
+        advice = f"divide by {255 if high <= 255 else 65535 if high <= 65535 else 'its maximum'}"
+    raise ImageError(
+        name, f"a floating-point image must lie in [0, 1], got [{low:g}, {high:g}]: {advice}"
+    )
+
+
+def _fractions(values: Array, white: int) -> Array:
+    """Values as fractions of white, in float32."""
+    if values.dtype == np.uint8:
+        return np.divide(values, white, dtype=np.float32)
+    if values.dtype.type is np.uint16:
+        return values.astype(np.float32) / np.float32(white)
+    return np.clip(values.astype(np.float32), 0, 1)  # see ROUNDING
+
+
+def resized(values: Image.Image | Array, white: int, size: tuple[int, int]) -> Array:
+    """Grey (height, width) or RGB (3, height, width) float32 in [0, 1].
+
+    Pillow's bilinear filter, whose support grows with the reduction: it is antialiased. Values of 8
+    bits are rounded to 8 bits again. An image of this size is not interpolated.
+    """
+    if isinstance(values, Image.Image):
+        image = values if values.size == size[::-1] else values.resize(size[::-1], BILINEAR)
+        return _channels_first(_fractions(np.asarray(image), white))
+    if values.shape[:2] == size:
+        return _channels_first(_fractions(values, white))
+    out = np.empty((*values.shape[2:], *size), np.float32)
+    for rows, band, box in _bands(values, size[0]):
+        out[..., rows, :] = _resized_band(band, white, (size[1], rows.stop - rows.start), box)
+    return out
+
+
+def _bands(values: Array, height: int) -> Iterator[tuple[slice, Array, Box]]:
+    """Rows of the result, those of the image that they are made of, and where in these they lie."""
+    n_rows, n_columns = values.shape[:2]
+    scale = n_rows / height
+    reach = max(scale, 1.0)  # of the filter, from the middle of a row of the result
+    step = max(1, int(BAND / n_columns / scale))
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        first = max(0, math.floor(start * scale - reach))
+        last = min(n_rows, math.ceil(stop * scale + reach))
+        box = (0, start * scale - first, n_columns, min(stop * scale, n_rows) - first)
+        yield slice(start, stop), values[first:last], box
+
+
+def _resized_band(band: Array, white: int, target: tuple[int, int], box: Box) -> Array:
+    def resize(plane: Array) -> Array:
+        return np.asarray(Image.fromarray(plane).resize(target, BILINEAR, box))
+
+    if band.dtype == np.uint8:
+        return _channels_first(_fractions(resize(np.ascontiguousarray(band)), white))
+    if band.ndim == 2:
+        return np.clip(resize(_fractions(band, white)), 0, 1)
+    channels = [_resized_band(band[:, :, c], white, target, box) for c in range(band.shape[2])]
+    return np.stack(channels)
+
+
+def _channels_first(values: Array) -> Array:
+    return values if values.ndim == 2 else np.moveaxis(values, 2, 0)
+
+
+def as_pixels(values: Image.Image | Array, white: int) -> Array:
+    """RGB (H, W, 3) of its own memory: uint8, or float32 in [0, 1]."""
+    array = to_array(values) if isinstance(values, Image.Image) else values
+    if array.dtype != np.uint8:
+        array = _fractions(array, white)
+    out = np.empty((*array.shape[:2], 3), array.dtype)
+    out[:] = array if array.ndim == 3 else array[:, :, None]
+    return out
+
+
+def is_constant(values: Image.Image | Array, small: Array) -> bool:
+    """Whether all pixels are equal; ``small`` is the image resized, which tells of nearly any."""
+    if np.ptp(small, axis=(-2, -1)).max() > VISIBLE:
+        return False
+    if isinstance(values, Image.Image):
+        extrema = np.reshape(values.getextrema(), (-1, 2))
+        return bool((extrema[:, 0] == extrema[:, 1]).all())
+    return bool((values.min((0, 1)) == values.max((0, 1))).all())
