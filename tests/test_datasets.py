@@ -11,10 +11,9 @@ from npad.evaluation.datasets import (
     DatasetError,
     Sample,
     find_categories,
-    read_mask,
-    resample_mask,
 )
-from npad.images import ImageError, read_image
+from npad.evaluation.masks import read_mask
+from npad.images import read_image
 
 
 @pytest.fixture
@@ -193,32 +192,11 @@ def test_images_whose_masks_are_missing_are_named(tmp_path, missing, named, more
     assert more in text
 
 
-@pytest.mark.parametrize("size", [(6, 9), (3, 3), (4, 5), (17, 31), (1, 1)])
-def test_resample_mask(size):
-    mask = smooth_pixels(6, 9, 1)[..., 0] > 128
-    out = resample_mask(mask, size)
-    assert (out.shape, out.dtype) == (size, np.bool_)
-    for y, x in np.ndindex(size):  # the pixel in which the centre lies
-        assert out[y, x] == mask[(2 * y + 1) * 6 // (2 * size[0]), (2 * x + 1) * 9 // (2 * size[1])]
-
-
 def test_no_data_set(tmp_path):
     with pytest.raises(DatasetError, match="nowhere: no such folder"):
         find_categories(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="no data set here"):
         find_categories(tmp_path)
-
-
-def test_read_mask(tmp_path):
-    mask = np.zeros((6, 9), np.uint8)
-    mask[1, 2], mask[3, 4] = 1, 255
-    for pixels in [mask, np.uint16(mask), np.stack([0 * mask, 0 * mask, mask], axis=2)]:
-        path = save_image(tmp_path / "mask.png", pixels)
-        assert read_mask(path).dtype == np.bool_
-        assert np.array_equal(read_mask(path), mask > 0)
-    path.write_bytes(b"no mask")
-    with pytest.raises(ImageError, match=r"mask\.png"):
-        read_mask(path)
 
 
 @pytest.mark.skipif("NPAD_DATA" not in os.environ, reason="NPAD_DATA is not set")

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from npad.images.arrays import item_images, split_images
 from npad.images.decoding import Loaded, load
 from npad.images.errors import ImageError
-from npad.images.folders import SUFFIXES, list_images
+from npad.images.folders import find_images
 from npad.images.samples import AS_IT_SAYS, Array, Reading, StrPath
 
 __all__ = ["Batch", "ImageSource"]
@@ -268,11 +268,7 @@ def _expand(paths: Iterable[StrPath]) -> list[StrPath]:
     found: list[StrPath] = []
     for path in paths:
         if Path(path).is_dir():
-            images = list_images(path)
-            if not images:
-                suffixes = ", ".join(sorted(SUFFIXES))
-                raise ImageError(path, f"the folder holds no images ({suffixes})")
-            found += images
+            found += find_images(path)
         else:
             found.append(path)
     return found
