@@ -24,7 +24,7 @@ from pathlib import Path, PurePath
 
 from npad.images.folders import is_litter, search, warn_of_left_out
 
-__all__ = ["Category", "DatasetError", "Sample", "find_categories", "find_good"]
+__all__ = ["Category", "DatasetError", "Sample", "find_categories", "find_good", "looks_good"]
 
 GOOD = "good"
 TRAIN, TEST, GROUND_TRUTH = PARTS = ("train", "test", "ground_truth")
@@ -193,19 +193,26 @@ def find_categories(root: str | os.PathLike[str], good: str | None = None) -> li
 def find_good(folder: Path) -> Path | None:
     """The folder of good images, in a folder that seems to hold images of defects, too.
 
+    Looks for data sets, and for parts of one, down to three levels: more than a folder of many has.
+
     Returns
     -------
     None, if all that is there may be good
     """
-    for place in (folder, *_folders(folder)):
-        parts = [part for part in PARTS if _named(place, part)]
-        goods = [g for train in _named(place, TRAIN) for g in _folders(train) if looks_good(g.name)]
-        if goods or len(parts) > 1:
-            return goods[0] if goods else place / TRAIN
-        goods = [child for child in _folders(place) if looks_good(child.name)]
-        others = [child for child in _folders(place) if child not in goods]
-        if goods and any(search(child).images for child in others):
-            return goods[0]
+    places = [folder]
+    for _ in range(3):
+        for place in places:
+            parts = [part for part in PARTS if _named(place, part)]
+            goods = [
+                g for root in _named(place, TRAIN) for g in _folders(root) if looks_good(g.name)
+            ]
+            if goods or len(parts) > 1:
+                return goods[0] if goods else place / TRAIN
+            goods = [child for child in _folders(place) if looks_good(child.name)]
+            others = [child for child in _folders(place) if child not in goods]
+            if goods and any(search(child).images for child in others):
+                return goods[0]
+        places = [child for place in places for child in _folders(place)]
     return None
 
 
@@ -215,7 +222,7 @@ def looks_good(name: str) -> bool:
     Told by whole words: ``OK``, ``ok_images``, ``0_normal`` and ``no-defect``, but not ``fine_scratch``
     nor ``not_ok``.
     """
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     words = [
         word for word in re.findall(r"[^\W\d_]+", spaced.lower()) if not _NEUTRAL.fullmatch(word)
     ]
