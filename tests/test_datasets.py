@@ -379,6 +379,15 @@ def test_a_type_of_other_files_says_which(root):
         find_categories(root)
 
 
+def test_linked_types(root):
+    (root / "test/hole").rename(root / "pool")
+    (root / "test/hole").symlink_to(root / "pool")
+    assert kinds(find_categories(root)[0]) == ["good", "good", "hole", "hole"]
+    (root / "test/same").symlink_to(root / "pool")
+    with pytest.raises(DatasetError, match="same: a link to a folder that is read already"):
+        find_categories(root)
+
+
 @pytest.mark.parametrize("ending", ["_mask", "_GT", "_label", "-gt", "_mask_1"])
 @pytest.mark.parametrize("folder", ["train/good", "test/hole"])
 def test_masks_among_the_images_are_asked_about(root, folder, ending):

@@ -201,18 +201,17 @@ def find_good(folder: Path) -> Path | None:
     """
     places = [folder]
     for _ in range(3):
-        for place in places:
-            parts = [part for part in PARTS if _named(place, part)]
-            goods = [
-                g for root in _named(place, TRAIN) for g in _folders(root) if looks_good(g.name)
-            ]
+        inside = {place: _folders(place) for place in places}
+        for place, children in inside.items():
+            parts = {_plain(part) for part in PARTS} & {_plain(child.name) for child in children}
+            trains = [child for child in children if _plain(child.name) == TRAIN]
+            goods = [g for train in trains for g in _folders(train) if looks_good(g.name)]
             if goods or len(parts) > 1:
                 return goods[0] if goods else place / TRAIN
-            goods = [child for child in _folders(place) if looks_good(child.name)]
-            others = [child for child in _folders(place) if child not in goods]
-            if goods and any(search(child).images for child in others):
+            goods = [child for child in children if looks_good(child.name)]
+            if goods and any(search(child).images for child in children if child not in goods):
                 return goods[0]
-        places = [child for place in places for child in _folders(place)]
+        places = [child for children in inside.values() for child in children]
     return None
 
 
@@ -231,7 +230,8 @@ def looks_good(name: str) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_litter(p.name))
+    with os.scandir(folder) as entries:
+        return sorted(Path(e.path) for e in entries if not is_litter(e.name) and e.is_dir())
 
 
 def _named(folder: Path, name: str) -> list[Path]:
@@ -333,7 +333,9 @@ class _Layout:
             types[path.relative_to(root).parts[0]].append(path)
         for name, paths in types.items():
             if not paths:
-                raise DatasetError(root / name, search(root / name).nothing())
+                held = search(root / name)
+                linked = "a link to a folder that is read already: remove it"
+                raise DatasetError(root / name, linked if held.images else held.nothing())
         by_stem = _by_stem(images, root, good)
         masks = self._masks(truth_root, by_stem, good)
         _refuse_masks(

@@ -152,7 +152,7 @@ def search(folder: str | os.PathLike[str]) -> Found:
                 continue
             path = Path(entry.path)
             if not _is(entry, "dir"):
-                _sort(entry, path, found)
+                _take(entry, path, found)
             elif entry.is_symlink():  # after all that can be reached without links
                 todo.append((path, True))
             else:
@@ -185,7 +185,7 @@ def warn_of_left_out(folder: str | os.PathLike[str], left_out: Mapping[str, int]
         )
 
 
-def _sort(entry: os.DirEntry[str], path: Path, found: Found) -> None:
+def _take(entry: os.DirEntry[str], path: Path, found: Found) -> None:
     """Count a file among the images or by its kind. A broken link is met when the image is read."""
     suffix = path.suffix.lower()
     regular = _is(entry, "file")
