@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import NPad
-from npad.evaluation.datasets import Category, read_mask, resample_mask
+from npad.evaluation.datasets import Category
+from npad.evaluation.masks import read_mask, resample_mask
 from npad.evaluation.metrics import image_metrics, pixel_metrics
 
 METRICS = ("auroc", "pixel_auroc", "aupro")

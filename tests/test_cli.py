@@ -292,6 +292,59 @@ def test_evaluate_without_masks(category, tmp_path):
     assert all(row[name] == "no masks" for row in seeds.values() for name in pixels)
 
 
+@pytest.mark.parametrize("good", ["ok", "Normal"])
+def test_evaluate_with_another_name_of_good(category, tmp_path, good):
+    root = shutil.copytree(category, tmp_path / "data/nut")
+    for part in ("train", "test"):
+        (root / part / "good").rename(root / part / good)
+    args = ("evaluate", root.parent, "-o", tmp_path / "out", *SMALL)
+    fail(1, *args, says=[root / "train" / good, f'Then give --good "{good}", or'])
+    said = succeed(*args, "--good", good.upper())
+    expected = succeed("evaluate", category, "-o", tmp_path / "as it was", *SMALL)
+    names = ("auroc", "aupro")
+    tables = [list(csv.DictReader(o.out.splitlines(), delimiter="\t")) for o in (said, expected)]
+    assert [{n: t[0][n] for n in names} for t in tables[:1]] == [
+        {n: t[0][n] for n in names} for t in tables[1:]
+    ]
+
+
+def test_a_wrong_mask_is_met_before_any_category_is_fitted(category, tmp_path):
+    root = tmp_path / "data"
+    for name in ("bolt", "nut"):
+        shutil.copytree(category, root / name)
+    mask = save_image(root / "nut/ground_truth/hole/001_mask.png", np.zeros((8, 64), np.uint8))
+    fail(1, "evaluate", root, "-o", tmp_path / "out", *SMALL, says=[mask, "8 x 64"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_is_left_out_is_a_warning(category, tmp_path):
+    root = shutil.copytree(category, tmp_path / "nut")
+    for folder in ("train/good", "test/good", "test/hole"):
+        (root / folder / "a.dng").touch()
+    for args in (
+        ("fit", root / "train/good", "-o", tmp_path / "m", *SMALL),
+        ("evaluate", root, "-o", tmp_path / "out", *SMALL),
+    ):
+        (line,) = succeed(*args).err.splitlines()
+        assert re.match(r"npad: warning: .* left out, by suffix: \d \.dng \(", line)
+
+
+@pytest.mark.parametrize("name", ["good", "OK"])
+def test_fit_refuses_what_holds_defects(category, tmp_path, name):
+    root = shutil.copytree(category, tmp_path / "data/nut")
+    for part in ("train", "test"):
+        (root / part / "good").rename(root / part / "on the way").rename(root / part / name)
+    for folder, good in (
+        (root, root / "train" / name),
+        (root.parent, root / "train" / name),
+        (tmp_path, root / "train" / name),
+        (root / "test", root / "test" / name),
+    ):
+        fail(2, "fit", folder, "-o", tmp_path / "m", *SMALL, says=[f"give {good}, or use npad"])
+    succeed("fit", root / "train", "-o", tmp_path / "m", *SMALL)
+
+
 def test_evaluate_many_categories_with_many_seeds(category, tmp_path):
     root = tmp_path / "data"
     for name in ("bolt", "nut"):

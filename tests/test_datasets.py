@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from image_files import make_category, save_image, smooth_pixels
 
-from npad.evaluation.datasets import (
-    DatasetError,
-    Sample,
-    find_categories,
-    read_mask,
-    resample_mask,
-)
-from npad.images import ImageError, read_image
+from npad.evaluation.datasets import DatasetError, Sample, find_categories, find_good, looks_good
+from npad.evaluation.masks import read_mask
+from npad.images import read_image
 
 
 @pytest.fixture
@@ -193,15 +188,6 @@ def test_images_whose_masks_are_missing_are_named(tmp_path, missing, named, more
     assert more in text
 
 
-@pytest.mark.parametrize("size", [(6, 9), (3, 3), (4, 5), (17, 31), (1, 1)])
-def test_resample_mask(size):
-    mask = smooth_pixels(6, 9, 1)[..., 0] > 128
-    out = resample_mask(mask, size)
-    assert (out.shape, out.dtype) == (size, np.bool_)
-    for y, x in np.ndindex(size):  # the pixel in which the centre lies
-        assert out[y, x] == mask[(2 * y + 1) * 6 // (2 * size[0]), (2 * x + 1) * 9 // (2 * size[1])]
-
-
 def test_no_data_set(tmp_path):
     with pytest.raises(DatasetError, match="nowhere: no such folder"):
         find_categories(tmp_path / "nowhere")
@@ -209,16 +195,288 @@ def test_no_data_set(tmp_path):
         find_categories(tmp_path)
 
 
-def test_read_mask(tmp_path):
-    mask = np.zeros((6, 9), np.uint8)
-    mask[1, 2], mask[3, 4] = 1, 255
-    for pixels in [mask, np.uint16(mask), np.stack([0 * mask, 0 * mask, mask], axis=2)]:
-        path = save_image(tmp_path / "mask.png", pixels)
-        assert read_mask(path).dtype == np.bool_
-        assert np.array_equal(read_mask(path), mask > 0)
-    path.write_bytes(b"no mask")
-    with pytest.raises(ImageError, match=r"mask\.png"):
-        read_mask(path)
+# --- names of folders ---
+
+
+def rename(root, **names):
+    """Give folders other names: good="ok" wherever it is, train="Train" at the root."""
+    for old, new in names.items():
+        for place in (root, root / "train", root / "test", root / "ground_truth"):
+            if (place / old).is_dir():
+                (place / old).rename(place / "on the way")
+                (place / "on the way").rename(place / new)
+    return root
+
+
+def kinds(category):
+    return [sample.defect_type for sample in category.test]
+
+
+@pytest.mark.parametrize("good", ["good", "Good", "GOOD"])
+@pytest.mark.parametrize(
+    ("train", "test", "truth"),
+    [
+        ("train", "test", "ground_truth"),
+        ("Train", "TEST", "Ground Truth"),
+        ("TRAIN", "Test", "GroundTruth"),
+    ],
+)
+def test_any_case(root, good, train, test, truth):
+    save_image(root / "ground_truth/good/000_mask.png", np.zeros((20, 24), np.uint8))
+    rename(root, good=good)
+    rename(root, train=train, test=test, ground_truth=truth)
+    (category,) = find_categories(root)
+    assert [path.parent for path in category.train] == [root / train / good] * 3
+    assert kinds(category) == ["good", "good", "hole", "hole"]
+    assert category.test[0].mask_path == root / truth / good / "000_mask.png"
+    assert category.has_masks
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [("ok", "ko"), ("OK", "NG"), ("Normal", "Anomaly"), ("fine stuff", "bad")]
+)
+def test_the_good_folder_may_be_named(root, good, bad):
+    rename(root, good=good, hole=bad)
+    for name in (good, good.lower(), good.upper()):
+        (category,) = find_categories(root, good=name)
+        assert sorted(kinds(category)) == sorted(["good", "good", bad, bad])
+        assert [sample.is_anomalous for sample in category.test].count(True) == 2
+        assert len(category.train) == 3
+
+
+def test_good_in_one_part_and_another_name_in_the_other(root):
+    (root / "test/good").rename(root / "test/ok")
+    assert kinds(find_categories(root, good="ok")[0]) == ["hole", "hole", "good", "good"]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("name", ["ok", "Normal", "no_defect"])
+def test_a_folder_that_looks_good_is_asked_about(root, part, name):
+    (root / part / "good").rename(root / part / name)
+    with pytest.raises(DatasetError, match=f'good="{name}"') as caught:
+        find_categories(root)
+    assert caught.value.path == root / part / name
+    with pytest.raises(DatasetError, match=f'good="{name}"'):
+        find_categories(root, good="okey")
+
+
+def test_a_folder_that_looks_good_beside_good(root):
+    rename(root, hole="clean")
+    with pytest.raises(DatasetError, match=r'are these the good images.*good="good"'):
+        find_categories(root)
+    assert kinds(find_categories(root, good="good")[0]) == ["clean", "clean", "good", "good"]
+    with pytest.raises(DatasetError, match="holds good images, as does clean: put them in one"):
+        find_categories(root, good="clean")
+
+
+def test_without_a_good_folder_to_fit_the_others_are_named(root):
+    (root / "train/good").rename(root / "train/muster")
+    with pytest.raises(DatasetError, match=r"no such folder.*one of muster, .*good=NAME") as caught:
+        find_categories(root)
+    assert caught.value.path == root / "train/good"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "good",
+            "Good",
+            "GOOD",
+            "good_2",
+            "good-new",
+            "goods",
+            "ok",
+            "OK",
+            "Ok",
+            "ok_images",
+            "01_ok",
+        ),
+        *("OKImages", "okay", "normal", "0_normal", "Normals", "nominal", "PASS", "passed", "fine"),
+        *(
+            "clean",
+            "no_defect",
+            "no defects",
+            "NoDefect",
+            "defect-free",
+            "defectFree",
+            "defectless",
+        ),
+        *("non-defective", "not_defective", "without_anomaly", "undamaged", "flawless", "negative"),
+        *("i.O.", "IO", "in_Ordnung", "Gutteile", "accepted", "正常"),
+    ],
+)
+def test_looks_good(name):
+    assert looks_good(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("NG", "ng", "ko", "KO", "bad", "anomaly", "anomalous", "abnormal", "defect", "defective"),
+        *("not_ok", "not ok", "not_good", "no_good", "nio", "n.i.O.", "NOK", "reject", "failed"),
+        *(
+            "hole",
+            "fine_scratch",
+            "broken",
+            "crack",
+            "thread",
+            "smoke",
+            "token",
+            "passivation",
+            "000",
+        ),
+        *("normal_wear", "unclean", "imperfect", "positive", "damaged", "error", "test", "images"),
+    ],
+)
+def test_does_not_look_good(name):
+    assert not looks_good(name)
+
+
+@pytest.mark.parametrize("kind", ["good", "hole"])
+def test_a_test_set_of_one_kind_is_told(root, kind):
+    shutil.rmtree(root / "test" / ("hole" if kind == "good" else "good"))
+    if kind == "good":
+        shutil.rmtree(root / "ground_truth")
+    says = {"good": "no defective images", "hole": "no good images.*call it good: hole"}[kind]
+    with pytest.warns(UserWarning, match=says):
+        (category,) = find_categories(root)
+    assert set(kinds(category)) == {kind}
+
+
+def test_two_spellings_of_one_part(root):
+    (root / "Train").mkdir()
+    with pytest.raises(DatasetError, match="is there beside Train: keep one"):
+        find_categories(root)
+
+
+# --- what lies beside images ---
+
+
+def test_litter_is_no_type(root):
+    for name in ("@eaDir", ".cache", "__MACOSX", "#recycle"):
+        save_image(root / "test" / name / "a.png", smooth_pixels(8, 8))
+        save_image(root / "ground_truth" / name / "a.png", smooth_pixels(8, 8))
+        save_image(root.parent / name / "test" / "good" / "a.png", smooth_pixels(8, 8))
+    assert set(kinds(find_categories(root.parent)[0])) == {"good", "hole"}
+
+
+def test_what_is_left_out_is_told_once(tmp_path):
+    for name in ("wood", "tile"):
+        root = make_category(tmp_path / name)
+        for part in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
+            (root / part / "x.dng").touch()
+            (root / part / "notes.txt").touch()
+    with pytest.warns(UserWarning, match="8 files were left out, by suffix: 8 .dng") as told:
+        find_categories(tmp_path)
+    assert len(told) == 1
+
+
+def test_a_type_of_other_files_says_which(root):
+    (root / "test/dent").mkdir()
+    (root / "test/dent/a.jp2").touch()
+    with pytest.raises(DatasetError, match=r"dent: the folder holds no images.*but 1 \.jp2"):
+        find_categories(root)
+
+
+def test_linked_types(root):
+    (root / "test/hole").rename(root / "pool")
+    (root / "test/hole").symlink_to(root / "pool")
+    assert kinds(find_categories(root)[0]) == ["good", "good", "hole", "hole"]
+    (root / "test/same").symlink_to(root / "pool")
+    with pytest.raises(DatasetError, match="same: a link to a folder that is read already"):
+        find_categories(root)
+
+
+@pytest.mark.parametrize("ending", ["_mask", "_GT", "_label", "-gt", "_mask_1"])
+@pytest.mark.parametrize("folder", ["train/good", "test/hole"])
+def test_masks_among_the_images_are_asked_about(root, folder, ending):
+    shutil.rmtree(root / "ground_truth")
+    mask = root / folder / f"001{ending}.png"
+    shutil.copy(root / folder / "001.png", mask)
+    with pytest.raises(DatasetError, match="is this the mask of 001") as caught:
+        find_categories(root)
+    assert caught.value.path == mask
+
+
+@pytest.mark.parametrize("name", ["masks", "GT", "labels"])
+def test_masks_in_another_folder_are_told(root, name):
+    (root / "ground_truth").rename(root / name)
+    with pytest.warns(UserWarning, match=f"{name}: not read; masks are looked for in ground_truth"):
+        (category,) = find_categories(root)
+    assert not category.has_masks
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_no_masks(root, empty):
+    shutil.rmtree(root / "ground_truth")
+    if empty:
+        (root / "ground_truth/hole").mkdir(parents=True)
+    assert not find_categories(root)[0].has_masks
+
+
+def test_several_masks_of_one_image(root):
+    several = root / "ground_truth/hole/001"
+    several.mkdir()
+    (root / "ground_truth/hole/001_mask.png").rename(several / "000.png")
+    shutil.copy(several / "000.png", several / "001.png")
+    (category,) = find_categories(root)
+    assert category.test[3].mask_path == several
+    second = save_image(root / "ground_truth/hole/001.png", np.zeros((20, 24), np.uint8))
+    with pytest.raises(DatasetError, match=r"a second mask of .*001\.png"):
+        find_categories(root)
+    second.rename(root / "ground_truth/hole/000_mask1.png")
+    with pytest.raises(DatasetError, match="several masks of one image go into a folder") as caught:
+        find_categories(root)
+    assert caught.value.path == root / "ground_truth/hole/000_mask1.png"
+
+
+def test_images_in_subfolders_of_a_type_have_their_masks_there(root):
+    for part, suffix in (("test", ""), ("ground_truth", "_mask")):
+        (root / part / "hole/000").mkdir()
+        shutil.copy(
+            root / part / f"hole/000{suffix}.png", root / part / f"hole/000/007{suffix}.png"
+        )
+    (category,) = find_categories(root)
+    assert [sample.mask_path.name for sample in category.test[2:]] == [
+        *("007_mask.png", "000_mask.png", "001_mask.png")
+    ]
+
+
+# --- what is not to be fitted ---
+
+
+@pytest.mark.parametrize(
+    ("folder", "good"),
+    [
+        ("", "train/good"),
+        ("..", "train/good"),
+        ("test", "test/good"),
+        ("train", None),
+        ("train/good", None),
+        ("test/good", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["good", "OK", "normal"])
+def test_find_good(root, folder, good, name):
+    rename(root, good=name)
+    found = find_good((root / folder.replace("good", name)).resolve())
+    assert found == (good and root / good.replace("good", name))
+
+
+def test_find_good_without_one(root):
+    rename(root, good="muster")
+    assert find_good(root) == root / "train"
+    assert find_good(root / "test") is None  # nothing tells
+
+
+def test_several_good_folders_may_be_fitted(root):
+    shutil.copytree(root / "train/good", root / "train/good_2")
+    (root / "train/notes").mkdir()
+    assert find_good(root / "train") is None
+
+
+# --- real data ---
 
 
 @pytest.mark.skipif("NPAD_DATA" not in os.environ, reason="NPAD_DATA is not set")

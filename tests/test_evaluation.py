@@ -19,9 +19,8 @@ from npad.evaluation.datasets import (
     DatasetError,
     Sample,
     find_categories,
-    read_mask,
-    resample_mask,
 )
+from npad.evaluation.masks import read_mask, resample_mask
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(5)),
@@ -221,9 +220,7 @@ def test_empty_masks_are_nominal_and_noted(category):
     assert math.isnan(result.types["scratch"]["aupro"])
     assert result.types["scratch"]["auroc"] > 0
     assert result.metrics["aupro"] > 0.9
-    assert result.notes == [
-        "4 defective images have an empty mask at this size: their pixels count as nominal."
-    ]
+    assert result.notes == ["4 defective images have an empty mask: their pixels count as nominal."]
 
 
 @pytest.mark.parametrize("kind", ["good", "dent"])

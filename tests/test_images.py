@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from image_files import encode, save_image, smooth_pixels
 from PIL import Image
 
-from npad.images import ImageError, ImageSource, Reading, list_images, read_image
+from npad.images import ImageError, ImageSource, Reading, read_image
 from npad.images import source as images_module
 
 LOSSLESS = ["png", "bmp", "tif", "tiff", "webp"]
@@ -306,48 +305,6 @@ def test_any_bytes_give_an_image_or_an_image_error(tmp_path_factory, data):
             assert image.shape[2] == 3
             assert image.dtype in (np.uint8, np.float32)
     assert leaked == []
-
-
-# --- folders
-
-
-def test_list_images(tmp_path):
-    for name in ["b.PNG", "a.jpg", "sub/c.tiff", "sub/.hidden.png", ".cache/d.png", "notes.txt"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    names = [str(p.relative_to(tmp_path)) for p in list_images(tmp_path)]
-    assert names == ["a.jpg", "b.PNG", str(Path("sub", "c.tiff"))]
-
-
-def test_folder_errors(tmp_path):
-    with pytest.raises(ImageError, match="nowhere: no such file or folder"):
-        ImageSource(tmp_path / "nowhere", image_size=(8, 8))
-    with pytest.raises(ImageError, match="nowhere: the folder cannot be read"):
-        list_images(tmp_path / "nowhere")
-    with pytest.raises(ImageError, match=f"{tmp_path.name}: the folder holds no images"):
-        ImageSource(tmp_path, image_size=(8, 8))
-    with pytest.raises(ValueError, match="source holds no images"):
-        ImageSource([], image_size=(8, 8))
-
-
-def test_folder_list_and_single_file_agree(folder):
-    files = list_images(folder)
-    images, names = collect(folder)
-    assert names == [str(p) for p in files]
-    assert torch.equal(images, collect(files)[0])
-    assert torch.equal(images, collect([str(p) for p in files])[0])
-    assert torch.equal(images[3:4], collect(files[3])[0])
-    mixed, _ = collect([files[2], folder])
-    assert torch.equal(mixed, torch.cat([images[2:3], images]))
-
-
-def test_nothing_is_read_up_front(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(b"no image")
-    source = ImageSource(tmp_path, image_size=(8, 8))
-    assert source.n_images == 3
-    with pytest.raises(ImageError, match=r"0\.png"):
-        next(source.batches())
 
 
 # --- preprocessing

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,7 +23,7 @@ from npad.evaluation import measure, report
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.results import NO_MASKS
-from npad.images import ImageError
+from npad.images import ImageError, Reading, read_image
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(12)),
@@ -302,3 +303,13 @@ def test_a_failed_report_leaves_the_old_one(result, tmp_path):
 def test_no_results(tmp_path):
     with pytest.raises(ValueError, match="results is empty"):
         report.write_report([], tmp_path / "report.html")
+
+
+def test_pictures_are_read_as_the_model_read_them(result, tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(
+        report, "read_image", lambda path, reading: seen.add(reading) or read_image(path, reading)
+    )
+    twelve = dataclasses.replace(result, settings={**result.settings, "bit_depth": 12})
+    report.write_report([twelve], tmp_path / "report.html")
+    assert seen == {Reading(12, sys.maxsize)}

@@ -10,7 +10,8 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.evaluation import synthetic
-from npad.evaluation.datasets import find_categories, read_mask
+from npad.evaluation.datasets import find_categories
+from npad.evaluation.masks import read_mask
 
 
 def contents(root):

@@ -88,9 +88,12 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a model on a folder of images without defects."""
-    if (folder / "train" / "good").is_dir() or any(folder.glob("*/train/good")):
+    from npad.evaluation.datasets import find_good  # noqa: PLC0415
+
+    good = find_good(folder)
+    if good is not None:
         raise UsageError(
-            f"{folder} is a data set with defects: give its train/good, or use npad evaluate"
+            f"{folder} seems to hold images with defects: give {good}, or use npad evaluate"
         )
     _check_can_be_written(output)
     _set_threads(threads)
@@ -244,6 +247,10 @@ def evaluate(
     folder: Folder,
     arguments: Arguments,
     output: Report = Path("npad-report"),
+    good: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the folders of good images. [default: good]"),
+    ] = None,
     seeds: Seeds = None,
     skip_bad: SkipBad = False,
     threads: Threads = None,
@@ -255,7 +262,7 @@ def evaluate(
     OUT/results.json.
     """
     _set_threads(threads)
-    _evaluate(folder, arguments, output, seeds, skip_bad, quiet)
+    _evaluate(folder, arguments, output, good, seeds, skip_bad, quiet)
 
 
 @command(app, *MEASURE, backbone="filterbank")
@@ -281,19 +288,21 @@ def demo(
         with tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished:
             make_dataset(Path(unfinished) / "data" / "woven", seed)
             (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
-    _evaluate(data, arguments, output, seeds, False, quiet)
+    _evaluate(data, arguments, output, None, seeds, False, quiet)
 
 
 def _evaluate(
     folder: Path,
     arguments: Arguments,
     output: Path,
+    good: str | None,
     seeds: Sequence[int] | None,
     skip_bad: bool,
     quiet: bool,
 ) -> None:
     from npad.cli.evaluation_files import REPORT, evaluate_all, print_table  # noqa: PLC0415
     from npad.evaluation.datasets import find_categories  # noqa: PLC0415
+    from npad.evaluation.truth import check_masks  # noqa: PLC0415
 
     if seeds and "seed" in arguments:
         raise UsageError("--seed and --seeds exclude each other")
@@ -302,11 +311,11 @@ def _evaluate(
         partial(new_model, arguments, progress=progress, **seed)
         for seed in ([{"seed": seed} for seed in seeds] if seeds else [{}])
     ]
-    for make in makers:
-        make()  # what NPad refuses, it refuses before the work
-    rows, skipped = evaluate_all(
-        find_categories(folder), makers, output, skip_bad=skip_bad, progress=progress
-    )
+    models = [make() for make in makers]  # what NPad refuses, it refuses before the work
+    categories = find_categories(folder, good)
+    for category in categories[1:]:  # the first one's are read at once
+        check_masks(category, models[0].max_pixels)
+    rows, skipped = evaluate_all(categories, makers, output, skip_bad=skip_bad, progress=progress)
     _list_skipped(skipped)
     if not quiet:
         print_table(rows)

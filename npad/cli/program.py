@@ -182,7 +182,7 @@ def _message(error: Exception) -> str:
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
     text = re.sub(r"^NPad(\.\w+)?: ", "", " ".join(text.split()))
-    arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad"])
+    arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
     return re.sub(
         rf"\b({arguments})=(True\b)?", lambda m: f"--{m[1].replace('_', '-')} ", text
     ).replace("  ", " ")

@@ -3,8 +3,11 @@
     <category>/train/good/*                            defect-free images to fit
     <category>/test/good/*, test/<type>/*              images to score
     <category>/ground_truth/<type>/<name>_mask.png     where the defects are (or <name>.png)
+    <category>/ground_truth/<type>/<name>/*            several masks of one image
 
-A category may have no masks at all; then only whole images can be measured.
+``train``, ``test``, ``ground_truth`` and ``good`` are found in any case; what is called otherwise in
+the place of ``good`` must be named. A category may have no masks at all; then only whole images can
+be measured.
 
 Source: Bergmann, Fauser, Sattlegger, Steger, *MVTec AD*, CVPR 2019.
 """
@@ -12,21 +15,59 @@ Source: Bergmann, Fauser, Sattlegger, Steger, *MVTec AD*, CVPR 2019.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
-import numpy as np
-from numpy.typing import NDArray
+from npad.images.folders import is_litter, search, warn_of_left_out
 
-from npad.images.decoding import read_image
-from npad.images.folders import list_images
-
-__all__ = ["Category", "DatasetError", "Sample", "find_categories", "read_mask", "resample_mask"]
+__all__ = ["Category", "DatasetError", "Sample", "find_categories", "find_good", "looks_good"]
 
 GOOD = "good"
-PARTS = ("train", "test", "ground_truth")
+TRAIN, TEST, GROUND_TRUTH = PARTS = ("train", "test", "ground_truth")
 _NAMED = 3  # of the images without a mask that an error lists
+
+# Names of folders that are nobody's defect: people have these for `good`.
+_GOOD_NAMES = frozenset(
+    {
+        *("good", "goods", "ok", "okay", "oks", "normal", "normals", "nominal", "pass", "passed"),
+        *("fine", "clean", "healthy", "intact", "perfect", "correct", "accept", "accepted"),
+        *(
+            "acceptable",
+            "conform",
+            "conforming",
+            "conformant",
+            "flawless",
+            "faultless",
+            "undamaged",
+        ),
+        *(
+            "negative",
+            "negatives",
+            "neg",
+            "golden",
+            "io",
+            "inordnung",
+            "gut",
+            "gutteil",
+            "gutteile",
+        ),
+        *("bon", "bons", "conforme", "conformes", "buono", "bueno", "正常", "合格", "良品"),
+    }
+)
+_WITHOUT_DEFECT = re.compile(
+    r"(no|non|not|without|zero|un)(a|any)?(defect|anomal|fault|flaw|damage|error)\w*"
+    r"|(defect|anomaly|fault|flaw|damage|error)s?(free|less)"
+)
+_NEUTRAL = re.compile(
+    r"(image|img|picture|photo|sample|part|piece|product|item|class|label|surface)s?"
+    "|all|new|old|data|set|the|train|test|only"
+)
+_MASK_NAME = re.compile(r"(.+)[-_. ](mask|gt|groundtruth|ground_truth|label|seg)s?[-_]?\d*", re.I)
+_TRUTH_NAMES = frozenset({"gt", "mask", "masks", "label", "labels", "annotation", "annotations"})
 
 
 class DatasetError(ValueError):
@@ -55,9 +96,9 @@ class Sample:
     ----------
     path : Path
     defect_type : str
-        ``"good"``, or the name of its folder below ``test``.
+        ``"good"``, whatever its folder is called, or the name of its folder below ``test``.
     mask_path : Path or None
-        Where the defect is. A good image needs none.
+        Where the defect is: a file, or a folder of several whose union it is. A good image needs none.
     """
 
     path: Path
@@ -106,15 +147,17 @@ class Category:
         return all(sample.mask_path for sample in self.test if sample.is_anomalous)
 
 
-def find_categories(root: str | os.PathLike[str]) -> list[Category]:
+def find_categories(root: str | os.PathLike[str], good: str | None = None) -> list[Category]:
     """Find the categories of a data set.
 
     Only file names are read. Folders beside the categories that hold neither ``train`` nor
-    ``test`` nor ``ground_truth`` are ignored.
+    ``test`` nor ``ground_truth`` are ignored, as are those beside ``train/good``.
 
     Parameters
     ----------
     root : one category, or a folder of many
+    good : name of the folders of good images, in any case, where it is not ``"good"``. A name that is
+        given is not asked about: with ``good="good"``, ``clean`` is a type of defect.
 
     Returns
     -------
@@ -123,105 +166,247 @@ def find_categories(root: str | os.PathLike[str]) -> list[Category]:
     Raises
     ------
     DatasetError
-        No category is there; no ``train/good`` or ``test``, or no images in them; a mask without
-        its image, masks for some of the defects only, or two of one name.
+        No category is there; no ``train/good`` or ``test``, or no images in them; a folder that seems
+        to hold good images and has another name; a mask without its image, among the images, for some
+        of the defects only, or of the name of another.
+
+    Warns
+    -----
+    UserWarning
+        Files were left out that may be images; the test images are all good or all defective; a folder
+        beside ``test`` that seems to hold masks is not read.
     """
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(root, "no such folder")
-    if _looks_like_category(root):
-        return [_read_category(root)]
-    folders = [folder for folder in _folders(root) if _looks_like_category(folder)]
-    if not folders:
+    folders = [root] if _looks_like_category(root) else _folders(root)
+    found = [_Layout(folder, good) for folder in folders if _looks_like_category(folder)]
+    if not found:
         raise DatasetError(
             root, "no data set here: expected train/good and test, in it or in its subfolders"
         )
-    return [_read_category(folder) for folder in folders]
+    categories = [layout.read() for layout in found]
+    warn_of_left_out(root, sum((layout.left_out for layout in found), Counter()))
+    return categories
 
 
-def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
-    """Read a ground-truth mask: every pixel above 0, in any channel, is defect.
+def find_good(folder: Path) -> Path | None:
+    """The folder of good images, in a folder that seems to hold images of defects, too.
 
-    Save masks without loss: JPEG leaves faint pixels around a defect.
-
-    Returns
-    -------
-    (H, W) bool
-
-    Raises
-    ------
-    ImageError
-        As `npad.images.read_image`.
-    """
-    return np.asarray(read_image(path).any(axis=2))
-
-
-def resample_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Bring a mask to another size: each pixel takes the value that lies at its centre.
-
-    Parameters
-    ----------
-    mask : (H, W) bool
-    size : (height, width)
+    Looks for data sets, and for parts of one, down to three levels: more than a folder of many has.
 
     Returns
     -------
-    (height, width) bool
+    None, if all that is there may be good
     """
-    rows, columns = (
-        ((np.arange(n) + 0.5) * own / n).astype(np.intp)
-        for n, own in zip(size, mask.shape, strict=True)
-    )
-    return mask[rows[:, None], columns]
+    places = [folder]
+    for _ in range(3):
+        inside = {place: _folders(place) for place in places}
+        for place, children in inside.items():
+            parts = {_plain(part) for part in PARTS} & {_plain(child.name) for child in children}
+            trains = [child for child in children if _plain(child.name) == TRAIN]
+            goods = [g for train in trains for g in _folders(train) if looks_good(g.name)]
+            if goods or len(parts) > 1:
+                return goods[0] if goods else place / TRAIN
+            goods = [child for child in children if looks_good(child.name)]
+            if goods and any(search(child).images for child in children if child not in goods):
+                return goods[0]
+        places = [child for children in inside.values() for child in children]
+    return None
+
+
+def looks_good(name: str) -> bool:
+    """Whether images in a folder of this name are without defects, as most would call it.
+
+    Told by whole words: ``OK``, ``ok_images``, ``0_normal`` and ``no-defect``, but not ``fine_scratch``
+    nor ``not_ok``.
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    words = [
+        word for word in re.findall(r"[^\W\d_]+", spaced.lower()) if not _NEUTRAL.fullmatch(word)
+    ]
+    joined = "".join(words)
+    return joined in _GOOD_NAMES or words[:1] == [GOOD] or bool(_WITHOUT_DEFECT.fullmatch(joined))
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    with os.scandir(folder) as entries:
+        return sorted(Path(e.path) for e in entries if not is_litter(e.name) and e.is_dir())
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    """Subfolders of this name, however it is spelled: Train, ground truth, GroundTruth."""
+    return [child for child in _folders(folder) if _plain(child.name) == _plain(name)]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).casefold()
 
 
 def _looks_like_category(folder: Path) -> bool:
-    return any((folder / part).is_dir() for part in PARTS)
+    return any(_named(folder, part) for part in PARTS)
 
 
-def _read_category(root: Path) -> Category:
-    train = _images(root / "train" / GOOD)
-    test_root = root / "test"
-    loose = [path for path in _images(test_root) if path.parent == test_root]
-    if loose:
-        raise DatasetError(loose[0], "put it in a folder that names its type, such as test/good")
-    truth_root = root / "ground_truth"
-    masks = _by_stem(list_images(truth_root) if truth_root.is_dir() else [], truth_root)
-    test: list[Sample] = []
-    for folder in _folders(test_root):
-        for stem, paths in _by_stem(_images(folder), test_root).items():
-            found = masks.pop(f"{stem}_mask", []) + masks.pop(stem, [])
-            if len(found) > 1:
-                raise DatasetError(found[1], f"a second mask of {paths[0]}: keep one")
-            if found and len(paths) > 1:
-                raise DatasetError(paths[1], f"shares its mask with {paths[0]}: rename one")
-            test += [Sample(path, folder.name, found[0] if found else None) for path in paths]
-    category = Category(root.resolve().name, train, test)
-    for orphans in masks.values():
-        raise DatasetError(
-            orphans[0],
-            "a mask without its image in test: name it as its image, with _mask at the end or without,"
-            " add the image, or remove the mask",
+class _Layout:
+    """Reader of one category.
+
+    Attributes
+    ----------
+    left_out : as `npad.images.folders.Found`, of all its folders
+    """
+
+    def __init__(self, root: Path, good: str | None) -> None:
+        self.left_out: Counter[str] = Counter()
+        self._root = root
+        self._good = good
+        self._names = {GOOD, (good or GOOD).casefold()}
+
+    def read(self) -> Category:
+        train_root, test_root, truth_root = (self._part(part) for part in PARTS)
+        train = self._train(train_root)
+        test = self._test(test_root, truth_root)
+        n_defects = sum(sample.is_anomalous for sample in test)
+        if n_defects == len(test):
+            _warn(
+                f"{test_root}: no good images, so image metrics are undefined; if one of these folders"
+                f" holds them, call it {GOOD}: {', '.join(sorted({s.defect_type for s in test}))}"
+            )
+        if n_defects == 0:
+            _warn(f"{test_root}: no defective images, so metrics are undefined")
+        return Category(self._root.resolve().name, train, test)
+
+    def _part(self, name: str) -> Path:
+        found = _named(self._root, name)
+        if len(found) > 1:
+            raise DatasetError(found[1], f"is there beside {found[0].name}: keep one")
+        return found[0] if found else self._root / name
+
+    def _good_folder(self, part: Path) -> Path | None:
+        folders = _folders(part) if part.is_dir() else []
+        found = [folder for folder in folders if folder.name.casefold() in self._names]
+        if len(found) > 1:
+            raise DatasetError(
+                found[1], f"holds good images, as does {found[0].name}: put them in one folder"
+            )
+        if self._good and found and found[0].name.casefold() == self._good.casefold():
+            return found[0]
+        for folder in folders:
+            if folder not in found and looks_good(folder.name):
+                raise DatasetError(
+                    folder,
+                    f'are these the good images? Then give good="{folder.name}", or put them in'
+                    f' {part.name}/{GOOD}; if they show defects, give good="{GOOD}", or rename it',
+                )
+        return found[0] if found else None
+
+    def _images(self, folder: Path) -> list[Path]:
+        if not folder.is_dir():
+            raise DatasetError(folder, "no such folder: the MVTec AD layout needs it")
+        found = search(folder)
+        if not found.images:
+            raise DatasetError(folder, found.nothing())
+        self.left_out += found.left_out
+        return found.images
+
+    def _train(self, root: Path) -> list[Path]:
+        folder = self._good_folder(root)
+        if folder is None:
+            there = ", ".join(child.name for child in _folders(root)) if root.is_dir() else ""
+            raise DatasetError(
+                root / (self._good or GOOD),
+                "no such folder: the MVTec AD layout needs it, for the good images to fit"
+                + (f"; if it is one of {there}, name that, as in good=NAME" if there else ""),
+            )
+        images = self._images(folder)
+        _refuse_masks(images, {*images})
+        return images
+
+    def _test(self, root: Path, truth_root: Path) -> list[Sample]:
+        good = self._good_folder(root)
+        images = self._images(root)
+        types: dict[str, list[Path]] = {folder.name: [] for folder in _folders(root)}
+        for path in images:
+            if path.parent == root:
+                raise DatasetError(
+                    path, f"put it in a folder that names its type: {root.name}/{GOOD}"
+                )
+            types[path.relative_to(root).parts[0]].append(path)
+        for name, paths in types.items():
+            if not paths:
+                held = search(root / name)
+                linked = "a link to a folder that is read already: remove it"
+                raise DatasetError(root / name, linked if held.images else held.nothing())
+        by_stem = _by_stem(images, root, good)
+        masks = self._masks(truth_root, by_stem, good)
+        _refuse_masks(
+            images, {p for stem, paths in by_stem.items() if stem not in masks for p in paths}
         )
-    return category
+        return [
+            Sample(path, PurePath(stem).parts[0], masks.get(stem))
+            for stem, paths in by_stem.items()
+            for path in paths
+        ]
+
+    def _masks(
+        self, root: Path, images: Mapping[str, list[Path]], good: Path | None
+    ) -> dict[str, Path]:
+        """The mask of each image that has one, both by the image's stem."""
+        if not root.is_dir():
+            for folder in _folders(self._root):
+                if _plain(folder.name) in _TRUTH_NAMES:
+                    _warn(f"{folder}: not read; masks are looked for in {GROUND_TRUTH}")
+            return {}
+        files = search(root)
+        self.left_out += files.left_out
+        left = _by_stem(files.images, root, good)
+        found = {stem: left.pop(f"{stem}_mask", []) + left.pop(stem, []) for stem in images}
+        folders: dict[str, Path] = {}  # of several masks
+        for stem in [*left]:
+            above = PurePath(stem).parent.as_posix()
+            if above in images:
+                folders[above] = left.pop(stem)[0].parent
+        for orphans in left.values():
+            raise DatasetError(
+                orphans[0],
+                "a mask without its image in test: name it as its image, with _mask at the end or"
+                " without, add the image, or remove the mask; several masks of one image go into a"
+                " folder that has its name",
+            )
+        for stem, folder in folders.items():
+            found[stem].append(folder)
+        for stem, masks in found.items():
+            if len(masks) > 1:
+                raise DatasetError(masks[1], f"a second mask of {images[stem][0]}: keep one")
+            if masks and len(images[stem]) > 1:
+                raise DatasetError(
+                    images[stem][1], f"shares its mask with {images[stem][0]}: rename one"
+                )
+        return {stem: masks[0] for stem, masks in found.items() if masks}
 
 
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DatasetError(folder, "no such folder: the MVTec AD layout needs it")
-    images = list_images(folder)
-    if not images:
-        raise DatasetError(folder, "the folder holds no images")
-    return images
-
-
-def _by_stem(paths: list[Path], root: Path) -> dict[str, list[Path]]:
-    """Files by their path below root, without the suffix."""
+def _by_stem(paths: list[Path], root: Path, good: Path | None) -> dict[str, list[Path]]:
+    """Files by their path below root, without the suffix; good images lie in "good"."""
+    goods = {GOOD, good.name.casefold() if good else GOOD}
     stems: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
-        stems[str(path.relative_to(root).with_suffix(""))].append(path)
+        kind, *rest = path.relative_to(root).with_suffix("").parts
+        kind = GOOD if kind.casefold() in goods else kind
+        stems[PurePath(kind, *rest).as_posix()].append(path)
     return stems
+
+
+def _refuse_masks(images: list[Path], unmasked: set[Path]) -> None:
+    """Ask about an image that is named as the mask of the one beside it, and has no mask itself."""
+    there = {path.with_suffix("") for path in images}
+    for path in images:
+        name = _MASK_NAME.fullmatch(path.stem)
+        if name and path in unmasked and path.with_name(name[1]) in there:
+            raise DatasetError(
+                path,
+                f"is this the mask of {name[1]}, which lies beside it? Masks go into {GROUND_TRUTH};"
+                " if it is an image, rename it",
+            )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=2)

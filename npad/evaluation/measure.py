@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npad.evaluation import metrics
-from npad.evaluation.datasets import GOOD, Category, read_mask, resample_mask
+from npad.evaluation.datasets import GOOD, Category
 from npad.evaluation.metrics import Curve, PixelRanking
 from npad.evaluation.results import PRO_LIMIT, CategoryResult, Picture, ScoredImage
+from npad.evaluation.truth import Truth, read_truth, wrong_size
 from npad.progress import task
 from npad.scoring.prediction import Prediction
+from npad.settings import MAX_PIXELS
 
 __all__ = ["Model", "evaluate", "score"]
 
@@ -78,6 +79,8 @@ def evaluate(
     ------
     ValueError
         A mask has not the size of its image, or no test image could be scored.
+    DatasetError
+        The mask of a good image marks a defect.
     ImageError
         An image or a mask cannot be read. Masks are read before anything is fitted.
 
@@ -85,7 +88,7 @@ def evaluate(
     -----
     Memory: the test set's maps at the metric size, float32, and once more while they are ranked.
     """
-    truth = _read_truth(category, _metric_size(model, metric_size))
+    truth = read_truth(category, _metric_size(model, metric_size), _max_pixels(model))
     start = time.perf_counter()
     model.fit(category.train, skip_bad=skip_bad)
     fit_seconds = time.perf_counter() - start
@@ -101,7 +104,7 @@ def score(
     progress: bool | None = None,
 ) -> CategoryResult:
     """As `evaluate`, for a model that is fitted already; ``fit_seconds`` is NaN."""
-    truth = _read_truth(category, _metric_size(model, metric_size))
+    truth = read_truth(category, _metric_size(model, metric_size), _max_pixels(model))
     return _score(model, category, truth, math.nan, skip_bad, progress)
 
 
@@ -112,38 +115,14 @@ def _metric_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
     return height, width
 
 
-@dataclass(frozen=True, eq=False)
-class _Truth:
-    """Masks of the test images.
-
-    Attributes
-    ----------
-    size : (height, width), the metric size
-    masks : (H, W) bool of each image at this size; empty where the category has no masks
-    own_sizes : (height, width) of the masks as they were read, by the position of their image
-    """
-
-    size: tuple[int, int]
-    masks: list[NDArray[np.bool_]]
-    own_sizes: dict[int, tuple[int, int]]
-
-
-def _read_truth(category: Category, size: tuple[int, int]) -> _Truth:
-    truth = _Truth(size, [], {})
-    for i, sample in enumerate(category.test if category.has_masks else []):
-        if sample.mask_path is None:
-            truth.masks.append(np.zeros(size, dtype=bool))
-        else:
-            mask = read_mask(sample.mask_path)
-            truth.own_sizes[i] = mask.shape[0], mask.shape[1]
-            truth.masks.append(resample_mask(mask, size))
-    return truth
+def _max_pixels(model: Model) -> int:
+    return int(getattr(model, "max_pixels", MAX_PIXELS))
 
 
 def _score(
     model: Model,
     category: Category,
-    truth: _Truth,
+    truth: Truth,
     fit_seconds: float,
     skip_bad: bool,
     progress: bool | None,
@@ -168,11 +147,7 @@ def _score(
             i = position[path]
             mask_size = truth.own_sizes.get(i, size)
             if mask_size != size:
-                raise ValueError(
-                    f"{category.test[i].mask_path} is {mask_size[0]} x {mask_size[1]} pixels but"
-                    f" {path} is {size[0]} x {size[1]} (height x width);"
-                    " a mask must have the size of its image"
-                )
+                raise wrong_size(category.test[i], mask_size, size, 1)
             scores[i], maps[i] = float(value), own_map
     if not scores:
         raise ValueError(f"{category.name}: none of its test images could be scored")
@@ -203,6 +178,7 @@ def _score(
             [truth.masks[i] for i in scored] if category.has_masks else None,
             progress,
         ),
+        notes=[*_notes(category, truth, scored), *truth.notes],
     )
 
 
@@ -261,21 +237,23 @@ def _measure(
         },
         "color_range": (low, high),
         "pictures": pictures,
-        "notes": _notes(anomalous, masks),
     }
 
 
-def _notes(anomalous: NDArray[np.bool_], masks: list[NDArray[np.bool_]] | None) -> list[str]:
-    if masks is None:
+def _notes(category: Category, truth: Truth, scored: Sequence[int]) -> list[str]:
+    if not category.has_masks:
         return [
             "The data set has no masks that show where the defects are: whole images are measured,"
             " pixels are not."
         ]
-    empty = sum(bad and not mask.any() for bad, mask in zip(anomalous, masks, strict=True))
-    if not empty:
-        return []
-    have = "images have" if empty > 1 else "image has"
-    return [f"{empty} defective {have} an empty mask at this size: their pixels count as nominal."]
+    bare = [i for i in scored if category.test[i].is_anomalous and not truth.masks[i].any()]
+    empty = sum(truth.is_empty[i] for i in bare)
+    counts = {"an empty mask": empty, "an empty mask at this size": len(bare) - empty}
+    return [
+        f"{n} defective image{' has' if n == 1 else 's have'} {what}: their pixels count as nominal."
+        for what, n in counts.items()
+        if n
+    ]
 
 
 def _pick(scores: NDArray[np.float64], kinds: NDArray[np.str_]) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import os
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.atomic_file import replacing
-from npad.evaluation.datasets import resample_mask
+from npad.evaluation.masks import resample_mask
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.overlay import color_map, draw_overlay, eight_bit
 from npad.evaluation.plots import draw_curve, draw_histogram
@@ -35,6 +36,7 @@ from npad.evaluation.results import (
     versions,
 )
 from npad.images.decoding import read_image
+from npad.images.samples import Reading
 
 __all__ = ["write_report"]
 
@@ -160,7 +162,10 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
 
 def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
     image = picture.image
-    photo = _thumbnail(read_image(image.path))
+    reading = Reading(
+        result.settings.get("bit_depth"), sys.maxsize
+    )  # the size was agreed to before
+    photo = _thumbnail(read_image(image.path, reading))
     size = photo.shape[1], photo.shape[0]
     levels = np.asarray(Image.fromarray(picture.levels).resize(size, Image.Resampling.BILINEAR))
     heat = levels / np.float32(255)

@@ -27,7 +27,7 @@ from npad.images.arrays import item_images, single_image, split_images
 from npad.images.decoding import Loaded, load
 from npad.images.depth import check_depth
 from npad.images.errors import ImageError
-from npad.images.folders import SUFFIXES, list_images
+from npad.images.folders import find_images
 from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath
 
 __all__ = ["Batch", "ImageSource"]
@@ -325,13 +325,7 @@ def _listed(item: object, number: int) -> Sequence[Entry]:
 
 def _files(path: StrPath) -> Sequence[StrPath]:
     """A file, or the images of a folder."""
-    if not Path(path).is_dir():
-        return [path]
-    images = list_images(path)
-    if not images:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise ImageError(path, f"the folder holds no images ({suffixes})")
-    return images
+    return find_images(path) if Path(path).is_dir() else [path]
 
 
 def _stream_tasks(stream: Iterable[object]) -> Iterator[list[Task]]:
