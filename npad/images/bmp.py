@@ -50,8 +50,8 @@ def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Samples:
         bits = 8
     else:
         stride = (width * bits + 31) // 32 * 4
-        if len(data) >= start + stride * height - 3:  # the last row need not be filled up
-            data = data.ljust(start + stride * height, b"\0")
+        if len(data) >= start + stride * (height - 1) + (width * bits + 7) // 8:
+            data = data.ljust(start + stride * height, b"\0")  # some do not fill up the last row
         rows = np.frombuffer(data, np.uint8, stride * height, start).reshape(height, stride)
     if not top_down:
         rows = rows[::-1]

@@ -81,7 +81,7 @@ def _from_bytes(data: bytes, header: _Header) -> Array:
 
 def _from_text(data: bytes, header: _Header) -> Array:
     text = COMMENT.sub(b"", data[header.start :])
-    if text.translate(None, DIGITS + SPACES):
+    if text.translate(None, SPACES + (b"01" if header.kind == 1 else DIGITS)):
         raise ValueError("there is more than numbers in it")
     n = int(np.prod(header.shape))
     if header.kind == 1:  # its digits may stand side by side
