@@ -172,13 +172,13 @@ def test_each_file_is_decoded_once(
     paths = [save_image(tmp_path / f"{i}.png", image) for i, image in enumerate(images)]
     (tmp_path / "2.png").write_bytes(b"no image")
     opened: list[Path] = []
-    original = Image.open
+    original = Path.open
 
-    def count(path: Any, *args: Any, **options: Any) -> Image.Image:
-        opened.append(Path(path))
+    def count(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path)
         return original(path, *args, **options)
 
-    monkeypatch.setattr(Image, "open", count)
+    monkeypatch.setattr(Path, "open", count)
     prediction = model.predict(paths, keep_images=True, skip_bad=True, map_size="image")
     assert sorted(opened) == paths
     good = [i for i in range(len(paths)) if i != 2]

@@ -116,14 +116,19 @@ def test_orientations(compression, orientation):
             tags={274: orientation},
             **pieces,
         )
-        samples = read(data)
-        check(samples, upright if n > 1 else upright[..., 0])
-        assert samples.values.flags.c_contiguous
+        check(read(data), upright if n > 1 else upright[..., 0])
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
     check(read(tiff(ramp(8), tags={274: orientation})), ramp(8)[..., 0])
+
+
+@pytest.mark.parametrize("tag", [None, 1])
+def test_an_orientation_in_xmp(tag):
+    """Counts where there is no tag."""
+    data = tiff(GREY8, tags={274: tag, 700: b'<x tiff:Orientation="3"/>'})
+    check(read(data), GREY8[..., 0] if tag else sensor(GREY8, 3)[..., 0])
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "f2", "f4", "f8"])

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from npad.images.errors import ImageError
+from npad.images.orientation import upright, xmp_orientation
 from npad.images.samples import Array, Reading, Samples
 from npad.images.tiff.directory import Directory, Tag, full_pages
 from npad.images.tiff.layout import (
@@ -76,7 +77,9 @@ def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Samples:
         lacks = f"damaged, cut short, or Pillow lacks {OPTIONAL[layout.compression]} here"
         raise ImageError(name, f"{lacks}: {DECOMPRESS}") from error
     assert values is not None  # there is a pixel
-    return Samples(_upright(values, page.value(Tag.ORIENTATION, 1)), colour.white, len(pages))
+    turned = page.value(Tag.ORIENTATION, 0) or xmp_orientation(page.values(Tag.XMP).tobytes())
+    upright_values = upright(values, turned if turned in range(1, 9) else None)
+    return Samples(upright_values, colour.white, len(pages))
 
 
 def _samples(page: Directory, layout: Layout) -> Iterator[tuple[int, int, Array]]:
@@ -216,14 +219,3 @@ def _black_and_white(page: Directory, layout: Layout, name: str) -> tuple[int, i
     if bits in WHOLE and (black, white) == (0, full):
         white = None
     return black, white
-
-
-def _upright(values: Array, orientation: int) -> Array:
-    """Turn what is stored in an orientation as it is meant to be seen."""
-    if orientation in (5, 6, 7, 8):
-        values = values.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        values = values[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        values = values[::-1]
-    return np.ascontiguousarray(values)
