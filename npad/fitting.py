@@ -414,7 +414,9 @@ class Fit:
 def axes_sample(n_images: int, seed: int) -> list[int]:
     """Indices, in order, of the images of a source that choose its axes."""
     generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(n_images, generator=generator)[:AXES_IMAGES].tolist())
+    return sorted(
+        torch.randperm(n_images, generator=generator, device="cpu")[:AXES_IMAGES].tolist()
+    )
 
 
 def fit_images(

@@ -151,7 +151,9 @@ class Run:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(
+        x, non_blocking=True
+    )
 
 
 def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> Iterator[S]:

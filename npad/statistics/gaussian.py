@@ -18,7 +18,7 @@ from npad.ops.reference import packed_layout
 CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
 # eps="auto" chooses among these multiples of the mean variance, from the largest down.
-EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64)
+EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64, device="cpu")
 EPS_STEP = 4  # half a decade
 
 
@@ -55,8 +55,9 @@ class NeighborhoodGaussian:
         self.grid = grid
         self.window = window
         self.count = torch.zeros(positions, dtype=torch.int64, device=device)
-        self.mean = torch.zeros(positions, channels, device=device)
-        self.scatter = torch.zeros(positions, ops.packed_size(channels), device=device)
+        float32: Any = {"dtype": torch.float32, "device": device}
+        self.mean = torch.zeros(positions, channels, **float32)
+        self.scatter = torch.zeros(positions, ops.packed_size(channels), **float32)
 
     @property
     def channels(self) -> int:
@@ -76,15 +77,15 @@ class NeighborhoodGaussian:
                 f"channels, this one {self.grid} and {self.channels}"
             )
         total = (self.count + other.count).clamp(min=1)
-        share = other.count / total
+        share = other.count.float() / total
         delta = other.mean - self.mean
-        correction = (self.count * share).float().sqrt()[:, None] * delta
+        correction = (self.count * share).sqrt()[:, None] * delta
         # The rank-1 term is the scatter of two points, +-correction / sqrt(2), about their mean 0.
         pair = torch.stack([correction, -correction]).mul_(0.5**0.5).unflatten(1, self.grid)
         zeros = torch.zeros_like(self.count), torch.zeros_like(self.mean)
         ops.neighborhood_moments(pair, *zeros, self.scatter)
         self.scatter += other.scatter
-        self.mean += share.float()[:, None] * delta
+        self.mean += share[:, None] * delta
         self.count += other.count
         return self
 
@@ -125,7 +126,9 @@ class NeighborhoodGaussian:
         """
         positions, channels = self.mean.shape
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
-        sample = torch.linspace(0, positions - 1, min(n_sample, positions)).round().long().unique()
+        steps = min(n_sample, positions)
+        places = torch.linspace(0, positions - 1, steps, dtype=torch.float32, device="cpu")
+        sample = places.round().long().unique()
         windows = [self._window(p, p + 1) for p in sample.tolist()]
         mean, covariance = (torch.cat(parts) for parts in zip(*windows, strict=True))
         x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
@@ -140,7 +143,7 @@ class NeighborhoodGaussian:
             regular.diagonal(dim1=1, dim2=2).add_(float(candidates[i]))
             factor, info = ops.inverse_cholesky(regular, torch.float32)
             if bool(info.any()):
-                return torch.full((len(x),), -torch.inf, dtype=torch.float64)
+                return torch.full((len(x),), -torch.inf, dtype=torch.float64, device="cpu")
             distance = ops.mahalanobis(x, mean, factor, (1, len(sample)), 1)[:, 0].double()
             log_det = factor[:, diagonal].double().log().sum(1)
             return (log_det - distance.square() / 2).sum(1).cpu()
