@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from npad import devices, ops
 from npad.features.batch_norm import fold_batch_norm
 from npad.features.building import building
+from npad.features.checkpoints import first_line
 from npad.features.filter_bank import N_LEVELS, FilterBank
-from npad.features.weights import BackboneError, first_line, load_weights, weights_hash
+from npad.features.weights import BackboneError, load_weights, weights_hash
 
 __all__ = ["Backbone", "BackboneError", "embed_in_parts", "shared_backbone"]
 
