@@ -16,9 +16,7 @@ from torch import Tensor
 
 __all__ = ["Halving", "exact_products", "explained", "free_bytes", "plain", "require", "resolve"]
 
-LESS_MEMORY = (
-    "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
-)
+LESS_MEMORY = "lower batch_size, image_size, n_features or n_centroids"
 _MEMINFO = Path("/proc/meminfo")
 _SHORT = re.compile(
     r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
@@ -88,7 +86,7 @@ def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy:
 
 
 @contextmanager
-def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Iterator[None]:
+def explained(call: str, device: torch.device, remedy: str | None = None) -> Iterator[None]:
     """Turn a lack of memory and a lost GPU into errors that say what to do.
 
     Raises
@@ -109,6 +107,9 @@ def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Ite
                 wanted = f"{_size(float(asked[1]) * 1024**unit)} more"
             free = free_bytes(device)
             left = f", {_size(free)} are free" if free is not None else ""
+            if remedy is None:
+                elsewhere = "" if device.type == "cpu" else ", or use device='cpu'"
+                remedy = LESS_MEMORY + elsewhere
             raise MemoryError(
                 f"{call}: {wanted} was asked for on {device}{left}; {remedy}"
             ) from error

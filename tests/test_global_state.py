@@ -7,6 +7,7 @@ import locale
 import logging
 import os
 import random
+import subprocess
 import sys
 import threading
 import warnings
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_files import smooth_pixels
+from image_files import save_image, smooth_pixels
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -165,6 +166,51 @@ def test_results_are_those_of_a_plain_program(
         found = results(MODELS[model], images, weights, tmp_path)
         assert everything() == before
     assert found == PLAIN[model]
+
+
+FIRST_USE = """
+import hashlib, multiprocessing, os, random, sys
+import numpy as np, torch
+folder, foreign = sys.argv[1], sys.argv[2] == "foreign"
+torch.set_num_threads(1)
+if foreign:
+    multiprocessing.set_start_method("spawn")
+    np.seterr(all="raise")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_grad_enabled(False)
+from npad import NPad
+digest = hashlib.sha256()
+for more in ({"fusion": "sum", "n_features": 8}, {"factor_dtype": "float32"}):
+    model = NPad("filterbank", image_size=32, n_centroids=50, progress=False, **more)
+    model.fit(folder).save("model.npad")
+    prediction = NPad.load("model.npad").predict(folder)
+    digest.update(open("model.npad", "rb").read())
+    digest.update(prediction.scores.tobytes() + b"".join(x.tobytes() for x in prediction.maps))
+print(digest.hexdigest())
+"""
+
+
+def test_results_of_a_first_use_are_those_of_a_plain_program(
+    images: Tensor, tmp_path: Path
+) -> None:
+    """Of a process in which npad has nothing at hand from before; on a machine that hides its GPU."""
+    for i, image in enumerate(images):
+        save_image(tmp_path / f"images/{i}.png", (image.permute(1, 2, 0) * 255).byte().numpy())
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", FIRST_USE, tmp_path / "images", kind],
+            cwd=tmp_path,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "" if kind == "foreign" else "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kind in ("plain", "foreign")
+    ]
+    assert found[0] == found[1] != ""
 
 
 def everything() -> list[Any]:

@@ -91,7 +91,8 @@ class Flight:
             name = batch.names[int(np.argmin(np.isfinite(scores)))]
             raise RuntimeError(
                 f"NPad.predict: the score of {name} is not finite: its features are larger than the "
-                "backbone's precision holds; use backbone_dtype='float32'"
+                "backbone's precision holds; use backbone_dtype='float32', or, if that is in use, "
+                "a larger eps"
             )
         return Prediction(
             scores, cut(maps, self.sizes), batch.names, batch.sizes, images=batch.pixels
