@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from npad import devices, model_file, ops
 from npad._version import __version__
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
+from npad.features.weights import places
 from npad.fitting import fit_images
 from npad.images import ImageSource, Reading
 from npad.images.depth import least_depth
@@ -486,7 +487,8 @@ class NPad:
         ----------
         path : the model file
         device : torch device, or "auto": a GPU if there is one
-        weights : where the backbone's weights are, if not where they were when the model was fitted
+        weights : where the backbone's weights are, if neither where they were when the model was
+            fitted nor beside the model file
         progress : as for ``NPad``
 
         Raises
@@ -517,10 +519,8 @@ class NPad:
             )
             raise ModelFileError(path, problem) from error
         model_file.check_tensors(path, tensors, Learned.expected(settings, sizes))
-        network = model._network(settings, found)
-        other = _other_backbone(network, backbone)
-        if other:
-            raise ModelFileError(path, other)
+        where = places(settings.weights, Path(path)) if weights is None else [settings.weights]
+        network, settings = model._network_of_file(path, settings, found, backbone, where)
         if network.grid(settings.image_size) != learned.grid:
             raise ModelFileError(
                 path,
@@ -588,6 +588,40 @@ class NPad:
             network = shared_backbone(*key)
             self._networks = {**self._networks, key: network}  # another thread may walk the old one
         return network
+
+    def _network_of_file(
+        self,
+        path: str | Path,
+        settings: Settings,
+        device: torch.device,
+        fitted: Mapping[str, Any],
+        where: Sequence[str | None],
+    ) -> tuple[Backbone, Settings]:
+        """The backbone that a model file was fitted on, and the settings with the place of its weights.
+
+        Raises
+        ------
+        BackboneError
+            No place has weights.
+        ModelFileError
+            They are other ones.
+        """
+        problem: Exception | None = None
+        for place in where:
+            chosen = replace(settings, weights=place)
+            try:
+                network = self._network(chosen, device)
+            except BackboneError as error:
+                problem = BackboneError(f"{path}: its backbone cannot be made: {error}")
+                continue
+            other = _other_backbone(network, fitted)
+            if other is None:
+                if place != settings.weights:
+                    self.weights = place
+                return network, chosen
+            problem = ModelFileError(path, other)
+        assert problem is not None
+        raise problem
 
     def _own_network(
         self, settings: Settings, device: torch.device, *, fitting: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Halving", "explained", "free_bytes", "plain", "require", "resolve"]
+__all__ = ["Halving", "exact_products", "explained", "free_bytes", "plain", "require", "resolve"]
 
-LESS_MEMORY = (
-    "lower batch_size, image_size, n_features or n_centroids, or use another device (device='cpu')"
-)
+LESS_MEMORY = "lower batch_size, image_size, n_features or n_centroids"
 _MEMINFO = Path("/proc/meminfo")
 _SHORT = re.compile(
     r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
@@ -87,7 +86,7 @@ def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy:
 
 
 @contextmanager
-def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Iterator[None]:
+def explained(call: str, device: torch.device, remedy: str | None = None) -> Iterator[None]:
     """Turn a lack of memory and a lost GPU into errors that say what to do.
 
     Raises
@@ -108,6 +107,9 @@ def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Ite
                 wanted = f"{_size(float(asked[1]) * 1024**unit)} more"
             free = free_bytes(device)
             left = f", {_size(free)} are free" if free is not None else ""
+            if remedy is None:
+                elsewhere = "" if device.type == "cpu" else ", or use device='cpu'"
+                remedy = LESS_MEMORY + elsewhere
             raise MemoryError(
                 f"{call}: {wanted} was asked for on {device}{left}; {remedy}"
             ) from error
@@ -122,9 +124,70 @@ def explained(call: str, device: torch.device, remedy: str = LESS_MEMORY) -> Ite
 
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
-    """No gradients and no autocast of the program around: dtypes are the model's."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """No gradients and no autocast of the program around: dtypes are the model's.
+
+    Nor its inference mode: a model outlives that, and its tensors would be of no use outside.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
         yield
+
+
+class _Exactness:
+    """What products of float32 matrices are rounded to, set for as long as somebody asks for float32.
+
+    It is the process's. The first to enter changes it and the last to leave puts it back, so that
+    threads need not wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[Any, str]] = []
+        self._before_2_9 = "highest"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._change()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+
+    def _change(self) -> None:
+        backends: Any = torch.backends
+        if not hasattr(backends, "fp32_precision"):
+            self._before_2_9 = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            return
+        for parent, own in (
+            (backends.cudnn, backends.cuda.matmul),
+            (backends.mkldnn, backends.mkldnn.matmul),
+            (backends.mkldnn, backends.mkldnn.conv),
+        ):
+            # The outermost that it inherits from: it alone can be restored as it was.
+            for owner in (backends, parent, own):
+                precision = owner.fp32_precision
+                if own.fp32_precision in ("tf32", "bf16") and precision != "ieee":
+                    self._before.append((owner, precision))
+                    owner.fp32_precision = "ieee"
+
+    def _restore(self) -> None:
+        if not hasattr(torch.backends, "fp32_precision"):
+            torch.set_float32_matmul_precision(self._before_2_9)
+        while self._before:
+            owner, precision = self._before.pop()
+            owner.fp32_precision = precision
+
+
+exact_products = _Exactness()
 
 
 def is_shortage(error: BaseException) -> bool:

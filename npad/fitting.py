@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from npad.learned import Learned, Standardization
 from npad.ops.axes import random_axes
 from npad.scoring.scorer import distances, reduce
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
-from npad.statistics.gaussian import NeighborhoodGaussian
+from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
@@ -281,6 +282,12 @@ class Fit:
         self._end_waiting()
         standardization = self._end_holdout()
         mean, factor = self._gaussians()
+        if self._gaussian is not None and not self._gaussian.varies:
+            warnings.warn(
+                f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
+                "rounding: any other image will score high; fit images of different parts",
+                stacklevel=4,
+            )
         assert self._grid is not None
         return Learned(
             grid=self._grid,
@@ -298,6 +305,7 @@ class Fit:
         """What is chosen on the images held out, which are then fitted."""
         if not self._held_out.kept:
             return self._standardization
+        self._leave_enough()
         x = torch.stack(self._held_out.kept)
         if self._gaussian is not None and self.settings.chooses_eps:
             self._eps = self._gaussian.choose_eps(x)
@@ -307,6 +315,21 @@ class Fit:
         self._add(x)
         return self._standardization
 
+    def _leave_enough(self) -> None:
+        """Give back to the fit what it needs of a few images that have nearly all been held out."""
+        chooses = self.settings.chooses_eps or self.settings.fusion == "sum"
+        if self._gaussian is None or not chooses:
+            return
+        kept, needed = self._held_out.kept, self._gaussian.least_images
+        while len(kept) > 1 and self.n_images - len(kept) < needed:
+            self._add(kept.pop()[None])
+        if self.n_images - len(kept) < needed:
+            what = "eps='auto'" if self.settings.chooses_eps else "fusion='sum'"
+            raise ValueError(
+                f"NPad.fit: {self.n_images} images are too few for window=1 with {what}, which holds "
+                f"one of them out; fit {needed + 1} or more, or use window=3"
+            )
+
     def _standardize(self, held_out: Tensor) -> Standardization:
         """By the distances to what has been fitted so far, which is then let go."""
         mean, factor = self._gaussians()
@@ -315,15 +338,28 @@ class Fit:
         )
         assert mahalanobis is not None
         assert euclidean is not None
-        return Standardization.of(mahalanobis, euclidean)
+        found = Standardization.of(mahalanobis, euclidean)
+        if not (found.mahalanobis_std > 0 and found.euclidean_std > 0):
+            raise ValueError(
+                "NPad.fit: fusion='sum' divides by the spread of both distances of the images held "
+                "out, and there is none: the images are identical; fit images of different parts, or "
+                "use fusion='product'"
+            )
+        return found
 
     def _gaussians(self) -> tuple[Tensor | None, Tensor | None]:
         """Means and factors."""
         if self._gaussian is None:
             return None, None
         positions = len(self._gaussian.count)
-        with self._task("fit: Gaussians", positions, "positions") as advance:
-            return self._gaussian.finalize(self._eps or 0.0, self._factor_dtype, advance)
+        while True:
+            try:
+                with self._task("fit: Gaussians", positions, "positions") as advance:
+                    return self._gaussian.finalize(self._eps or 0.0, self._factor_dtype, advance)
+            except SmallEpsError as error:
+                if not self.settings.chooses_eps:
+                    raise
+                self._eps = error.enough  # it was chosen on a sample of positions
 
     def _centroids(self) -> Tensor | None:
         if self._nominal is None:
@@ -422,7 +458,9 @@ class Fit:
 def axes_sample(n_images: int, seed: int) -> list[int]:
     """Indices, in order, of the images of a source that choose its axes."""
     generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(n_images, generator=generator)[:AXES_IMAGES].tolist())
+    return sorted(
+        torch.randperm(n_images, generator=generator, device="cpu")[:AXES_IMAGES].tolist()
+    )
 
 
 def fit_images(

@@ -98,6 +98,12 @@ def _text(what: str) -> Check:
     return check
 
 
+def _backbone(value: Any) -> str:
+    """As timm names it, whose models stand on the Hugging Face hub under timm/."""
+    name: str = _text("the name of a timm model or 'filterbank'")(value)
+    return re.sub(r"^(hf[-_]hub:)?timm/(?=.)", "", name)
+
+
 def _path(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return str(os.fspath(value))
@@ -119,12 +125,24 @@ def _height_width(value: Any) -> tuple[int, int]:
 def _levels(value: Any) -> tuple[int, ...]:
     level = _int("", lambda n: n >= 0)
     try:
-        levels = () if isinstance(value, Iterator) else tuple(map(level, value))  # read again later
+        given = (value,) if isinstance(value, Integral) else value
+        levels = () if isinstance(given, Iterator) else tuple(map(level, given))  # read again later
     except (_UnfitError, TypeError):
         levels = ()
     if not levels:
-        raise _UnfitError("a sequence of levels such as (2, 3)")
+        numbers = _numbers_of(value)
+        which = f"by their numbers, here {numbers}" if numbers else "such as (2, 3)"
+        raise _UnfitError(f"a sequence of levels {which}")
     return levels
+
+
+def _numbers_of(names: Any) -> tuple[int, ...]:
+    """The levels that layers of a ResNet are, from their names; none where a name is another."""
+    names = names.split(",") if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)):
+        return ()
+    found = [re.fullmatch(r"(?:layer)?(\d+)", str(name).strip()) for name in names]
+    return tuple(int(match[1]) for match in found if match) if all(found) else ()
 
 
 def _n_centroids(value: Any) -> float:
@@ -162,6 +180,10 @@ def _parse_switch(text: str) -> bool:
 
 
 def _parse_levels(text: str) -> tuple[int, ...]:
+    numbers = _numbers_of(text.split(","))
+    if numbers and "layer" in text:
+        written = ",".join(map(str, numbers))
+        raise LookupError(f"{text!r} are names: levels are given by their numbers, here {written}")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -259,7 +281,7 @@ class Settings:
         "wide_resnet50_2",
         'A timm model with features_only, or "filterbank", which needs no download.',
         "NAME",
-        _text("the name of a timm model or 'filterbank'"),
+        _backbone,
     )
     layers: tuple[int, ...] | None = _argument(
         None,

@@ -421,6 +421,7 @@ def test_quiet(category, model, tmp_path):
         (("fit", "{train}", "-o", "{tmp}/m", "--window", "4"), "window must be an odd"),
         (("fit", "{train}", "-o", "{tmp}/m", "--window", "x"), "'--window'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "2,a"), "'--layers'"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--layers", "layer2,layer3"), "here 2,3"),
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "1x2x3"), "'--image-size'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "0"), "image_size must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--fusion", "max"), "fusion must be one of"),

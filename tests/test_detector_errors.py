@@ -147,6 +147,64 @@ def test_one_image(pixels, folder, tmp_path):
     fail(1, "fit", folder, "-o", tmp_path / "m", *SMALL, says=["1 image", "at least 2"])
 
 
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("fusion", ["product", "sum", "mahalanobis"])
+@pytest.mark.parametrize("grey", [None, 0, 128])
+def test_images_that_are_the_same(grey, fusion, window, pixels):
+    """They are fitted, with an eps that can be factored everywhere, and it is told."""
+    same = pixels[:1] if grey is None else np.full((1, 64, 64, 3), grey, np.uint8)
+    model = small(fusion=fusion, window=window)
+    if (fusion, window) == ("sum", 1):
+        with pytest.raises(ValueError, match=r"^NPad\.fit: fusion='sum' .* images are identical"):
+            model.fit(np.repeat(same, 5, 0))
+        return
+    with pytest.warns(UserWarning, match=r"^NPad\.fit: the 5 images are identical"):
+        model.fit(np.repeat(same, 5, 0))
+    assert model.eps_ > 0
+    scores = model.predict(np.concatenate([same, pixels[1:]])).scores
+    assert np.isfinite(scores).all()
+    assert scores[0] < scores[1:].min() / 10
+
+
+def test_images_that_hardly_differ(pixels):
+    images = np.repeat(pixels[:1], 5, 0)
+    images[3, 5, 5] ^= 1
+    for window in (1, 3):  # and no warning, which would be an error
+        assert np.isfinite(small(window=window).fit(images).predict(pixels).scores).all()
+
+
+def test_an_eps_that_is_too_small_says_which_is_not(pixels):
+    for eps in (0.0, 1e-12):
+        message = (
+            rf"positive definite with eps={eps:g}; eps must be above about .* or use eps='auto'"
+        )
+        with pytest.raises(ValueError, match=message) as caught:
+            small(eps=eps).fit(pixels)
+        enough = float(str(caught.value).split("above about ")[1].split(",")[0])
+        assert small(eps=4 * enough).fit(pixels).eps_ == 4 * enough
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.5])
+@pytest.mark.parametrize("seed", range(6))
+def test_two_images_are_enough(holdout, seed, pixels):
+    """Although one of them, and by its seed perhaps the other, is held out."""
+    for fusion in ("product", "sum"):
+        model = small(holdout=holdout, seed=seed, fusion=fusion).fit(pixels[:2])
+        assert np.isfinite(model.predict(pixels).scores).all()
+    assert small(window=1, holdout=holdout, seed=seed).fit(pixels[:3]).n_images_ == 3
+
+
+def test_two_images_and_window_1(pixels):
+    message = (
+        r"2 images are too few for window=1 with {}, which holds one of them out; fit 3 or more"
+    )
+    with pytest.raises(ValueError, match=message.format("eps='auto'")):
+        small(window=1).fit(pixels[:2])
+    with pytest.raises(ValueError, match=message.format("fusion='sum'")):
+        small(window=1, eps=0.1, fusion="sum").fit(pixels[:2])
+    assert small(window=1, eps=0.1).fit(pixels[:2]).n_images_ == 2
+
+
 @pytest.mark.parametrize("n_features", [None, 8])
 def test_all_images_are_bad(n_features, folder, fitted):
     for path in folder.iterdir():

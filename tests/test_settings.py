@@ -25,7 +25,10 @@ REFUSED = [
     ({"layers": "23"}, "layers must be a sequence of levels"),
     ({"layers": (2, -1)}, "layers must be a sequence of levels"),
     ({"layers": iter((2, 3))}, "layers must be a sequence of levels"),
-    ({"layers": 2}, "layers must be a sequence of levels"),
+    ({"layers": np.array(2)}, "layers must be a sequence of levels"),
+    ({"layers": ("stages.1",)}, r"layers must be a sequence of levels such as \(2, 3\)"),
+    ({"layers": ("layer2", "layer3")}, r"levels by their numbers, here \(2, 3\), got \('layer2'"),
+    ({"layers": "2,3"}, r"levels by their numbers, here \(2, 3\), got '2,3'"),
     ({"image_size": 0}, r"image_size must be a positive int or \(height, width\), got 0"),
     ({"image_size": 64.0}, "image_size must be a positive int"),
     ({"image_size": (64, 64, 3)}, "image_size must be a positive int"),
@@ -113,6 +116,11 @@ def test_an_attribute_that_is_set_later_is_checked_too(
             use(images)
 
 
+@pytest.mark.parametrize("prefix", ["", "timm/", "hf-hub:timm/", "hf_hub:timm/"])
+def test_a_name_of_the_hub_is_kept_as_timm_has_it(prefix: str) -> None:
+    assert Settings(backbone=f"{prefix}resnet18.a1_in1k").backbone == "resnet18.a1_in1k"
+
+
 def test_what_is_accepted() -> None:
     given = {
         "layers": [2, 3],
@@ -127,6 +135,7 @@ def test_what_is_accepted() -> None:
     }
     settings = Settings(**given)  # type: ignore[arg-type]
     assert settings.layers == (2, 3)
+    assert Settings(layers=2).layers == (2,)  # type: ignore[arg-type]
     assert settings.image_size == (96, 96)
     assert (settings.weights, settings.window, settings.n_centroids) == ("w.pt", 5, 64)
     assert json.loads(json.dumps(settings.to_json()))["eps"] == 0.5

@@ -66,10 +66,10 @@ def _parsed(argument: Argument) -> Callable[[str], Any]:
         assert argument.parse is not None
         try:
             return _Given(argument.parse(text))
-        except FileNotFoundError as error:
-            raise typer.BadParameter(str(error)) from error
         except (ValueError, KeyError) as error:
             raise typer.BadParameter(f"{text!r} cannot be understood") from error
+        except (FileNotFoundError, LookupError) as error:
+            raise typer.BadParameter(str(error)) from error
 
     return value
 

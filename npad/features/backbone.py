@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,10 +16,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from npad import ops
+from npad import devices, ops
 from npad.features.batch_norm import fold_batch_norm
+from npad.features.building import building
+from npad.features.checkpoints import first_line
 from npad.features.filter_bank import N_LEVELS, FilterBank
-from npad.features.weights import BackboneError, first_line, load_weights, weights_hash
+from npad.features.weights import BackboneError, load_weights, weights_hash
 
 __all__ = ["Backbone", "BackboneError", "embed_in_parts", "shared_backbone"]
 
@@ -47,8 +50,9 @@ class Backbone(nn.Module):
         same reduction, as in a plain vision transformer, the blocks that end half and three
         quarters of the depth; levels 1, 2 and 3 of the filter bank.
     weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
-        timm checkpoint of the whole model or a state dict of its ``features_only`` form. Default:
-        timm's own pre-trained weights, from its cache or downloaded.
+        timm checkpoint of the whole model or a state dict of its ``features_only`` form, by itself
+        or as a part of something larger. Default: timm's own pre-trained weights, from its cache or
+        downloaded.
     dtype : float32, float16 or bfloat16: in which the network computes. The filter bank, whose
         variances float16 would not hold, stays in float32.
     compile : run the network through ``torch.compile``, which compiles at the first batch of each
@@ -85,6 +89,18 @@ class Backbone(nn.Module):
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__()
+        with devices.plain(torch.device("cpu")):
+            self._build(name, layers, weights, dtype)
+        self._compiles = compile
+        self._compile_features()
+
+    def _build(
+        self,
+        name: str,
+        layers: Sequence[int] | None,
+        weights: str | Path | None,
+        dtype: torch.dtype,
+    ) -> None:
         self.name = name
         self.net: nn.Module
         if name == "filterbank":
@@ -112,8 +128,8 @@ class Backbone(nn.Module):
             mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
         self._channels_last_output = str(getattr(self.net, "output_fmt", "")) == "Format.NHWC"
         # Not persistent: they belong to the name, not to the weights.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", _of_channels(mean), persistent=False)
+        self.register_buffer("std", _of_channels(std), persistent=False)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self.weights_hash = weights_hash(self.net.state_dict())
         self.requires_grad_(False)
@@ -121,8 +137,6 @@ class Backbone(nn.Module):
         fold_batch_norm(self.net)
         self.net.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
-        self._compiles = compile
-        self._compile_features()
 
     def _compile_features(self) -> None:
         # A function, not a module: that would be a second entry for the same weights.
@@ -193,7 +207,8 @@ class Backbone(nn.Module):
         if not traced:
             self.grid((images.shape[2], images.shape[3]))
         network = self._features if traced or self._compiled is None else self._compiled
-        with _exact_convolutions() if images.device.type == "cuda" else nullcontext():
+        alone = nullcontext() if traced else _alone(images.device)
+        with alone, _exact_convolutions() if images.device.type == "cuda" else nullcontext():
             x = (images.detach() - self.mean) / self.std  # nothing is trained through it
             return network(x.to(self.dtype, memory_format=torch.channels_last))
 
@@ -244,6 +259,10 @@ def _check(images: Tensor) -> None:
         raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
     if images.dtype != torch.float32:
         raise TypeError(f"images must be float32 in [0, 1], got {images.dtype}")
+
+
+def _of_channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 
 def _combined(levels: list[Tensor]) -> Tensor:
@@ -306,6 +325,13 @@ def shared_backbone(
             with _lock:
                 _backbones[key] = backbone
     return backbone
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """As if nothing were set around the network."""
+    with devices.plain(device), devices.exact_products:
+        yield
 
 
 _exact_lock = threading.Lock()
@@ -378,17 +404,41 @@ def _timm() -> Any:
 def _timm_outline(name: str) -> Any:
     """All levels of a timm model, without data: its reductions and configuration can be read."""
     if not _timm().is_model(name):
-        close = difflib.get_close_matches(name, _timm().list_models(), n=5)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
-        raise BackboneError(f"backbone {name!r} is no model of timm {_timm().__version__}: {hint}")
+        raise _unknown(name)
     try:
         with torch.device("meta"):
             return _timm().create_model(name, features_only=True)
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        if "pretrained tag" in str(error):
+            known = _timm().list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+            raise BackboneError(
+                f"backbone {name!r}: timm {_timm().__version__} has no weights of this name, but "
+                f"{', '.join(known) or 'none at all'}"
+            ) from error
         raise BackboneError(
             f"backbone {name!r}: timm cannot return its inner features ({error}); "
             "choose a model that has features_only"
         ) from error
+
+
+def _unknown(name: str) -> BackboneError:
+    """Names of timm that differ in case and punctuation alone, else those that are spelled alike."""
+    origin, _, own = name.rpartition("/")
+    known = ["filterbank", *_timm().list_models()]
+    architecture = own.partition(".")[0]
+    close = [one for one in known if _letters(one) == _letters(architecture)]
+    if origin == "torchvision":  # whose weights timm has under a tag
+        tagged = [_timm().list_models(f"{one}.tv_*", pretrained=True) for one in close]
+        close = [one for tags in tagged for one in tags] or close
+    close = close or difflib.get_close_matches(architecture.lower(), known, n=5)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
+    if origin:
+        hint += " (weights from elsewhere are given as a file, with weights=)"
+    return BackboneError(f"backbone {name!r} is no model of timm {_timm().__version__}: {hint}")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _timm_features(
@@ -401,11 +451,12 @@ def _timm_features(
     if pretrained:
         _check_download(name, config)
     try:
-        try:
-            net: Any = _timm().create_model(name, pretrained=pretrained, **options)
-        except TypeError:  # not every architecture knows dynamic_img_size
-            del options["dynamic_img_size"]
-            net = _timm().create_model(name, pretrained=pretrained, **options)
+        with building():
+            try:
+                net: Any = _timm().create_model(name, pretrained=pretrained, **options)
+            except TypeError:  # not every architecture knows dynamic_img_size
+                del options["dynamic_img_size"]
+                net = _timm().create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         if not pretrained:
             raise

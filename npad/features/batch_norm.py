@@ -87,7 +87,8 @@ def fold_batch_norm(net: nn.Module) -> None:
     record = _Record()
     try:
         with record:
-            outputs = {id(x) for x in _tensors(net(torch.zeros(1, 3, _SIZE, _SIZE)))}
+            image = torch.zeros(1, 3, _SIZE, _SIZE, dtype=torch.float32, device="cpu")
+            outputs = {id(x) for x in _tensors(net(image))}
     except (RuntimeError, ValueError, AssertionError):
         return
     convolutions = {

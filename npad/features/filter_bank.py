@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +18,7 @@ _PIXEL_STD: Final = 0.2  # contrast of a typical photograph whose values lie in 
 _OPPONENT_GAIN: Final = 4.0  # photographs vary about four times less in colour than in luminance
 _FLOOR: Final = 1 / 255 / _PIXEL_STD  # one grey level: an amplitude below it is noise
 _BINOMIAL: Final = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
+_DOUBLE: Final[dict[str, Any]] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class FilterBank(nn.Module):
@@ -60,10 +61,11 @@ class FilterBank(nn.Module):
         self.register_buffer("derivatives", _rounded(derivatives))
         self.register_buffer("colours", _rounded(_opponent_colours()))
         self.register_buffer("contrast_gain", _rounded(_contrast_gain()))
-        self.register_buffer("revision", torch.tensor(REVISION))
+        self.register_buffer("revision", torch.tensor(REVISION, device="cpu"))
         # Made here: made in a call, it would be copied to a GPU then, for which a call waits and
         # which no CUDA graph records. Not persistent: the weights hash is older than it.
-        self.register_buffer("binomial", torch.tensor(_BINOMIAL), persistent=False)
+        taps = torch.tensor(_BINOMIAL, dtype=torch.float32, device="cpu")
+        self.register_buffer("binomial", taps, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features of images (B, 3, H, W) in [0, 1]: one (B, 17, h, w) per chosen level."""
@@ -98,7 +100,7 @@ def _correlate(x: Tensor, kernels: Tensor) -> Tensor:
 
 def _quadrature_pairs() -> Tensor:
     """G2 and H2 (Freeman and Adelson) at six orientations: (12, 1, 9, 9), even ones first."""
-    axis = torch.arange(-4, 5, dtype=torch.float64) * 0.67
+    axis = torch.arange(-4, 5, **_DOUBLE) * 0.67
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     envelope = torch.exp(-(x**2 + y**2))
     even, odd = [], []
@@ -113,7 +115,7 @@ def _quadrature_pairs() -> Tensor:
 
 def _derivatives() -> Tensor:
     """Central differences d/dx, d/dy, d2/dx2, d2/dxdy, d2/dy2, smoothed across: (5, 1, 3, 3)."""
-    smooth, first, second = torch.tensor([[1, 2, 1], [-1, 0, 1], [1, -2, 1]], dtype=torch.float64)
+    smooth, first, second = torch.tensor([[1, 2, 1], [-1, 0, 1], [1, -2, 1]], **_DOUBLE)
     pairs = [(smooth, first), (first, smooth), (smooth, second), (first, first), (second, smooth)]
     return torch.stack([torch.outer(y, x) for y, x in pairs])[:, None]
 
@@ -122,12 +124,12 @@ def _opponent_colours() -> Tensor:
     """Luminance, red-green and yellow-blue of RGB, each of about unit variance: (3, 3, 1, 1)."""
     gain = _OPPONENT_GAIN
     rows = [[1 / 3, 1 / 3, 1 / 3], [gain / 2, -gain / 2, 0], [gain / 4, gain / 4, -gain / 2]]
-    return torch.tensor(rows, dtype=torch.float64)[..., None, None] / _PIXEL_STD
+    return torch.tensor(rows, **_DOUBLE)[..., None, None] / _PIXEL_STD
 
 
 def _spectrum(size: int = 256) -> Tensor:
     """Power of a photograph of unit variance: 1 / f^2, so that every octave has the same share."""
-    f = torch.fft.fftfreq(size, dtype=torch.float64)
+    f = torch.fft.fftfreq(size, **_DOUBLE)
     power = 1 / (f[:, None] ** 2 + f**2).clamp_min(1 / size**2)
     power[0, 0] = 0
     spectrum: Tensor = power / power.sum()
@@ -145,8 +147,8 @@ def _unit_response(kernels: Tensor) -> Tensor:
 def _contrast_gain() -> Tensor:
     """Reciprocal of the standard deviation that the spectrum has within one pooling window."""
     spectrum = _spectrum()
-    taps = torch.tensor(_BINOMIAL, dtype=torch.float64)
-    spread = torch.zeros(7, dtype=torch.float64)
+    taps = torch.tensor(_BINOMIAL, **_DOUBLE)
+    spread = torch.zeros(7, **_DOUBLE)
     spread[::2] = taps  # the second step down sees every other pixel
     pooled = torch.fft.fft(taps, n=len(spectrum)) * torch.fft.fft(spread, n=len(spectrum))
     power = pooled.abs().square()

@@ -249,7 +249,8 @@ class ImageSource:
             pool.shutdown(cancel_futures=True)
 
     def _stack(self, images: list[Tensor]) -> Tensor:
-        out = torch.empty(len(images), *images[0].shape, pin_memory=self.page_locked)
+        shape = len(images), *images[0].shape
+        out = images[0].new_empty(shape, pin_memory=self.page_locked)
         return torch.stack(images, out=out)
 
     def _ahead(

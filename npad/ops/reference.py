@@ -29,8 +29,8 @@ def packed_layout(channels: int) -> tuple[Tensor, Tensor]:
     rows, columns = [], []
     for first in range(-pad, channels, PANEL):
         width = first + PANEL
-        rows.append(torch.arange(first, first + PANEL).repeat(width))
-        columns.append(torch.arange(width).repeat_interleave(PANEL))
+        rows.append(torch.arange(first, first + PANEL, device="cpu").repeat(width))
+        columns.append(torch.arange(width, device="cpu").repeat_interleave(PANEL))
     return torch.cat(rows), torch.cat(columns)
 
 
@@ -61,8 +61,8 @@ def window_positions(position: int, grid: tuple[int, int], window: int) -> Tenso
     """Positions in the square window around one position, clipped at the border, in row order."""
     height, width = grid
     y, x, radius = position // width, position % width, window // 2
-    rows = torch.arange(max(y - radius, 0), min(y + radius + 1, height))
-    columns = torch.arange(max(x - radius, 0), min(x + radius + 1, width))
+    rows = torch.arange(max(y - radius, 0), min(y + radius + 1, height), device="cpu")
+    columns = torch.arange(max(x - radius, 0), min(x + radius + 1, width), device="cpu")
     return (rows[:, None] * width + columns).flatten()
 
 
@@ -89,11 +89,11 @@ def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor
     deviation = x - batch_mean
     delta = batch_mean - mean
     total = count + batch
-    weight = (count * batch / total).to(mean.dtype)
+    weight = count * batch / total.to(mean.dtype)
     update = torch.einsum("bpi,bpj->pij", deviation, deviation)
     update += weight[:, None, None] * delta[:, :, None] * delta[:, None, :]
     scatter += pack(update)
-    mean += (batch / total).to(mean.dtype)[:, None] * delta
+    mean += (batch / total.to(mean.dtype))[:, None] * delta
     count += batch
 
 
@@ -228,13 +228,14 @@ def anomaly_map(
 def gaussian_matrix(size: int, sigma: float) -> Tensor:
     """Smoothing of ``size`` samples mirrored at both ends: (size, size), every row sums to 1."""
     if sigma == 0:
-        return torch.eye(size, dtype=torch.float64)
+        return torch.eye(size, dtype=torch.float64, device="cpu")
     radius = int(TRUNCATE * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
+    offsets = torch.arange(-radius, radius + 1, device="cpu")
     taps = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
     period = 2 * size  # of the mirrored samples
     taps = torch.bincount(offsets % period, taps / taps.sum(), minlength=period)
-    circular = taps[(torch.arange(period) - torch.arange(size)[:, None]) % period]
+    outputs, inputs = (torch.arange(n, device="cpu") for n in (size, period))
+    circular = taps[(inputs - outputs[:, None]) % period]
     return circular[:, :size] + circular[:, size:].flip(1)
 
 
@@ -243,14 +244,14 @@ def axis_band(n: int, size: int, sigma: float) -> tuple[Tensor, Tensor]:
 
     first (size,) int32 and taps (size, k) float32: output i is sum_j taps[i, j] x[first[i] + j].
     """
-    identity = torch.eye(n, dtype=torch.float64)[None]
+    identity = torch.eye(n, dtype=torch.float64, device="cpu")[None]
     upsample = F.interpolate(identity, size=size, mode="linear", align_corners=False)[0].T
     matrix = (gaussian_matrix(size, sigma) @ upsample).float()
     used = (matrix != 0).int()
     first, last = used.argmax(1), n - 1 - used.flip(1).argmax(1)
     width = int((last - first).max()) + 1
     first = first.clamp(max=n - width)
-    return first.int(), matrix.gather(1, first[:, None] + torch.arange(width))
+    return first.int(), matrix.gather(1, first[:, None] + torch.arange(width, device="cpu"))
 
 
 def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:

@@ -91,7 +91,8 @@ class Flight:
             name = batch.names[int(np.argmin(np.isfinite(scores)))]
             raise RuntimeError(
                 f"NPad.predict: the score of {name} is not finite: its features are larger than the "
-                "backbone's precision holds; use backbone_dtype='float32'"
+                "backbone's precision holds; use backbone_dtype='float32', or, if that is in use, "
+                "a larger eps"
             )
         return Prediction(
             scores, cut(maps, self.sizes), batch.names, batch.sizes, images=batch.pixels
@@ -151,7 +152,9 @@ class Run:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(
+        x, non_blocking=True
+    )
 
 
 def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> Iterator[S]:

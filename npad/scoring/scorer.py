@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from npad import ops
+from npad import devices, ops
 from npad.features.backbone import Backbone
 from npad.learned import TENSORS, Learned
 from npad.scoring.fusion import fusion_arguments, smoothing_sigma
@@ -19,7 +21,10 @@ __all__ = ["Scorer", "distances", "reduce"]
 
 def reduce(x: Tensor, projection: Tensor | None) -> Tensor:
     """Embeddings (..., D) -> (..., C), where a fit has chosen axes."""
-    return x if projection is None else x @ projection
+    if projection is None:
+        return x
+    with nullcontext() if torch.compiler.is_compiling() else devices.exact_products:
+        return x @ projection
 
 
 def distances(
@@ -91,7 +96,10 @@ class Scorer(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
-        return self.score(self.network(images))
+        if torch.compiler.is_compiling():
+            return self.score(self.network(images))
+        with devices.plain(images.device):
+            return self.score(self.network(images))
 
     def _make_index(self) -> None:
         """Of the centroids that it has now; that of others would find wrong distances."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from math import sqrt
 from typing import Any
 
 import torch
@@ -18,8 +19,25 @@ from npad.ops.reference import packed_layout
 CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
 # eps="auto" chooses among these multiples of the mean variance, from the largest down.
-EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64)
+EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64, device="cpu")
 EPS_STEP = 4  # half a decade
+
+# Of the mean square of the features. Less variance is the rounding of float32: all images are the same.
+NO_VARIANCE = 1e-12
+
+
+class SmallEpsError(ValueError):
+    """A covariance cannot be factored with this eps.
+
+    Attributes
+    ----------
+    enough : float
+        A larger eps, with which it can be tried again.
+    """
+
+    def __init__(self, message: str, enough: float) -> None:
+        super().__init__(message)
+        self.enough = enough
 
 
 class NeighborhoodGaussian:
@@ -55,13 +73,31 @@ class NeighborhoodGaussian:
         self.grid = grid
         self.window = window
         self.count = torch.zeros(positions, dtype=torch.int64, device=device)
-        self.mean = torch.zeros(positions, channels, device=device)
-        self.scatter = torch.zeros(positions, ops.packed_size(channels), device=device)
+        float32: Any = {"dtype": torch.float32, "device": device}
+        self.mean = torch.zeros(positions, channels, **float32)
+        self.scatter = torch.zeros(positions, ops.packed_size(channels), **float32)
 
     @property
     def channels(self) -> int:
         """Channels C of an embedding."""
         return self.mean.shape[1]
+
+    @property
+    def least_images(self) -> int:
+        """Images that give every window two samples."""
+        return 2 if self.window == 1 else 1
+
+    @property
+    def varies(self) -> bool:
+        """Whether the images differ by more than rounding."""
+        spread = self.scatter[:, self._diagonal()].sum(dtype=torch.float64)
+        squares = (self.count[:, None] * self.mean.double().square()).sum()
+        return bool(spread > NO_VARIANCE * squares)
+
+    def _diagonal(self) -> Tensor:
+        """Places of the diagonal in a packed triangle."""
+        row, column = packed_layout(self.channels)
+        return (row == column).nonzero().flatten().to(self.mean.device)
 
     def update(self, x: Tensor) -> NeighborhoodGaussian:
         """Add a batch of embeddings, (B, H, W, C)."""
@@ -76,15 +112,15 @@ class NeighborhoodGaussian:
                 f"channels, this one {self.grid} and {self.channels}"
             )
         total = (self.count + other.count).clamp(min=1)
-        share = other.count / total
+        share = other.count.float() / total
         delta = other.mean - self.mean
-        correction = (self.count * share).float().sqrt()[:, None] * delta
+        correction = (self.count * share).sqrt()[:, None] * delta
         # The rank-1 term is the scatter of two points, +-correction / sqrt(2), about their mean 0.
         pair = torch.stack([correction, -correction]).mul_(0.5**0.5).unflatten(1, self.grid)
         zeros = torch.zeros_like(self.count), torch.zeros_like(self.mean)
         ops.neighborhood_moments(pair, *zeros, self.scatter)
         self.scatter += other.scatter
-        self.mean += share.float()[:, None] * delta
+        self.mean += share[:, None] * delta
         self.count += other.count
         return self
 
@@ -125,14 +161,18 @@ class NeighborhoodGaussian:
         """
         positions, channels = self.mean.shape
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
-        sample = torch.linspace(0, positions - 1, min(n_sample, positions)).round().long().unique()
+        steps = min(n_sample, positions)
+        places = torch.linspace(0, positions - 1, steps, dtype=torch.float32, device="cpu")
+        sample = places.round().long().unique()
         windows = [self._window(p, p + 1) for p in sample.tolist()]
         mean, covariance = (torch.cat(parts) for parts in zip(*windows, strict=True))
         x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
         variances = covariance.diagonal(dim1=1, dim2=2)
-        candidates = EPS_CANDIDATES * (float(variances.mean(dtype=torch.float64)) or 1.0)
-        row, column = packed_layout(channels)
-        diagonal = (row == column).nonzero().flatten().to(mean.device)
+        # Where nothing varies but by rounding, eps stays far above the squares that float32 can hold.
+        least = sqrt(NO_VARIANCE) * float(mean.square().mean(dtype=torch.float64))
+        scale = max(float(variances.mean(dtype=torch.float64)), least) or 1.0
+        candidates = EPS_CANDIDATES * scale
+        diagonal = self._diagonal()
 
         @cache
         def likelihood(i: int) -> Tensor:
@@ -140,7 +180,7 @@ class NeighborhoodGaussian:
             regular.diagonal(dim1=1, dim2=2).add_(float(candidates[i]))
             factor, info = ops.inverse_cholesky(regular, torch.float32)
             if bool(info.any()):
-                return torch.full((len(x),), -torch.inf, dtype=torch.float64)
+                return torch.full((len(x),), -torch.inf, dtype=torch.float64, device="cpu")
             distance = ops.mahalanobis(x, mean, factor, (1, len(sample)), 1)[:, 0].double()
             log_det = factor[:, diagonal].double().log().sum(1)
             return (log_det - distance.square() / 2).sum(1).cpu()
@@ -159,9 +199,9 @@ class NeighborhoodGaussian:
                 seen |= set(around(i))
         values = likelihood(max(sorted(seen), key=mean_likelihood))
         error = values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
-        least = float(values.mean() - error)
-        first = min(i for i in seen if mean_likelihood(i) >= least)
-        return float(candidates[min(i for i in around(first) if mean_likelihood(i) >= least)])
+        good = float(values.mean() - error)
+        first = min(i for i in seen if mean_likelihood(i) >= good)
+        return float(candidates[min(i for i in around(first) if mean_likelihood(i) >= good)])
 
     def finalize(
         self,
@@ -186,9 +226,10 @@ class NeighborhoodGaussian:
 
         Raises
         ------
+        SmallEpsError
+            A covariance is not positive definite with this eps, or float16 cannot hold its factor.
         ValueError
-            A window with fewer than two samples; a covariance that is not positive definite with this
-            eps; a factor that float16 cannot hold.
+            A window with fewer than two samples; features that are too large.
         """
         positions, channels = self.mean.shape
         means = torch.empty_like(self.mean)
@@ -203,10 +244,12 @@ class NeighborhoodGaussian:
                 failed = info.nonzero().flatten()
                 factor[failed] = self._in_float64(covariance[failed], failed + start, eps, dtype)
             if not bool(factor.sum(dtype=torch.float32).isfinite()):
-                raise ValueError(
+                enough = _least_eps(dtype)
+                raise SmallEpsError(
                     f"npad: with eps={eps:g} the factor needs values larger than "
                     f"{str(dtype).removeprefix('torch.')} holds; use factor_dtype='bfloat16' or "
-                    "'float32', or a larger eps"
+                    f"'float32', or an eps of {enough:.3g} or more",
+                    max(2 * eps, enough),
                 )
             factors[start:stop] = factor
             if advance is not None:
@@ -222,10 +265,13 @@ class NeighborhoodGaussian:
             self.count, self.mean, self.scatter, self.grid, self.window, start, stop
         )
         if not bool(covariance.diagonal(dim1=1, dim2=2).isfinite().all()):
+            if int(self.count.min()) < self.least_images:
+                raise ValueError(
+                    "npad: each window needs at least two samples; fit more images, or a wider window"
+                )
             raise ValueError(
-                "npad: a covariance is not finite: each window needs at least two samples, "
-                "and features must be finite and below 1e18; fit more images, or, where the backbone "
-                "overflows in float16, give backbone_dtype='bfloat16' or 'float32'"
+                "npad: a covariance is not finite: features must be finite and below 1e18; where the "
+                "backbone overflows in float16, give backbone_dtype='bfloat16' or 'float32'"
             )
         return mean, covariance
 
@@ -235,13 +281,19 @@ class NeighborhoodGaussian:
         """Packed factors of covariances that float32 cannot factor."""
         lower, info = torch.linalg.cholesky_ex(covariance.double())
         if bool(info.any()):
-            worst = int(info.nonzero()[0])
-            least = float(torch.linalg.eigvalsh(covariance[worst].double())[0])
-            row, column = divmod(int(positions[worst]), self.grid[1])
-            raise ValueError(
+            eigenvalues = torch.linalg.eigvalsh(covariance.double())[:, 0]
+            row, column = divmod(int(positions[eigenvalues.argmin()]), self.grid[1])
+            enough = max(eps - float(eigenvalues.min()), _least_eps(dtype))
+            raise SmallEpsError(
                 f"npad: the covariance at grid position ({row}, {column}) is not positive definite "
-                f"with eps={eps:g}; eps must be above about {eps - least:.3g}, or use eps='auto'"
+                f"with eps={eps:g}; eps must be above about {enough:.3g}, or use eps='auto'",
+                2 * max(eps, enough),
             )
         identity = torch.eye(self.channels, dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         return ops.pack_factor(inverse.float(), dtype)
+
+
+def _least_eps(dtype: torch.dtype) -> float:
+    """That with which every factor can be stored: no element of one exceeds 1 / sqrt(eps)."""
+    return 1.01 / torch.finfo(dtype).max ** 2

@@ -30,7 +30,7 @@ def k_means(
     """
     if len(points) > SAMPLE * n:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(points), generator=generator)[: SAMPLE * n]
+        chosen = torch.randperm(len(points), generator=generator, device="cpu")[: SAMPLE * n]
         points = points[chosen.sort().values.to(points.device)]
     engine = faiss.Kmeans(
         points.shape[1], n, niter=ITERATIONS, seed=seed, min_points_per_centroid=1
