@@ -277,7 +277,8 @@ def _read(
     tensors = {}
     with task(f"Reading {Path(path).name}", n_data, progress, "B") as advance:
         for name, dtype, shape in layout:
-            flat = torch.empty(math.prod(shape), dtype=dtype, device="cpu")
+            with torch.inference_mode(False):  # the model outlives a program's
+                flat = torch.empty(math.prod(shape), dtype=dtype, device="cpu")
             for block in _blocks(flat):
                 if file.readinto(block) < len(block):
                     raise ModelFileError(path, "became shorter while it was read; read it again")

@@ -226,3 +226,24 @@ def test_a_lost_gpu_is_one_clear_error(text: str) -> None:
         devices.explained("NPad.predict", torch.device("cuda:0"), ""),
     ):
         raise RuntimeError(text)
+
+
+def test_products_are_exact_for_as_long_as_anybody_asks() -> None:
+    """Threads do not wait for each other, and the program's setting comes back once, after the last."""
+    owner: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    before = owner.fp32_precision
+    try:
+        for inherited, setting in ((owner, "bf16"), (torch.backends.mkldnn, "bf16")):
+            owner.fp32_precision = "none"
+            inherited.fp32_precision = setting
+            with devices.exact_products:
+                with devices.exact_products:
+                    assert owner.fp32_precision == "ieee"
+                assert owner.fp32_precision == "ieee"
+            assert inherited.fp32_precision == owner.fp32_precision == setting
+            inherited.fp32_precision = "none"
+            assert owner.fp32_precision != setting  # it still inherits
+    finally:
+        owner.fp32_precision = before

@@ -165,7 +165,9 @@ def test_results_are_those_of_a_plain_program(
         before = everything()
         found = results(MODELS[model], images, weights, tmp_path)
         assert everything() == before
+        loaded = NPad.load(tmp_path / "model.npad")
     assert found == PLAIN[model]
+    assert not any(x.is_inference() for x in loaded.scorer().state_dict().values())
 
 
 FIRST_USE = """

@@ -321,7 +321,8 @@ def shared_backbone(
         with _lock:
             backbone = _backbones.get(key)
         if backbone is None:  # downloads, reads and builds: minutes, perhaps
-            backbone = Backbone(name, layers, weights, dtype, compile).to(device)
+            with devices.plain(device):
+                backbone = Backbone(name, layers, weights, dtype, compile).to(device)
             with _lock:
                 _backbones[key] = backbone
     return backbone
