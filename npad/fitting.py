@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
@@ -270,7 +269,7 @@ class Fit:
         Raises
         ------
         ValueError
-            Too few images, or a covariance that is not positive definite with this eps.
+            Too few images, identical ones, or a covariance that is not positive definite with this eps.
         MemoryError
             As for `update`.
         """
@@ -281,13 +280,12 @@ class Fit:
             )
         self._end_waiting()
         standardization = self._end_holdout()
-        mean, factor = self._gaussians()
         if self._gaussian is not None and not self._gaussian.varies:
-            warnings.warn(
+            raise ValueError(
                 f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
-                "rounding: any other image will score high; fit images of different parts",
-                stacklevel=4,
+                "rounding, so that no spread can be learned; fit images of different parts"
             )
+        mean, factor = self._gaussians()
         assert self._grid is not None
         return Learned(
             grid=self._grid,
