@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from npad.file_names import shown
 from npad.images.decoding import read_image
 from npad.images.folders import list_images
 
@@ -44,7 +45,7 @@ class DatasetError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from npad.evaluation.results import (
     summarize,
     versions,
 )
+from npad.file_names import shown
 from npad.images.decoding import read_image
 
 __all__ = ["write_report"]
@@ -86,6 +87,7 @@ def write_report(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: shown(value) if type(value) is str else value,  # not of Markup
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from npad.images.errors import ImageError
 
-__all__ = ["SUFFIXES", "list_images"]
+__all__ = ["OUTPUT_MARK", "SUFFIXES", "list_images"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+OUTPUT_MARK = ".npad-output"  # a file in each folder that npad fills with pictures of its own
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -28,7 +29,11 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
 
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not Path(parent, name, OUTPUT_MARK).exists()
+        ]
         found += [
             Path(parent, name)
             for name in files
