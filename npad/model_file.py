@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from npad.atomic_file import replacing
+from npad.file_names import shown
 from npad.progress import Advance, task
 
 __all__ = ["FORMAT_VERSION", "ModelFileError", "check_tensors", "read_model", "write_model"]
@@ -85,7 +86,7 @@ class ModelFileError(ValueError):
         self._problem = problem
 
     def __str__(self) -> str:
-        return f"{self.path}: {self._problem}"
+        return f"{shown(self.path)}: {self._problem}"
 
 
 def write_model(

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from npad.file_names import shown
+
 __all__ = ["Advance", "task", "track"]
 
 T = TypeVar("T")
@@ -54,7 +56,7 @@ def task(
     from tqdm.auto import tqdm  # noqa: PLC0415  (imported only where a bar may be shown)
 
     with tqdm(
-        desc=description,
+        desc=shown(description),
         total=total,
         unit="B" if unit == "B" else f" {unit}",
         unit_scale=unit == "B",

@@ -3,6 +3,7 @@
 import io
 import resource
 import signal
+import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NamedTuple
@@ -29,6 +30,7 @@ def npad(*args):
         redirect_stderr(err),
         mock.patch.object(signal, "signal"),
         mock.patch.object(warnings, "showwarning"),
+        mock.patch.object(sys, "unraisablehook"),
         pytest.raises(SystemExit) as end,
     ):
         program.run(commands.app, [str(arg) for arg in args])

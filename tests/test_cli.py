@@ -27,6 +27,7 @@ from PIL import Image
 from npad import NPad, __version__
 from npad.cli import program
 from npad.cli.prediction_files import find_inputs
+from npad.images.folders import OUTPUT_MARK
 from npad.settings import ARGUMENTS
 
 # A line on standard output tells when the package is imported and the program takes over. Ctrl-C
@@ -63,7 +64,9 @@ def large(tmp_path_factory):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    """All but the mark of npad's own folders."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)) for path in found if path.name != OUTPUT_MARK}
 
 
 # --- options ---
@@ -643,11 +646,31 @@ def test_interrupt(job, longest, large, model, tmp_path):
         assert left == set()
 
 
-def test_an_interrupt_that_was_lost_is_raised_again(model, category, tmp_path, monkeypatch):
-    """As one is that comes while Python destroys an object."""
-    monkeypatch.setattr(program._interrupt, "seen", True)
-    outcome = npad("predict", model, category / "test", "-o", tmp_path / "out")
-    assert outcome == (program.INTERRUPTED, "", "npad: interrupted\n")
+LOST = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from npad.cli import commands, program
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)  # what it raises here, Python drops
+        time.sleep(0.01)
+
+def job():
+    Last()
+    for _ in range(1000):
+        time.sleep(0.01)
+    print("went on to its end")
+
+program.command(commands.app)(job)
+program.run(commands.app, ["job"])
+"""
+
+
+def test_an_interrupt_that_is_lost_in_a_destructor_comes_again():
+    with start(program=("-c", LOST)) as process:
+        said = process.communicate()
+    assert (process.returncode, said) == (program.INTERRUPTED, ("", "npad: interrupted\n"))
 
 
 def test_terminal(large, tmp_path):

@@ -21,6 +21,7 @@ from npad.cli import prediction_files
 from npad.cli.prediction_files import PredictionFiles, find_inputs
 from npad.evaluation.overlay import draw_overlay
 from npad.images import read_image
+from npad.images.folders import OUTPUT_MARK
 from npad.scoring.prediction import Prediction
 
 Pixels = np.ndarray
@@ -52,7 +53,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Of all files but the mark of npad's own folders."""
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != OUTPUT_MARK
+    }
 
 
 def read(path: Path) -> Pixels:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from npad._version import __version__
+from npad.cli.output_folder import alone_in
 from npad.cli.program import (
     Arguments,
     UsageError,
     check_device,
     command,
-    heed_interrupt,
+    model_option,
     new_model,
     run,
+    tell,
 )
+from npad.file_names import shown
 
 __all__ = ["app", "main"]
 
@@ -93,7 +95,8 @@ def fit(
     good = find_good(folder)
     if good is not None:
         raise UsageError(
-            f"{folder} seems to hold images with defects: give {good}, or use npad evaluate"
+            f"{shown(folder)} seems to hold images with defects: give {shown(good)}, or use npad "
+            "evaluate"
         )
     _check_can_be_written(output)
     _set_threads(threads)
@@ -105,7 +108,7 @@ def fit(
         centroids = 0 if model.centroids_ is None else len(model.centroids_)
         eps = f", eps {model.eps_:.3g}" if model.factor_ is not None else ""
         print(
-            f"{output}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images, "
+            f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images, "
             f"grid {model.grid_[0]} x {model.grid_[1]}{eps}, {centroids} centroids"
         )
 
@@ -113,9 +116,9 @@ def fit(
 def _check_can_be_written(path: Path) -> None:
     """Fail before the work and not after it."""
     if path.is_dir():
-        raise UsageError(f"{path} is a folder: give the path of a file")
+        raise UsageError(f"{shown(path)} is a folder: give the path of a file")
     if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder: make it first")
+        raise UsageError(f"{shown(path.parent)} is not a folder: make it first")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -173,10 +176,8 @@ def predict(
         ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")] = "cpu",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Images that go through the backbone together."),
-    ] = None,
+    batch_size: Annotated[Any, model_option("batch_size")] = None,
+    max_pixels: Annotated[Any, model_option("max_pixels")] = None,
     skip_bad: SkipBad = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -194,17 +195,18 @@ def predict(
     progress = _progress(quiet)
     inputs = find_inputs(paths, output)
     model = NPad.load(model_file, device=device, weights=weights, progress=progress)
-    if batch_size is not None:
-        model.batch_size = batch_size
+    model.set_params(
+        **({} if batch_size is None else {"batch_size": batch_size}),
+        **({} if max_pixels is None else {"max_pixels": max_pixels}),
+    )
     files = PredictionFiles(
         output, inputs, maps=maps, overlays=overlays, color_range=color_range, progress=progress
     )
     skipped = []
-    with files:
+    with alone_in(output), files:
         for prediction in model.predict_batches(
             list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
         ):
-            heed_interrupt()
             files.add(prediction)
             skipped += prediction.skipped
         _list_skipped(skipped)
@@ -212,10 +214,10 @@ def predict(
             raise ValueError(f"none of the {len(inputs)} images could be read")
         files.finish()
     if not quiet:
-        print(f"{output / 'scores.csv'}: {files.n_scored} images")
+        print(f"{shown(output / 'scores.csv')}: {files.n_scored} images")
         if overlays:
             low, high = files.color_range or (math.nan, math.nan)
-            print(f"{output / 'overlays'}: colours from {low:.4g} to {high:.4g}")
+            print(f"{shown(output / 'overlays')}: colours from {low:.4g} to {high:.4g}")
 
 
 # --- evaluate ---
@@ -262,7 +264,9 @@ def evaluate(
     OUT/results.json.
     """
     _set_threads(threads)
-    _evaluate(folder, arguments, output, good, seeds, skip_bad, quiet)
+    makers = _makers(arguments, seeds, quiet)
+    with alone_in(output):
+        _evaluate(folder, makers, output, good, skip_bad, quiet)
 
 
 @command(app, *MEASURE, backbone="filterbank")
@@ -281,22 +285,37 @@ def demo(
     from npad.evaluation.synthetic import make_dataset  # noqa: PLC0415
 
     _set_threads(threads)
+    makers = _makers(arguments, seeds, quiet)
     seed = arguments.get("seed", 0)
     data = output / f"data-seed{seed}"
-    if not data.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished:
-            make_dataset(Path(unfinished) / "data" / "woven", seed)
-            (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
-    _evaluate(data, arguments, output, None, seeds, False, quiet)
+    with alone_in(output):
+        if not data.exists():
+            with tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished:
+                make_dataset(Path(unfinished) / "data" / "woven", seed)
+                (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
+        _evaluate(data, makers, output, None, False, quiet)
+
+
+def _makers(
+    arguments: Arguments, seeds: Sequence[int] | None, quiet: bool
+) -> Sequence[Callable[[], Any]]:
+    """Of a model for each seed. What NPad refuses, it refuses here, before the work."""
+    if seeds and "seed" in arguments:
+        raise UsageError("--seed and --seeds exclude each other")
+    makers = [
+        partial(new_model, arguments, progress=_progress(quiet), **seed)
+        for seed in ([{"seed": seed} for seed in seeds] if seeds else [{}])
+    ]
+    for make in makers:
+        make()
+    return makers
 
 
 def _evaluate(
     folder: Path,
-    arguments: Arguments,
+    makers: Sequence[Callable[[], Any]],
     output: Path,
     good: str | None,
-    seeds: Sequence[int] | None,
     skip_bad: bool,
     quiet: bool,
 ) -> None:
@@ -304,22 +323,17 @@ def _evaluate(
     from npad.evaluation.datasets import find_categories  # noqa: PLC0415
     from npad.evaluation.truth import check_masks  # noqa: PLC0415
 
-    if seeds and "seed" in arguments:
-        raise UsageError("--seed and --seeds exclude each other")
-    progress = _progress(quiet)
-    makers = [
-        partial(new_model, arguments, progress=progress, **seed)
-        for seed in ([{"seed": seed} for seed in seeds] if seeds else [{}])
-    ]
-    models = [make() for make in makers]  # what NPad refuses, it refuses before the work
     categories = find_categories(folder, good)
+    max_pixels = makers[0]().max_pixels
     for category in categories[1:]:  # the first one's are read at once
-        check_masks(category, models[0].max_pixels)
-    rows, skipped = evaluate_all(categories, makers, output, skip_bad=skip_bad, progress=progress)
+        check_masks(category, max_pixels)
+    rows, skipped = evaluate_all(
+        categories, makers, output, skip_bad=skip_bad, progress=_progress(quiet)
+    )
     _list_skipped(skipped)
     if not quiet:
         print_table(rows)
-        print(output / REPORT)
+        print(shown(output / REPORT))
 
 
 # --- info ---
@@ -361,4 +375,4 @@ def _set_threads(threads: int | None) -> None:
 
 def _list_skipped(skipped: Sequence[tuple[str, str]]) -> None:
     for path, reason in skipped:
-        print(f"npad: skipped: {path}: {reason}", file=sys.stderr)
+        tell("skipped", f"{shown(path)}: {reason}")

@@ -18,6 +18,7 @@ from npad.evaluation.measure import Model, evaluate
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.report import write_report
 from npad.evaluation.results import NO_MASKS, CategoryResult, summarize, to_json
+from npad.file_names import shown
 
 __all__ = ["REPORT", "evaluate_all", "print_table"]
 
@@ -134,7 +135,7 @@ def _write_json(path: Path, values: Any) -> None:
 def print_table(rows: Sequence[Row]) -> None:
     """Print a table on a terminal, else tab-separated columns under the names used in the JSON."""
     cells = [
-        [str(row["category"]), *(_cell(key, row) if key in row else "" for key in COLUMNS)]
+        [shown(row["category"]), *(_cell(key, row) if key in row else "" for key in COLUMNS)]
         for row in rows
     ]
     if not sys.stdout.isatty():

@@ -10,15 +10,18 @@ only; until then pixels and maps wait on the disk, in a file that has no name.
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 import json
 import os
+import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ from PIL import Image
 from npad.atomic_file import naming, remove_leftovers, replacing
 from npad.evaluation.overlay import draw_overlay, eight_bit
 from npad.images.errors import ImageError
-from npad.images.folders import list_images
+from npad.images.folders import OUTPUT_MARK, find_images
 from npad.progress import track
 from npad.scoring.fusion import resized
 from npad.scoring.prediction import Prediction
@@ -38,6 +41,9 @@ __all__ = ["PredictionFiles", "find_inputs"]
 SCORES = ("scores.csv", "scores.jsonl")
 OVERLAYS, MAPS = "overlays", "maps"
 _SAMPLE = 1 << 21  # values of all maps, from which the ends of the colour scale are taken
+_BAND = 1 << 20  # pixels of a large image that are drawn at once
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes that Linux takes
+_ROOM = len(".tiff")  # that is put behind an image's name
 
 Waiting = tuple[str, NDArray[np.uint8], NDArray[np.float32]]  # path, pixels, map
 
@@ -48,30 +54,52 @@ def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
     Parameters
     ----------
     paths : files, and folders that are searched for images
-    folder : of the output; overlays and maps of an earlier run that lie there are no input
+    folder : of the output
 
     Returns
     -------
-    dict from the image's path to its path below the deepest folder that holds all of ``paths``
+    dict from the image's path to its path below the deepest folder that holds all of ``paths``.
+    A file name that is too long for what is put behind it is cut, and one that differs from another's
+    in capitals or in the form of its accents alone is told apart, as not every disk tells them apart:
+    both by ``~`` and eight digits of their hash.
 
     Raises
     ------
     ImageError
-        A folder holds no images.
+        A folder holds no images, or a picture's path would be longer than the system takes.
     """
     base = os.path.commonpath([_absolute(p if p.is_dir() else p.parent) for p in paths])
-    pictures = [_absolute(folder) / part for part in (OVERLAYS, MAPS)]
     found: dict[Path, str] = {}
     for path in paths:
-        images = list_images(path) if path.is_dir() else [path]
+        images = find_images(path) if path.is_dir() else [path]
         absolute = {_absolute(image): str(image) for image in images}
-        for picture in [p for p in absolute if any(p.is_relative_to(part) for part in pictures)]:
-            del absolute[picture]
-        if not absolute:
-            raise ImageError(path, "the folder holds no images")
         found = absolute | found  # the first spelling of a path stays
     ordered = sorted(found.items()) if len(paths) > 1 else list(found.items())
-    return {spelled: absolute.relative_to(base) for absolute, spelled in ordered}
+    inputs: dict[str, Path] = {}
+    taken: set[str] = set()
+    for absolute_path, spelled in ordered:
+        picture = absolute_path.relative_to(base)
+        if _alike(picture) in taken or len(os.fsencode(picture.name)) + _ROOM > _LONGEST_NAME:
+            picture = picture.with_name(_short(picture))
+        taken.add(_alike(picture))
+        inputs[spelled] = picture
+        longest = os.fsencode(_absolute(folder) / OVERLAYS / picture)
+        if len(longest) + _ROOM > _LONGEST_PATH:
+            raise ImageError(
+                spelled, "the path of its picture would be too long: give a shorter --output"
+            )
+    return inputs
+
+
+def _alike(picture: Path) -> str:
+    """One text for all paths that are one on some disk."""
+    return unicodedata.normalize("NFC", str(picture).casefold())
+
+
+def _short(picture: Path) -> str:
+    digest = hashlib.sha256(os.fsencode(picture)).hexdigest()[:8]
+    room = _LONGEST_NAME - _ROOM - len(f"~{digest}")
+    return f"{os.fsencode(picture.name)[:room].decode(errors='ignore')}~{digest}"
 
 
 def _absolute(path: Path) -> Path:
@@ -116,7 +144,7 @@ class PredictionFiles:
     ) -> None:
         self.n_scored = 0
         self.color_range = color_range
-        self._scores_so_far = folder / _partial(SCORES[0])
+        self._scores_so_far = folder / _partial_name(SCORES[0])
         self._folder = folder
         self._inputs = inputs
         self._maps, self._overlays = maps, overlays
@@ -129,7 +157,7 @@ class PredictionFiles:
             self._csv, self._jsonl = (
                 stack.enter_context(
                     # Names of files are bytes: what is no text goes out as it came in.
-                    Path(self._folder, _partial(name)).open(
+                    Path(self._folder, _partial_name(name)).open(
                         "w", encoding="utf-8", errors="surrogateescape", newline=""
                     )
                 )
@@ -163,13 +191,13 @@ class PredictionFiles:
             row: dict[str, Any] = {"path": path, "score": float(score), "size": list(size)}
             if self._maps:
                 row["map"] = self._name(MAPS, path)
-                self._save(Image.fromarray(_at(map_, size)), row["map"], "TIFF")
+                self._save(row["map"], partial(_write_map, map_, size))
             if image is not None:
                 row["overlay"] = self._name(OVERLAYS, path)
                 if self._spool is None:
                     self._draw(path, image, map_)
                 else:
-                    self._spool.put(path, eight_bit(image), map_)
+                    self._spool.put(path, image, map_)
             with naming(self._scores_so_far):
                 self._rows.writerow((path, repr(row["score"])))
                 self._jsonl.write(json.dumps(row) + "\n")
@@ -181,11 +209,11 @@ class PredictionFiles:
     def finish(self) -> None:
         """Give the scores their final name, then draw the overlays that waited for the colours."""
         for file, name in zip((self._csv, self._jsonl), SCORES, strict=True):
-            partial = self._folder / _partial(name)
-            with naming(partial):
+            so_far = self._folder / _partial_name(name)
+            with naming(so_far):
                 file.flush()
                 os.fsync(file.fileno())
-                partial.replace(self._folder / name)
+                so_far.replace(self._folder / name)
         if self._spool is not None:
             self.color_range = self._spool.color_range()
             waiting = track(self._spool, "overlays", self.n_scored, self._progress, "images")
@@ -202,29 +230,32 @@ class PredictionFiles:
             self._files.close()
         if not self.n_scored:
             for name in SCORES:
-                (self._folder / _partial(name)).unlink(missing_ok=True)
+                (self._folder / _partial_name(name)).unlink(missing_ok=True)
 
     def _draw(self, path: str, image: NDArray[Any], map_: NDArray[np.float32]) -> None:
         assert self.color_range is not None
         low, high = self.color_range
-        heat = (_at(map_, image.shape[:2]) - low) / (high - low)
-        self._save(Image.fromarray(draw_overlay(image, heat)), self._name(OVERLAYS, path), "PNG")
+        picture = Image.new("RGB", (image.shape[1], image.shape[0]))
+        for rows, values in _bands(map_, image.shape):
+            band = draw_overlay(image[rows], (values - low) / (high - low))
+            picture.paste(Image.fromarray(band), (0, rows.start))
+        save = partial(picture.save, format="PNG", compress_level=1)
+        self._save(self._name(OVERLAYS, path), save)
 
     def _name(self, part: str, path: str) -> str:
         """Path below the folder. The image's own suffix stays, so that a.jpg and a.png differ."""
         return f"{part}/{self._inputs[path].as_posix()}{'.tiff' if part == MAPS else '.png'}"
 
-    def _save(self, picture: Image.Image, name: str, kind: str) -> None:
+    def _save(self, name: str, write: Callable[[BinaryIO], None]) -> None:
         """Whole or not at all. The disk is not waited for: pictures can be made again."""
-        buffer = io.BytesIO()
-        picture.save(buffer, kind, **({"compress_level": 1} if kind == "PNG" else {}))
         target = self._folder / name
         if target.parent not in self._pictures:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent)
+            (self._folder / Path(name).parts[0] / OUTPUT_MARK).touch()
             self._pictures.add(target.parent)
         with replacing(target, one_of_many=True) as file:
-            file.write(buffer.getbuffer())
+            write(file)
 
 
 class _Spool:
@@ -253,15 +284,16 @@ class _Spool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def put(self, path: str, image: NDArray[np.uint8], map_: NDArray[np.float32]) -> None:
+    def put(self, path: str, image: NDArray[Any], map_: NDArray[np.float32]) -> None:
         values = map_.ravel()
         if len(values) > self._per_map:  # a regular step could meet the same columns in every row
             values = self._random.choice(values, self._per_map)
         self._sample.append(values.copy())
         self._shapes.append((path, image.shape, map_.shape))
         with naming(self._folder):
-            for array in (image, map_):
-                self._file.write(np.ascontiguousarray(array).data)
+            for rows in _rows(image.shape):
+                self._file.write(np.ascontiguousarray(eight_bit(image[rows])).data)
+            self._file.write(np.ascontiguousarray(map_).data)
 
     def color_range(self) -> tuple[float, float]:
         """Median and 99.9th percentile of the maps, which differ."""
@@ -280,12 +312,41 @@ class _Spool:
         return array
 
 
-def _at(map_: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:
-    """A map at the size (height, width) of its image."""
-    (own,) = resized(torch.from_numpy(map_)[None], [(size[0], size[1])])
-    return own
+def _rows(size: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of an image of this (height, width, ...), some at a time."""
+    step = max(1, _BAND // size[1])
+    return (slice(top, min(top + step, size[0])) for top in range(0, size[0], step))
 
 
-def _partial(name: str) -> str:
+def _bands(
+    map_: NDArray[np.float32], size: tuple[int, ...]
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """A map at the size (height, width) of its image, some rows at a time.
+
+    Bit for bit as if resized at once: columns are interpolated after rows, which are exact by then.
+    """
+    (tall,) = resized(torch.from_numpy(map_)[None], [(size[0], map_.shape[1])])
+    for rows in _rows(size):
+        (band,) = resized(torch.from_numpy(tall[rows])[None], [(rows.stop - rows.start, size[1])])
+        yield rows, band
+
+
+def _write_map(map_: NDArray[np.float32], size: tuple[int, int], file: BinaryIO) -> None:
+    """A TIFF of one strip of float32, little endian."""
+    height, width = size
+    tags = {256: width, 257: height, 258: 32, 259: 1, 262: 1, 273: 0, 277: 1, 278: height}
+    tags |= {279: 4 * height * width, 339: 3}  # sizes, no compression, black is zero, floats
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the strip begins
+    if tags[273] + tags[279] >= 1 << 32:
+        raise ValueError(f"a map of {width} x {height} is too large for TIFF: leave out --maps")
+    file.write(struct.pack("<2sHIH", b"II", 42, 8, len(tags)))
+    for tag, value in tags.items():
+        file.write(struct.pack("<HHII", tag, 3 if value < 1 << 16 else 4, 1, value))
+    file.write(struct.pack("<I", 0))
+    for _, band in _bands(map_, size):
+        file.write(band.astype("<f4", copy=False).data)
+
+
+def _partial_name(name: str) -> str:
     stem, suffix = name.split(".")
     return f"{stem}.partial.{suffix}"

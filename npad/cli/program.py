@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,10 +21,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from npad.file_names import shown
 from npad.nominal_methods import METHODS
-from npad.settings import ARGUMENTS, Argument
+from npad.settings import ARGUMENTS, Argument, Settings
 
-__all__ = ["Arguments", "UsageError", "check_device", "command", "new_model", "run"]
+__all__ = [
+    "Arguments",
+    "UsageError",
+    "check_device",
+    "command",
+    "model_option",
+    "new_model",
+    "run",
+    "tell",
+]
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 REPORTED = (ValueError, OSError, RuntimeError, MemoryError, ImportError)  # told as they are
@@ -43,13 +54,7 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
     parameters = []
     for argument in OPTIONS:
         default = overrides.get(argument.name, argument.default_text)
-        option = typer.Option(
-            "--" + argument.name.replace("_", "-"),
-            parser=_parsed(argument),
-            metavar=argument.values,
-            help=f"{argument.help} [default: {default}]",
-            show_default=False,  # typer's own would be None: not given
-        )
+        option = _option(argument, _parsed(argument), default)
         parameters.append(
             inspect.Parameter(
                 argument.name,
@@ -59,6 +64,32 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
             )
         )
     return parameters
+
+
+def _option(argument: Argument, parser: Callable[[str], Any], default: str) -> Any:
+    return typer.Option(
+        "--" + argument.name.replace("_", "-"),
+        parser=parser,
+        metavar=argument.values,
+        help=f"{argument.help} [default: {default}]",
+        show_default=False,  # typer's own would be None: not given
+    )
+
+
+def model_option(name: str) -> Any:
+    """The option of an argument that a fitted model heeds; None where it is not given."""
+    (argument,) = (argument for argument in OPTIONS if argument.name == name)
+    parse = _parsed(argument)
+
+    def value(text: str) -> Any:
+        given = parse(text).value
+        try:
+            Settings(**{name: given})
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        return given
+
+    return _option(argument, value, "the model's" if argument.kept else argument.default_text)
 
 
 def _parsed(argument: Argument) -> Callable[[str], Any]:
@@ -153,8 +184,7 @@ def _run_job(
     function: Callable[..., None], given: dict[str, Any], modules: Sequence[str], debug: bool
 ) -> None:
     try:
-        for module in modules:
-            import_module(module)
+        _import(modules)
         _interrupt.working = True
         function(**given)
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
@@ -165,14 +195,28 @@ def _run_job(
             raise KeyboardInterrupt from error
         if debug:
             traceback.print_exc()
-        _tell("error", f"{_message(error)}")
+        tell("error", _message(error))
         raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILED) from error
 
 
+def _import(modules: Sequence[str]) -> None:
+    try:
+        for module in modules:
+            import_module(module)
+    except OSError as error:
+        if str(error) != "could not get source code":  # of `inspect`
+            raise
+        raise ImportError(
+            "PyTorch reads its own source files when it is imported, and they are not there: install "
+            "torch with its .py files (npad itself needs none)"
+        ) from error
+
+
 def _message(error: Exception) -> str:
-    """What happened and what to do, on one line, in the words of the command line."""
+    """What happened and what to do, in the words of the command line."""
+    name = error.filename if isinstance(error, OSError) else getattr(error, "path", None)
+    named = "" if name is None else f"{shown(str(name))}: "
     if isinstance(error, OSError) and error.strerror:
-        named = f"{error.filename}: " if error.filename is not None else ""
         text = (
             f"{named}{error.strerror.lower()}; check the path, its permissions and the space "
             "on its disk"
@@ -181,15 +225,18 @@ def _message(error: Exception) -> str:
         text = str(error) or type(error).__name__
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
-    text = re.sub(r"^NPad(\.\w+)?: ", "", " ".join(text.split()))
+    named = named if text.startswith(named) else ""
+    text = re.sub(r"^NPad(\.\w+)?: ", "", text.removeprefix(named))
     arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
-    return re.sub(
-        rf"\b({arguments})=(True\b)?", lambda m: f"--{m[1].replace('_', '-')} ", text
-    ).replace("  ", " ")
+    return named + re.sub(
+        rf"\b({arguments})=(True\b ?)?", lambda m: f"--{m[1].replace('_', '-')} ", text
+    )
 
 
-def _tell(kind: str, text: str) -> None:
-    print(f"npad: {kind}: {text}", file=sys.stderr)
+def tell(kind: str, text: str) -> None:
+    """Write one line on standard error."""
+    one_line = re.sub(r"\s*[\n\r]\s*", " ", text.strip())  # names may hold other spaces
+    print(f"npad: {kind}: {shown(one_line)}", file=sys.stderr)
 
 
 class _Interrupt:
@@ -209,22 +256,20 @@ class _Interrupt:
 _interrupt = _Interrupt()
 
 
-def heed_interrupt() -> None:
-    """Raise an interrupt again that was lost: Python drops what is raised in a destructor.
-
-    For the loop of a long job, which would otherwise go on to its end.
-    """
-    if _interrupt.seen:
-        raise KeyboardInterrupt
+def _again(lost: Any) -> None:
+    """Interrupt once more: Python drops what is raised in a destructor, and the job would go on."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,)).start()  # outside of it
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 141 (closed pipe)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupt)
-    warnings.showwarning = lambda message, *_, **__: _tell(
-        "warning", " ".join(str(message).split())
-    )
+    warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
+    sys.unraisablehook = _again
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = _run(app, sys.argv[1:] if args is None else args)
@@ -256,6 +301,6 @@ def _run(app: typer.Typer, args: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):  # the class of errors of usage has moved once
             raise
         path = getattr(getattr(error, "ctx", None), "command_path", "npad")
-        _tell("error", f"{' '.join(error.format_message().split())} (see {path} --help)")
+        tell("error", f"{error.format_message()} (see {path} --help)")
         return USAGE
     return code or 0

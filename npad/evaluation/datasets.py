@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from npad.file_names import shown
 from npad.images.folders import is_litter, search, warn_of_left_out
 
 __all__ = ["Category", "DatasetError", "Sample", "find_categories", "find_good", "looks_good"]
@@ -85,7 +86,7 @@ class DatasetError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
 
 
 @dataclass(frozen=True)

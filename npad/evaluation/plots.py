@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from npad.evaluation.datasets import GOOD
 from npad.evaluation.metrics import Curve
 from npad.evaluation.results import CategoryResult
+from npad.file_names import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,9 +51,15 @@ def draw_histogram(result: CategoryResult, label: str) -> str:
         counts, _ = np.histogram(scores[kind], edges)
         ax.stairs(counts, edges, fill=True, color=color, alpha=0.75)
         ax.axvline(result.threshold, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        name = kind if len(kind) <= 24 else kind[:23] + "…"
+        name = shown(kind)
+        name = name if len(name) <= 24 else name[:23] + "…"
         ax.set_ylabel(
-            f"{name} · {len(scores[kind])}", rotation=0, ha="right", va="center", color=_INK
+            f"{name} · {len(scores[kind])}",
+            rotation=0,
+            ha="right",
+            va="center",
+            color=_INK,
+            parse_math=False,  # $ is a letter of a name
         )
         ax.set(yticks=[], ylim=(0, max(counts.max(), 1) * 1.08), xlim=(low, high))
         if log:
@@ -97,8 +105,13 @@ def _svg(figure: Figure, label: str) -> str:
     import matplotlib as mpl  # noqa: PLC0415  (slow to import)
     from markupsafe import escape  # noqa: PLC0415
 
+    label = shown(label)
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    with (
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has other fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -35,6 +35,7 @@ from npad.evaluation.results import (
     summarize,
     versions,
 )
+from npad.file_names import shown
 from npad.images.decoding import read_image
 from npad.images.samples import Reading
 
@@ -88,6 +89,7 @@ def write_report(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: shown(value) if type(value) is str else value,  # not of Markup
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from npad.file_names import shown
+
 __all__ = ["ImageError"]
 
 
@@ -24,4 +26,4 @@ class ImageError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
