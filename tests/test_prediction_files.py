@@ -20,7 +20,7 @@ from npad import NPad, ops
 from npad.cli import prediction_files
 from npad.cli.prediction_files import PredictionFiles, find_inputs
 from npad.evaluation.overlay import draw_overlay
-from npad.images import read_image
+from npad.images import decoding, read_image
 from npad.images.folders import OUTPUT_MARK
 from npad.scoring.prediction import Prediction
 
@@ -133,12 +133,12 @@ def test_each_image_is_decoded_once_and_no_more_is_kept_than_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: Counter[str] = Counter()
-    open_image, add, make_file = Image.open, PredictionFiles.add, tempfile.TemporaryFile
+    open_image, add, make_file = decoding._open, PredictionFiles.add, tempfile.TemporaryFile
     seen, made = [], []
 
-    def count(path: Any, *args: Any, **rest: Any) -> Image.Image:
+    def count(path: Path, name: str) -> Any:
         opened[str(path)] += 1
-        return open_image(path, *args, **rest)
+        return open_image(path, name)
 
     def look(self: PredictionFiles, prediction: Prediction) -> None:
         seen.append(len(prediction.images))
@@ -148,7 +148,7 @@ def test_each_image_is_decoded_once_and_no_more_is_kept_than_is_drawn(
         made.append(where)
         return make_file(**where)
 
-    monkeypatch.setattr(Image, "open", count)
+    monkeypatch.setattr(decoding, "_open", count)
     monkeypatch.setattr(PredictionFiles, "add", look)
     monkeypatch.setattr(tempfile, "TemporaryFile", make)
     succeed("predict", model, images, "-o", tmp_path, *options)
