@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -11,25 +14,29 @@ from npad.images.errors import ImageError
 from npad.images.orientation import TAG, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["read_pillow", "to_array"]
+__all__ = ["blocks", "decode", "read_array", "read_pillow", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
 MODES |= {"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 BAND = 1 << 22  # pixels
+BLOCK = 1 << 20  # bytes
 
 
 def read_pillow(image: Image.Image, name: str, reading: Reading) -> Samples:
     """Take an image in memory: its mode says what its values are, its EXIF how it is turned."""
     check_size(image.width, image.height, name, reading)
+    n_pages = 1
+    if image.tell() == 0:  # else the program has chosen a page
+        with suppress(Exception):
+            n_pages = getattr(image, "n_frames", 1)
     _load(image)
-    n_pages = getattr(image, "n_frames", 1)
     orientation = _orientation(image)
     while image.mode in MODES:
         image = image.convert(MODES[image.mode])
     values: Image.Image | Array = image
     if image.mode.startswith("I;16"):
-        values = to_array(image).astype(np.uint16, copy=False)
+        values = image if image.mode == "I;16" else to_array(image)
     elif image.mode == "F":
         values = to_array(image)
     elif image.mode not in ("L", "RGB"):
@@ -58,6 +65,50 @@ def _orientation(image: Image.Image) -> int | None:
     with suppress(Exception):
         orientation = image.getexif().get(TAG)
     return orientation if orientation in range(1, 9) else None
+
+
+def decode(
+    mode: str, size: tuple[int, int], parts: Iterable[bytes], decoder: str, *args: str | int
+) -> Image.Image:
+    """The image that one of Pillow's decoders makes of data that come in parts.
+
+    Pillow's classes for files would do so too, but heed what the program has set for all: the limit
+    of pixels, and whether what is missing from a file is made up.
+    """
+    image = Image.new(mode, size)
+    work = Image._getdecoder(mode, decoder, args)
+    work.setimage(image.im, (0, 0, *size))
+    data = b""
+    for part in parts:
+        data += part
+        n_used, error = work.decode(data)
+        if error:
+            raise ValueError("the image data are wrong")
+        if n_used < 0:
+            return image
+        data = data[n_used:]
+    raise ValueError("not enough image data")
+
+
+def blocks(file: BinaryIO, n_bytes: int | None = None) -> Iterator[bytes]:
+    """What is next in a file, or so many bytes of it, a piece at a time."""
+    while n_bytes is None or n_bytes > 0:
+        block = file.read(BLOCK if n_bytes is None else min(n_bytes, BLOCK))
+        if not block:
+            return
+        n_bytes = None if n_bytes is None else n_bytes - len(block)
+        yield block
+
+
+def read_array(
+    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[np.generic], spare: int = 0
+) -> Array:
+    """What is next in a file, without a second copy of it; the last bytes may be missing."""
+    array = np.empty(shape, dtype)
+    n_read = cast("io.BufferedIOBase", file).readinto(array.view(np.uint8).data)
+    if n_read < array.nbytes - spare:
+        raise ValueError("not enough image data")
+    return array
 
 
 def to_array(image: Image.Image, out: Array | None = None) -> Array:
