@@ -141,14 +141,13 @@ def _load(
 ) -> Loaded:
     values = samples.values
     white, undeclared = white_level(samples, name, reading)
-    small = resized(values, white, image_size)
     out = np.empty((3, *image_size), np.float32)
-    out[:] = small  # grey is broadcast
+    out[:] = resized(values, white, image_size)  # grey is broadcast
     return Loaded(
         torch.from_numpy(out),
         samples.size or size_of(values),
         as_pixels(values, white) if keep_pixels else None,
-        constant=is_constant(values, small),
+        constant=is_constant(values, out),
         undeclared=undeclared,
         n_pages=samples.n_pages,
     )

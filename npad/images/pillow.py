@@ -19,7 +19,8 @@ __all__ = ["blocks", "decode", "read_array", "read_pillow", "to_array"]
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
 MODES |= {"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-BAND = 1 << 22  # pixels
+ORDINARY = 1 << 24  # pixels of an image that is converted in one piece
+BAND = 1 << 21  # pixels of a piece of a larger one
 BLOCK = 1 << 20  # bytes
 
 
@@ -113,9 +114,9 @@ def read_array(
 
 def to_array(image: Image.Image, out: Array | None = None) -> Array:
     """The pixels of an image, copied a band at a time: NumPy makes two more copies on the way."""
-    step = max(1, BAND // image.width)
-    if out is None and image.height <= step:
+    if out is None and image.width * image.height <= ORDINARY:
         return np.asarray(image)
+    step = max(1, BAND // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step, image.height)
         band = np.asarray(image.crop((0, top, image.width, bottom)))

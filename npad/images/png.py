@@ -14,7 +14,7 @@ from PIL import Image
 
 from npad.images.errors import ImageError
 from npad.images.orientation import exif_orientation, upright, xmp_orientation
-from npad.images.pillow import blocks, decode, to_array
+from npad.images.pillow import ORDINARY, blocks, decode, to_array
 from npad.images.samples import Array, Reading, Samples, check_size
 
 __all__ = ["read_png"]
@@ -74,7 +74,8 @@ def read_png(file: BinaryIO, name: str, reading: Reading) -> Samples:
 
     values: Image.Image | Array
     if (bits, colour) == (16, GREY):
-        values = decoded("I;16", "I;16B")
+        deep = decoded("I;16", "I;16B")
+        values = deep if width * height > ORDINARY else np.asarray(deep)
     elif (bits, colour) == (16, GREY_ALPHA):
         two = to_array(decoded("RGBA", "RGBA")).view(">u2")  # two bytes of grey, two of alpha
         values = two[:, :, 0].astype(np.uint16)
@@ -168,8 +169,8 @@ def _as_written(
 
 def _look_up(indices: Image.Image, palette: bytes, name: str) -> Image.Image:
     """The colours, of three bytes each, that a palette has for each pixel of an image of one byte."""
-    _, last = indices.getextrema()
-    if last >= len(palette) // 3:  # type: ignore[operator]
+    n_colours = len(palette) // 3
+    if n_colours < 256 and np.asarray(indices).max() >= n_colours:
         raise ImageError(name, "damaged: a pixel's colour is not in the palette; replace it")
     indices.putpalette(palette[:768])
     return indices.convert("RGB")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from npad.images.errors import ImageError
+from npad.images.pillow import BAND, ORDINARY
 from npad.images.samples import Array, Reading, Samples
 
 __all__ = ["as_pixels", "is_constant", "resized", "size_of", "white_level"]
@@ -19,8 +20,6 @@ Box: TypeAlias = "tuple[float, float, float, float]"
 # Interpolation in float32 leaves [0, 1] by a rounding error; a wrong scale leaves it by far more.
 ROUNDING = 1e-5
 VISIBLE = 1e-3  # of differences: one below may be due to rounding
-ORDINARY = 1 << 24  # pixels of an image that is converted in one piece
-BAND = 1 << 21  # pixels of a piece of a larger one
 
 
 def white_level(samples: Samples, name: str, reading: Reading) -> tuple[int, int | None]:
@@ -35,14 +34,12 @@ def white_level(samples: Samples, name: str, reading: Reading) -> tuple[int, int
     if isinstance(values, Image.Image):
         if values.mode != "I;16":
             return 255, None
-        _, largest = cast("tuple[int, int]", values.getextrema())
     elif values.dtype == np.uint8:
         return 255, None
-    elif values.dtype.type is np.uint16:
-        largest = int(values.max())
-    else:
+    elif values.dtype.type is not np.uint16:
         _check_range(values, name)
         return 1, None
+    largest = max(int(rows.max()) for _, rows in _pieces(values))
     white = samples.white or 2 ** (reading.bit_depth or 16) - 1
     if largest <= white:
         return white, largest if samples.white is None else None
@@ -122,6 +119,13 @@ def _band(values: Image.Image | Array) -> int:
     return height if height * width <= ORDINARY else max(1, BAND // width)
 
 
+def _pieces(values: Image.Image | Array) -> Iterator[tuple[slice, Array]]:
+    height, step = size_of(values)[0], _band(values)
+    for first in range(0, height, step):
+        last = min(first + step, height)
+        yield slice(first, last), _rows(values, first, last)
+
+
 def _bands(values: Image.Image | Array, height: int) -> Iterator[tuple[slice, Array, Box]]:
     """Rows of the result, those of the image that they are made of, and where in these they lie."""
     n_rows, n_columns = size_of(values)
@@ -142,22 +146,27 @@ def _channels_first(values: Array) -> Array:
 
 def as_pixels(values: Image.Image | Array, white: int) -> Array:
     """RGB (H, W, 3) of its own memory: uint8, or float32 in [0, 1]."""
-    height, width = size_of(values)
-    out = np.empty((0, 0))
-    step = _band(values)
-    for first in range(0, height, step):
-        rows = _rows(values, first, min(first + step, height))
-        rows = rows if rows.dtype == np.uint8 else _fractions(rows, white)
-        if first == 0:
-            out = np.empty((height, width, 3), rows.dtype)
-        out[first : first + step] = rows if rows.ndim == 3 else rows[:, :, None]
+    out = None
+    for place, rows in _pieces(values):
+        piece = rows if rows.dtype == np.uint8 else _fractions(rows, white)
+        if out is None:
+            out = np.empty((*size_of(values), 3), piece.dtype)
+        out[place] = piece if piece.ndim == 3 else piece[:, :, None]
+    assert out is not None
     return out
 
 
 def is_constant(values: Image.Image | Array, small: Array) -> bool:
-    """Whether all pixels are equal; ``small`` is the image resized, which tells of nearly any."""
-    if np.ptp(small, axis=(-2, -1)).max() > VISIBLE:
-        return False
+    """Whether all pixels are equal; nearly any image shows in a row of what it was resized to.
+
+    Parameters
+    ----------
+    values : the image
+    small : (3, height, width), the image resized
+    """
+    for part in (small[:, 0], small):
+        if (np.abs(part - small[:, 0, 0].reshape(3, *[1] * (part.ndim - 1))) > VISIBLE).any():
+            return False
     if isinstance(values, Image.Image):
         extrema = np.reshape(values.getextrema(), (-1, 2))
         return bool((extrema[:, 0] == extrema[:, 1]).all())
