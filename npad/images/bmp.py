@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from npad.images.errors import ImageError
-from npad.images.pillow import blocks, decode, read_array
+from npad.images.pillow import decode_raw, read_array
 from npad.images.samples import Array, Reading, Samples, check_size
 
 __all__ = ["read_bmp"]
@@ -54,23 +54,19 @@ def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Samples:
     colours = palette[:, 2::-1]
     file.seek(start)
     stride = (width * bits + 31) // 32 * 4
-    plain = None
+    step = 1 if top_down else -1
     if bits >= 24 and masks == MASKS[bits]:
-        plain = ("RGB", "BGR" if bits == 24 else "BGRX")
-    elif bits == 8 and compression == RAW and np.array_equal(colours, RAMP):
-        plain = ("L", "L")
-    if plain is not None:
-        mode, stored = plain
-        order = (stride, 1 if top_down else -1)
-        return Samples(decode(mode, (width, height), blocks(file), "raw", stored, *order))
+        stored = "BGR" if bits == 24 else "BGRX"
+        return Samples(decode_raw("RGB", (width, height), file, stored, stride, step))
+    if bits == 8 and compression == RAW and np.array_equal(colours, RAMP):
+        return Samples(decode_raw("L", (width, height), file, "L", stride, step))
     if compression in (RLE8, RLE4):
         rows = _run_lengths(file.read(), width, height, nibbles=compression == RLE4)
         bits = 8
     else:
         filling = stride - (width * bits + 7) // 8  # the last row may lack it
         rows = read_array(file, (height, stride), np.dtype(np.uint8), filling)
-    if not top_down:
-        rows = rows[::-1]
+    rows = rows[::step]
     if bits > 8:
         return _unpack(rows[:, : width * bits // 8].view(f"<u{bits // 8}"), masks, name)
     return Samples(_look_up(rows, bits, width, colours))

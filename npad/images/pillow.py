@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import BinaryIO, cast
@@ -14,7 +15,7 @@ from npad.images.errors import ImageError
 from npad.images.orientation import TAG, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["blocks", "decode", "read_array", "read_pillow", "to_array"]
+__all__ = ["blocks", "decode", "decode_raw", "read_array", "read_pillow", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
@@ -89,6 +90,17 @@ def decode(
             return image
         data = data[n_used:]
     raise ValueError("not enough image data")
+
+
+def decode_raw(
+    mode: str, size: tuple[int, int], file: BinaryIO, stored: str, stride: int, step: int = 1
+) -> Image.Image:
+    """The image of the rows that are next in a file; a step of -1 begins at the last."""
+    start = file.tell()
+    if file.seek(0, os.SEEK_END) - start < stride * (size[1] - 1):  # before there is memory for it
+        raise ValueError("not enough image data")
+    file.seek(start)
+    return decode(mode, size, blocks(file), "raw", stored, stride, step)
 
 
 def blocks(file: BinaryIO, n_bytes: int | None = None) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from npad.images.pillow import blocks, decode, read_array
+from npad.images.pillow import decode_raw, read_array
 from npad.images.samples import Array, Reading, Samples, check_size
 
 __all__ = ["read_pnm"]
@@ -57,7 +57,7 @@ def read_pnm(file: BinaryIO, name: str, reading: Reading) -> Samples:
         values = _from_text(file.read(), header)
     elif maxval == 255:
         mode = "RGB" if header.kind == 6 else "L"
-        values = decode(mode, (width, height), blocks(file), "raw", mode)
+        values = decode_raw(mode, (width, height), file, mode, header.row)
     else:
         values = _from_bytes(file, header)
     n_pages, last = 1, header
@@ -105,4 +105,6 @@ def _from_text(text: bytes, header: _Header) -> Array:
         values = np.fromstring(text.decode(), np.int64, sep=" ")
         if values[:n].max(initial=0) > 65535:
             raise ValueError("a value is above 65535")
+    if len(values) < n:
+        raise ValueError("not enough image data")
     return values[:n].reshape(header.shape)
