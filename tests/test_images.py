@@ -21,6 +21,7 @@ from PIL import Image
 from written_files import (
     GREY_ALPHA,
     PALETTE,
+    RGB,
     RGB_ALPHA,
     adobe,
     bmp,
@@ -100,10 +101,15 @@ def test_big_endian_16_bit_tiff(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "a.tif")[..., 0], grey / 65535, rtol=1e-6)
 
 
-def test_16_bit_colour(tmp_path):
-    pixels = smooth_pixels(12, 10)
-    tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
-    assert np.array_equal(read_image(tmp_path / "a.tif"), pixels)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_colour(tmp_path, suffix):
+    pixels = np.maximum(smooth_pixels(12, 10), 1) * np.uint16(257) - np.uint16(1)
+    if suffix == "png":
+        (tmp_path / "a.png").write_bytes(png(pixels, 16, RGB))
+    else:
+        tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb")
+    image = read_image(tmp_path / f"a.{suffix}")
+    assert np.array_equal(image, pixels.astype(np.float32) / np.float32(65535))
 
 
 def test_float_tiff(tmp_path):
@@ -252,7 +258,7 @@ def test_unreadable_file(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [None, 5, 10**12])
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "ppm"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "ppm", "tif"])
 def test_pillows_limit_of_pixels_does_not_matter(tmp_path, monkeypatch, suffix, limit):
     path = save_image(tmp_path / f"a.{suffix}", smooth_pixels(20, 20))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

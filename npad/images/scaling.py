@@ -86,6 +86,9 @@ def resized(values: Image.Image | Array, white: int, size: tuple[int, int]) -> A
     if size_of(values) == size:
         return _channels_first(_fractions(_rows(values, 0, size[0]), white))
     if not isinstance(values, Image.Image) and values.dtype == np.uint8:
+        if values.ndim == 3 and values.shape[0] * values.shape[1] > ORDINARY:
+            # Pillow stores a colour in four bytes: a second image, and larger than the first.
+            return np.stack([resized(values[:, :, c], white, size) for c in range(3)])
         values = Image.fromarray(np.ascontiguousarray(values))
     if isinstance(values, Image.Image) and values.mode != "I;16":
         small = values.resize(size[::-1], BILINEAR)
