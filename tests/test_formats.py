@@ -719,6 +719,7 @@ OTHER_FILES = {
     "a JPEG XL image": b"\xff\x0a\x10",
     "a HEIC image": b"\0\0\0\x18ftypheic\0\0\0\0",
     "an AVIF image": b"\0\0\0\x18ftypavif\0\0\0\0",
+    "an AVIF image: not read": b"\0\0\0\x20ftypmif1\0\0\0\0mif1avifmiaf",
     "a Photoshop file": b"8BPS\0\1",
     "a DICOM file": bytes(128) + b"DICM",
     "a PDF file": b"%PDF-1.7",

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from npad import NPad, ops
 from npad.cli import prediction_files
 from npad.cli.prediction_files import PredictionFiles, find_inputs
 from npad.evaluation.overlay import draw_overlay
-from npad.images import read_image
+from npad.images import decoding, read_image
 from npad.scoring.prediction import Prediction
 
 Pixels = np.ndarray
@@ -127,12 +127,13 @@ def test_each_image_is_decoded_once_and_no_more_is_kept_than_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: Counter[str] = Counter()
-    open_image, add, make_file = Image.open, PredictionFiles.add, tempfile.TemporaryFile
+    find_reader, add = decoding.find_reader, PredictionFiles.add
+    make_file = tempfile.TemporaryFile
     seen, made = [], []
 
-    def count(path: Any, *args: Any, **rest: Any) -> Image.Image:
-        opened[str(path)] += 1
-        return open_image(path, *args, **rest)
+    def count(file: BinaryIO, name: str) -> Any:
+        opened[name] += 1
+        return find_reader(file, name)
 
     def look(self: PredictionFiles, prediction: Prediction) -> None:
         seen.append(len(prediction.images))
@@ -142,7 +143,7 @@ def test_each_image_is_decoded_once_and_no_more_is_kept_than_is_drawn(
         made.append(where)
         return make_file(**where)
 
-    monkeypatch.setattr(Image, "open", count)
+    monkeypatch.setattr(decoding, "find_reader", count)
     monkeypatch.setattr(PredictionFiles, "add", look)
     monkeypatch.setattr(tempfile, "TemporaryFile", make)
     succeed("predict", model, images, "-o", tmp_path, *options)
