@@ -17,6 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import encode, save_image, smooth_pixels
 from PIL import Image
+from written_files import (
+    GREY_ALPHA,
+    PALETTE,
+    RGB,
+    RGB_ALPHA,
+    adobe,
+    bmp,
+    bmp_rows,
+    chunk,
+    jpeg,
+    png,
+    pnm,
+)
 
 from npad.images import ImageError, ImageSource, Reading, read_image
 from npad.images import source as images_module
@@ -87,10 +100,15 @@ def test_big_endian_16_bit_tiff(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "a.tif")[..., 0], grey / 65535, rtol=1e-6)
 
 
-def test_16_bit_colour(tmp_path):
-    pixels = smooth_pixels(12, 10)
-    tifffile.imwrite(tmp_path / "a.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
-    np.testing.assert_allclose(read_image(tmp_path / "a.tif"), pixels / 255, rtol=1e-6)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_colour(tmp_path, suffix):
+    pixels = np.maximum(smooth_pixels(12, 10), 1) * np.uint16(257) - np.uint16(1)
+    if suffix == "png":
+        (tmp_path / "a.png").write_bytes(png(pixels, 16, RGB))
+    else:
+        tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb")
+    image = read_image(tmp_path / f"a.{suffix}")
+    assert np.array_equal(image, pixels.astype(np.float32) / np.float32(65535))
 
 
 def test_float_tiff(tmp_path):
@@ -239,7 +257,7 @@ def test_unreadable_file(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [None, 5, 10**12])
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "ppm"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "ppm", "tif"])
 def test_pillows_limit_of_pixels_does_not_matter(tmp_path, monkeypatch, suffix, limit):
     path = save_image(tmp_path / f"a.{suffix}", smooth_pixels(20, 20))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -259,20 +277,59 @@ EXIF = Image.Exif()
 EXIF[0x0112] = 6
 EXIF[0x010E] = "a longer description"
 
+GREY_PIXELS = smooth_pixels(24, 20, 1)[..., 0]
+RUNS = bytes([5, 7, 0, 3, 1, 2, 3, 0, 0, 0, 0, 2, 1, 2, 0, 0] * 20)
 SEEDS = [
     encode(smooth_pixels(24, 20), "JPEG", exif=EXIF),
     encode(smooth_pixels(24, 20), "PNG", exif=EXIF),
     encode(smooth_pixels(24, 20), "PNG"),
-    encode(smooth_pixels(24, 20, 1)[..., 0], "PNG"),
+    encode(GREY_PIXELS, "PNG"),
     encode(np.arange(480, dtype=np.uint16).reshape(24, 20), "PNG"),
     encode(smooth_pixels(24, 20), "JPEG"),
+    encode(smooth_pixels(24, 20), "JPEG", progressive=True),
     encode(smooth_pixels(24, 20), "BMP"),
     encode(smooth_pixels(24, 20), "TIFF"),
     encode(smooth_pixels(24, 20), "TIFF", compression="tiff_lzw"),
     encode(smooth_pixels(24, 20), "TIFF", compression="tiff_adobe_deflate"),
-    encode(np.float32(smooth_pixels(24, 20, 1)[..., 0]) / 255, "TIFF"),
+    encode(np.float32(GREY_PIXELS) / 255, "TIFF"),
     encode(smooth_pixels(24, 20), "WEBP"),
     encode(smooth_pixels(24, 20, 4), "WEBP", lossless=True),
+    png(smooth_pixels(24, 20, 4).astype(int) * 257, 16, RGB_ALPHA, interlaced=True),
+    png(
+        smooth_pixels(24, 20, 2).astype(int) * 257,
+        16,
+        GREY_ALPHA,
+        before=[chunk(b"sBIT", b"\x0c\x0c")],
+    ),
+    png(GREY_PIXELS // 64, 2, PALETTE, before=[chunk(b"PLTE", bytes(range(12)))]),
+    jpeg(smooth_pixels(3, 2, 4), extra=adobe(2)),
+    bmp(bmp_rows(GREY_PIXELS // 64, 2), 20, 24, 2, palette=bytes(range(16))),
+    bmp(
+        bmp_rows(GREY_PIXELS * 256.0, 16),
+        20,
+        -24,
+        16,
+        compression=3,
+        masks=bytes([0, 0xF8, 0, 0] * 3),
+    ),
+    bmp(
+        bytes([5, 7, 0, 3, 1, 2, 3, 0, 0, 2, 1, 9, 0, 0] * 20),
+        20,
+        24,
+        8,
+        compression=1,
+        palette=bytes(range(256)) * 4,
+    ),
+    bmp(
+        bytes([5, 7, 0, 3, 1, 2, 0, 0, 0, 2, 1, 9, 0, 0] * 20),
+        20,
+        24,
+        4,
+        compression=2,
+        palette=bytes(range(64)),
+    ),
+    *(pnm(kind, GREY_PIXELS // 128, None if kind in (1, 4) else 4095) for kind in (1, 2, 4, 5)),
+    pnm(6, smooth_pixels(24, 20), 255),
 ]
 
 
@@ -286,7 +343,18 @@ def damaged_files(draw):
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
 
 
-MAGIC = st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*"])
+MAGIC = st.sampled_from(
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"BM" + bytes(12) + b"\x28\0\0\0",
+        b"II*\0",
+        b"MM\0*",
+    ]
+    + [b"P%d 3 2 " % kind for kind in range(1, 7)]
+    + [b"RIFF0000WEBPVP8" + kind for kind in (b" ", b"L", b"X")]
+)
 
 
 @settings(max_examples=300, deadline=None)

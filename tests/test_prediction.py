@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from image_files import save_image, smooth_pixels
 from PIL import Image
 
 from npad import NPad, ops
-from npad.images import ImageSource, read_image
+from npad.images import ImageSource, decoding, read_image
 
 SIZE = (32, 48)
 SIZES = [(32, 48), (20, 31), (75, 50), (32, 48), (64, 96)]
@@ -172,13 +172,13 @@ def test_each_file_is_decoded_once(
     paths = [save_image(tmp_path / f"{i}.png", image) for i, image in enumerate(images)]
     (tmp_path / "2.png").write_bytes(b"no image")
     opened: list[Path] = []
-    original = Path.open
+    find_reader = decoding.find_reader
 
-    def count(path: Path, *args: Any, **options: Any) -> Any:
-        opened.append(path)
-        return original(path, *args, **options)
+    def count(file: BinaryIO, name: str) -> Any:
+        opened.append(Path(name))
+        return find_reader(file, name)
 
-    monkeypatch.setattr(Path, "open", count)
+    monkeypatch.setattr(decoding, "find_reader", count)
     prediction = model.predict(paths, keep_images=True, skip_bad=True, map_size="image")
     assert sorted(opened) == paths
     good = [i for i in range(len(paths)) if i != 2]

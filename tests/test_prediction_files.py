@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -133,12 +133,13 @@ def test_each_image_is_decoded_once_and_no_more_is_kept_than_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: Counter[str] = Counter()
-    open_image, add, make_file = decoding._open, PredictionFiles.add, tempfile.TemporaryFile
+    find_reader, add = decoding.find_reader, PredictionFiles.add
+    make_file = tempfile.TemporaryFile
     seen, made = [], []
 
-    def count(path: Path, name: str) -> Any:
-        opened[str(path)] += 1
-        return open_image(path, name)
+    def count(file: BinaryIO, name: str) -> Any:
+        opened[name] += 1
+        return find_reader(file, name)
 
     def look(self: PredictionFiles, prediction: Prediction) -> None:
         seen.append(len(prediction.images))
@@ -148,7 +149,7 @@ def test_each_image_is_decoded_once_and_no_more_is_kept_than_is_drawn(
         made.append(where)
         return make_file(**where)
 
-    monkeypatch.setattr(decoding, "_open", count)
+    monkeypatch.setattr(decoding, "find_reader", count)
     monkeypatch.setattr(PredictionFiles, "add", look)
     monkeypatch.setattr(tempfile, "TemporaryFile", make)
     succeed("predict", model, images, "-o", tmp_path, *options)

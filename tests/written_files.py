@@ -141,7 +141,7 @@ def jpeg(blocks, *, extra=b"", frame=0xC0, bits=8, identifiers=(1, 2, 3, 4)):
         ]
     )
     stream, before = [], [0] * channels
-    for block in np.round(blocks.reshape(-1, channels) - 128):
+    for block in np.round(blocks.reshape(-1, channels) - 128.0):
         for c, value in enumerate(block):
             step, before[c] = int(value - before[c]), int(value)
             n = abs(step).bit_length()

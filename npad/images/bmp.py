@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from npad.images.errors import ImageError
+from npad.images.pillow import decode_raw, read_array
 from npad.images.samples import Array, Reading, Samples, check_size
 
 __all__ = ["read_bmp"]
@@ -16,19 +17,21 @@ FILE_HEADER, MASKS_AT = 14, 54
 RAW, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS = 0, 1, 2, 3, 6
 OS2 = (16, 64)  # sizes of its second header, where 3 and 4 are other compressions
 # The bits of red, green and blue, where the file does not tell.
-MASKS = {16: (0x7C00, 0x3E0, 0x1F), 32: (0xFF0000, 0xFF00, 0xFF)}
+MASKS = {16: (0x7C00, 0x3E0, 0x1F)} | dict.fromkeys((24, 32), (0xFF0000, 0xFF00, 0xFF))
+RAMP = np.arange(256)[:, None].repeat(3, 1)  # a palette of grey that is no palette
+MAX_HEAD = 4096  # bytes that hold header, masks and palette
 
 
 def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Samples:
     """Read a BMP: palettes, also run-length encoded, and 16 to 32 bits a pixel, alpha dropped."""
-    data = file.read()
-    start, size = struct.unpack_from("<II", data, 10)
+    head = file.read(MAX_HEAD)
+    start, size = struct.unpack_from("<II", head, 10)
     end = FILE_HEADER + size  # of the header
     if size == 12:
-        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        width, height, _, bits = struct.unpack_from("<HHHH", head, 18)
         compression, n_colours, colour_bytes = RAW, 0, 3
     else:
-        header = data[18:end].ljust(32, b"\0")  # OS/2 leaves off what is zero
+        header = head[18:end].ljust(32, b"\0")  # OS/2 leaves off what is zero
         width, height, _, bits, compression, n_colours = struct.unpack_from("<iiHHI12xI", header)
         colour_bytes = 4
     known = (RAW, RLE8, RLE4) if size in OS2 else (RAW, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS)
@@ -38,38 +41,35 @@ def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Samples:
         )
     top_down, height = height < 0, abs(height)
     check_size(width, height, name, reading)
-    if bits > 8:
-        n_colours = 0
-    elif not n_colours:
-        n_colours = 1 << bits
+    n_colours = 0 if bits > 8 else n_colours or 1 << bits
     if start <= end:  # some writers forget the palette, or all of it
         start = end + n_colours * colour_bytes
+    masks = MASKS.get(bits, ())
+    if bits > 8 and compression != RAW:
+        masks = struct.unpack_from("<III", head, MASKS_AT)
+        masks = masks if any(masks) else MASKS[bits]
 
+    palette = np.frombuffer(head[end : min(start, end + n_colours * colour_bytes)], np.uint8)
+    palette = palette[: len(palette) // colour_bytes * colour_bytes].reshape(-1, colour_bytes)
+    colours = palette[:, 2::-1]
+    file.seek(start)
+    stride = (width * bits + 31) // 32 * 4
+    step = 1 if top_down else -1
+    if bits >= 24 and masks == MASKS[bits]:
+        stored = "BGR" if bits == 24 else "BGRX"
+        return Samples(decode_raw("RGB", (width, height), file, stored, stride, step))
+    if bits == 8 and compression == RAW and np.array_equal(colours, RAMP):
+        return Samples(decode_raw("L", (width, height), file, "L", stride, step))
     if compression in (RLE8, RLE4):
-        rows = _run_lengths(data, start, width, height, nibbles=compression == RLE4)
+        rows = _run_lengths(file.read(), width, height, nibbles=compression == RLE4)
         bits = 8
     else:
-        stride = (width * bits + 31) // 32 * 4
-        if len(data) >= start + stride * (height - 1) + (width * bits + 7) // 8:
-            data = data.ljust(start + stride * height, b"\0")  # some do not fill up the last row
-        rows = np.frombuffer(data, np.uint8, stride * height, start).reshape(height, stride)
-    if not top_down:
-        rows = rows[::-1]
-
-    if bits <= 8:
-        palette = np.frombuffer(data[end : min(start, end + n_colours * colour_bytes)], np.uint8)
-        palette = palette[: len(palette) // colour_bytes * colour_bytes]
-        return Samples(_look_up(rows, bits, width, palette.reshape(-1, colour_bytes)[:, 2::-1]))
-    if bits == 24:
-        return Samples(rows[:, : 3 * width].reshape(height, width, 3)[:, :, ::-1])
-    masks = MASKS[bits]
-    if compression != RAW:
-        masks = struct.unpack_from("<III", data, MASKS_AT)
-        masks = masks if any(masks) else MASKS[bits]
-    if masks == MASKS[32]:
-        return Samples(rows[:, : 4 * width].reshape(height, width, 4)[:, :, 2::-1])
-    packed = rows[:, : width * bits // 8].view(f"<u{bits // 8}")
-    return _unpack(packed, masks, name)
+        filling = stride - (width * bits + 7) // 8  # the last row may lack it
+        rows = read_array(file, (height, stride), np.dtype(np.uint8), filling)
+    rows = rows[::step]
+    if bits > 8:
+        return _unpack(rows[:, : width * bits // 8].view(f"<u{bits // 8}"), masks, name)
+    return Samples(_look_up(rows, bits, width, colours))
 
 
 def _look_up(rows: Array, bits: int, width: int, colours: Array) -> Array:
@@ -82,7 +82,7 @@ def _look_up(rows: Array, bits: int, width: int, colours: Array) -> Array:
     grey = colours[:, 0]
     if not (colours == grey[:, None]).all():
         return colours[indices]
-    return indices if np.array_equal(grey, np.arange(256)) else grey[indices]
+    return grey[indices]
 
 
 def _unpack(packed: Array, masks: tuple[int, ...], name: str) -> Samples:
@@ -100,10 +100,10 @@ def _unpack(packed: Array, masks: tuple[int, ...], name: str) -> Samples:
     return Samples(out, whites[0] if deep else None)
 
 
-def _run_lengths(data: bytes, start: int, width: int, height: int, *, nibbles: bool) -> Array:
+def _run_lengths(data: bytes, width: int, height: int, *, nibbles: bool) -> Array:
     """Rows of one byte per pixel, in the order of the file; pixels that are skipped are 0."""
     out = bytearray(width * height)
-    at, x, y = start, 0, 0
+    at, x, y = 0, 0, 0
     while y < height - 1 or (y == height - 1 and x < width):
         n, value = data[at], data[at + 1]
         at += 2

@@ -30,12 +30,12 @@ from npad.images.samples import (
     StrPath,
     TooLargeError,
 )
-from npad.images.scaling import as_pixels, is_constant, resized, white_level
+from npad.images.scaling import as_pixels, is_constant, resized, size_of, white_level
 
 __all__ = ["Loaded", "load", "read_image"]
 
 DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
-LARGE = 1 << 25  # pixels, of which one image is held at a time
+LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
 _one_large = threading.Lock()
 
 
@@ -141,15 +141,13 @@ def _load(
 ) -> Loaded:
     values = samples.values
     white, undeclared = white_level(samples, name, reading)
-    small = resized(values, white, image_size)
     out = np.empty((3, *image_size), np.float32)
-    out[:] = small  # grey is broadcast
-    size = values.size[::-1] if isinstance(values, Image.Image) else values.shape[:2]
+    out[:] = resized(values, white, image_size)  # grey is broadcast
     return Loaded(
         torch.from_numpy(out),
-        samples.size or (size[0], size[1]),
+        samples.size or size_of(values),
         as_pixels(values, white) if keep_pixels else None,
-        constant=is_constant(values, small),
+        constant=is_constant(values, out),
         undeclared=undeclared,
         n_pages=samples.n_pages,
     )
@@ -179,10 +177,14 @@ def _samples(
 def _open(image: StrPath | bytes, name: str) -> BinaryIO:
     if isinstance(image, bytes):
         return io.BytesIO(image)
-    mode = Path(image).stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe is to wait for its writer
+    path = Path(image)
+    about = path.stat()
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+        # To open a pipe is to wait for its writer.
         raise ImageError(name, "a pipe, a device or a socket: pass the bytes that come from it")
-    return Path(image).open("rb")
+    if about.st_size > LARGE:
+        return path.open("rb")
+    return io.BytesIO(path.read_bytes())  # at once, as a file server likes it
 
 
 def _reason(error: Exception) -> str:

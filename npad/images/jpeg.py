@@ -10,6 +10,7 @@ from PIL import Image
 
 from npad.images.errors import ImageError
 from npad.images.orientation import TURNS_AXES, exif_orientation, upright, xmp_orientation
+from npad.images.pillow import blocks, decode
 from npad.images.samples import Reading, Samples, check_size
 
 __all__ = ["read_jpeg"]
@@ -38,11 +39,10 @@ def read_jpeg(
     least : (height, width), optional
         Decode at a half, a quarter or an eighth of the size, if that is at least twice this.
     """
-    data = file.read()
     frame = None
     adobe, n_pages = False, 1
     orientation = of_xmp = None
-    for marker, body in _segments(data):
+    for marker, body in _segments(file):
         if marker in OTHER_FRAMES:
             raise ImageError(
                 name, f"a {OTHER_FRAMES[marker]} image: not read; save it as PNG or TIFF"
@@ -77,31 +77,32 @@ def read_jpeg(
         spare = min(height // rows, width // columns) // 2
         reduction = max(factor for factor in (1, 2, 4, 8) if factor <= max(spare, 1))
     reduced = (-(-width // reduction), -(-height // reduction))
-    image = Image.frombytes(mode, reduced, data, "jpeg", stored, "", reduction, 0)
+    file.seek(0)
+    image = decode(mode, reduced, blocks(file), "jpeg", stored, "", reduction, 0)
     if mode == "CMYK":
         image = image.convert("RGB")
+    if width % reduction or height % reduction:  # the last pixels are not filled: stretch the rest
+        box = (0, 0, width / reduction, height / reduction)
+        reduced = (width // reduction, height // reduction)
+        image = image.resize(reduced, Image.Resampling.BILINEAR, box)
     sides = (width, height) if orientation in TURNS_AXES else (height, width)
     return Samples(
         upright(image, orientation), n_pages=n_pages, size=sides if reduction > 1 else None
     )
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _segments(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Marker and body of each segment before the first scan."""
-    at = 2
-    while True:
-        at = data.index(0xFF, at)  # there may be rubbish between segments
-        while data[at] == 0xFF:
-            at += 1
-        marker = data[at]
-        at += 1
-        if marker == START_OF_SCAN:
-            return
-        if marker == 0 or marker in BARE:
-            continue
-        (length,) = struct.unpack_from(">H", data, at)
-        yield marker, data[at + 2 : at + length]
-        at += length
+    file.seek(2)
+    marker = 0
+    while marker != START_OF_SCAN:
+        while file.read(1)[0] != 0xFF:  # there may be rubbish between segments
+            pass
+        while (marker := file.read(1)[0]) == 0xFF:
+            pass
+        if marker != 0 and marker not in BARE:
+            (length,) = struct.unpack(">H", file.read(2))
+            yield marker, file.read(length - 2)
 
 
 def _n_pictures(index: bytes) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -11,25 +15,30 @@ from npad.images.errors import ImageError
 from npad.images.orientation import TAG, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["read_pillow", "to_array"]
+__all__ = ["blocks", "decode", "decode_raw", "read_array", "read_pillow", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
 MODES |= {"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-BAND = 1 << 22  # pixels
+ORDINARY = 1 << 24  # pixels of an image that is converted in one piece
+BAND = 1 << 21  # pixels of a piece of a larger one
+BLOCK = 1 << 20  # bytes
 
 
 def read_pillow(image: Image.Image, name: str, reading: Reading) -> Samples:
     """Take an image in memory: its mode says what its values are, its EXIF how it is turned."""
     check_size(image.width, image.height, name, reading)
+    n_pages = 1
+    if image.tell() == 0:  # else the program has chosen a page
+        with suppress(Exception):
+            n_pages = getattr(image, "n_frames", 1)
     _load(image)
-    n_pages = getattr(image, "n_frames", 1)
     orientation = _orientation(image)
     while image.mode in MODES:
         image = image.convert(MODES[image.mode])
     values: Image.Image | Array = image
     if image.mode.startswith("I;16"):
-        values = to_array(image).astype(np.uint16, copy=False)
+        values = image if image.mode == "I;16" else to_array(image)
     elif image.mode == "F":
         values = to_array(image)
     elif image.mode not in ("L", "RGB"):
@@ -60,11 +69,66 @@ def _orientation(image: Image.Image) -> int | None:
     return orientation if orientation in range(1, 9) else None
 
 
+def decode(
+    mode: str, size: tuple[int, int], parts: Iterable[bytes], decoder: str, *args: str | int
+) -> Image.Image:
+    """The image that one of Pillow's decoders makes of data that come in parts.
+
+    Pillow's classes for files would do so too, but heed what the program has set for all: the limit
+    of pixels, and whether what is missing from a file is made up.
+    """
+    image = Image.new(mode, size)
+    work = Image._getdecoder(mode, decoder, args)
+    work.setimage(image.im, (0, 0, *size))
+    data = b""
+    for part in parts:
+        data += part
+        n_used, error = work.decode(data)
+        if error:
+            raise ValueError("the image data are wrong")
+        if n_used < 0:
+            return image
+        data = data[n_used:]
+    raise ValueError("not enough image data")
+
+
+def decode_raw(
+    mode: str, size: tuple[int, int], file: BinaryIO, stored: str, stride: int, step: int = 1
+) -> Image.Image:
+    """The image of the rows that are next in a file; a step of -1 begins at the last."""
+    start = file.tell()
+    if file.seek(0, os.SEEK_END) - start < stride * (size[1] - 1):  # before there is memory for it
+        raise ValueError("not enough image data")
+    file.seek(start)
+    return decode(mode, size, blocks(file), "raw", stored, stride, step)
+
+
+def blocks(file: BinaryIO, n_bytes: int | None = None) -> Iterator[bytes]:
+    """What is next in a file, or so many bytes of it, a piece at a time."""
+    while n_bytes is None or n_bytes > 0:
+        block = file.read(BLOCK if n_bytes is None else min(n_bytes, BLOCK))
+        if not block:
+            return
+        n_bytes = None if n_bytes is None else n_bytes - len(block)
+        yield block
+
+
+def read_array(
+    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[np.generic], spare: int = 0
+) -> Array:
+    """What is next in a file, without a second copy of it; the last bytes may be missing."""
+    array = np.empty(shape, dtype)
+    n_read = cast("io.BufferedIOBase", file).readinto(array.view(np.uint8).data)
+    if n_read < array.nbytes - spare:
+        raise ValueError("not enough image data")
+    return array
+
+
 def to_array(image: Image.Image, out: Array | None = None) -> Array:
     """The pixels of an image, copied a band at a time: NumPy makes two more copies on the way."""
-    step = max(1, BAND // image.width)
-    if out is None and image.height <= step:
+    if out is None and image.width * image.height <= ORDINARY:
         return np.asarray(image)
+    step = max(1, BAND // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step, image.height)
         band = np.asarray(image.crop((0, top, image.width, bottom)))

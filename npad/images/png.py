@@ -14,7 +14,7 @@ from PIL import Image
 
 from npad.images.errors import ImageError
 from npad.images.orientation import exif_orientation, upright, xmp_orientation
-from npad.images.pillow import to_array
+from npad.images.pillow import ORDINARY, blocks, decode, to_array
 from npad.images.samples import Array, Reading, Samples, check_size
 
 __all__ = ["read_png"]
@@ -48,41 +48,45 @@ def read_png(file: BinaryIO, name: str, reading: Reading) -> Samples:
     an inspection image is what the camera saw.
     """
     chunks: dict[bytes, bytes] = {}  # the first of each kind
-    pixels: list[memoryview] = []
     texts: list[bytes] = []
+    pixels: list[tuple[int, int]] = []  # where they are in the file
     first_frame = 0  # of an animation: 1 where its frames begin with the pixels that are read
-    for kind, body in _chunks(file.read()):
+    for kind, start, length in _chunks(file):
         if kind == b"IDAT":
             first_frame = first_frame if pixels else int(b"fcTL" in chunks)
-            pixels.append(body)
+            pixels.append((start, length))
         elif kind in TEXT:
-            texts.append(_text(kind, bytes(body)))
+            texts.append(_text(kind, file.read(length)))
         elif kind != b"fdAT":
-            chunks.setdefault(kind, bytes(body))
+            chunks.setdefault(kind, file.read(length))
     width, height, bits, colour, *methods = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     if methods[:2] != [0, 0]:
         raise ImageError(name, "a PNG of an unknown compression: save it again")
     check_size(width, height, name, reading)
-    stream = b"".join(pixels)
-    pixels.clear()  # and with them the bytes of the file
 
-    def decode(mode: str, stored: str) -> Image.Image:
-        return Image.frombytes(mode, (width, height), stream, "zip", stored, methods[2])
+    def stream() -> Iterator[bytes]:
+        for start, length in pixels:
+            file.seek(start)
+            yield from blocks(file, length)
+
+    def decoded(mode: str, stored: str) -> Image.Image:
+        return decode(mode, (width, height), stream(), "zip", stored, methods[2])
 
     values: Image.Image | Array
     if (bits, colour) == (16, GREY):
-        values = to_array(decode("I;16", "I;16B"))
+        deep = decoded("I;16", "I;16B")
+        values = deep if width * height > ORDINARY else np.asarray(deep)
     elif (bits, colour) == (16, GREY_ALPHA):
-        two = to_array(decode("RGBA", "RGBA")).view(">u2")  # two bytes of grey, two of alpha
+        two = to_array(decoded("RGBA", "RGBA")).view(">u2")  # two bytes of grey, two of alpha
         values = two[:, :, 0].astype(np.uint16)
     elif bits == 16 and colour in BYTES:
         values = np.empty((height, width, 3, 2), np.uint8)
         for byte, stored in enumerate(BYTES[colour]):
-            to_array(decode("RGB", stored), values[..., byte])
+            to_array(decoded("RGB", stored), values[..., byte])
         values = values.view("<u2")[..., 0].astype(np.uint16, copy=False)
     else:
         mode, stored = MODES[bits, colour]
-        values = decode(mode, stored)
+        values = decoded(mode, stored)
         if mode == "P":
             values = _look_up(values, chunks[b"PLTE"], name)
         elif mode in ("1", "LA"):
@@ -97,20 +101,25 @@ def read_png(file: BinaryIO, name: str, reading: Reading) -> Samples:
     return Samples(upright(values, _orientation(chunks, texts)), white, n_pages)
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Kind and body of each chunk, as far as the data go."""
-    view, at = memoryview(data), 8
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        body = view[at + 8 : at + 8 + length]
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and length of each chunk's data, at which the file stands, as far as it goes."""
+    at = 8
+    while len(head := _read_at(file, at, 8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
         if kind in (b"IHDR", b"PLTE"):  # the pixels have a check sum of their own
-            (expected,) = struct.unpack_from(">I", data, at + 8 + length)
-            if zlib.crc32(body, zlib.crc32(kind)) != expected:
+            data = file.read(length)
+            if file.read(4) != struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))):
                 raise ValueError(f"wrong check sum of {kind.decode()}")
-        yield kind, body
+            file.seek(at + 8)
+        yield kind, at + 8, length
         if kind == b"IEND":
             return
         at += 12 + length
+
+
+def _read_at(file: BinaryIO, at: int, n: int) -> bytes:
+    file.seek(at)
+    return file.read(n)
 
 
 def _text(kind: bytes, body: bytes) -> bytes:
@@ -160,8 +169,8 @@ def _as_written(
 
 def _look_up(indices: Image.Image, palette: bytes, name: str) -> Image.Image:
     """The colours, of three bytes each, that a palette has for each pixel of an image of one byte."""
-    _, last = indices.getextrema()
-    if last >= len(palette) // 3:  # type: ignore[operator]
+    n_colours = len(palette) // 3
+    if n_colours < 256 and np.asarray(indices).max() >= n_colours:
         raise ImageError(name, "damaged: a pixel's colour is not in the palette; replace it")
     indices.putpalette(palette[:768])
     return indices.convert("RGB")

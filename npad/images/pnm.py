@@ -6,7 +6,9 @@ import re
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from npad.images.pillow import decode_raw, read_array
 from npad.images.samples import Array, Reading, Samples, check_size
 
 __all__ = ["read_pnm"]
@@ -15,6 +17,7 @@ NUMBER = rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})"  # a comment may stand before any 
 HEADER = re.compile(rb"P(?:([14])|([2356]))" + NUMBER + NUMBER + rb"(?(2)" + NUMBER + rb"|)\s")
 COMMENT = re.compile(rb"#[^\r\n]*")
 DIGITS, SPACES = b"0123456789", b" \t\r\n\v\f"
+MAX_HEADER = 1 << 16
 
 
 class _Header(NamedTuple):
@@ -43,44 +46,56 @@ def read_pnm(file: BinaryIO, name: str, reading: Reading) -> Samples:
 
     White is maxval. But 65535 says nothing: it is written whatever the camera fills.
     """
-    data = file.read()
-    header = _header(data, 0)
+    header = _header(file, 0)
     if header is None or not 0 < header.maxval < 65536 or 0 in header.shape:
         raise ValueError("its header cannot be read")
     height, width = header.shape[:2]
     check_size(width, height, name, reading)
-    values = _from_text(data, header) if header.kind <= 3 else _from_bytes(data, header)
+    text, maxval = header.kind <= 3, header.maxval
+    values: Image.Image | Array
+    if text:
+        values = _from_text(file.read(), header)
+    elif maxval == 255:
+        mode = "RGB" if header.kind == 6 else "L"
+        values = decode_raw(mode, (width, height), file, mode, header.row)
+    else:
+        values = _from_bytes(file, header)
     n_pages, last = 1, header
-    while header.kind > 3 and (following := _header(data, last.end)):
+    while not text and (following := _header(file, last.end)):
         n_pages, last = n_pages + 1, following
+    if isinstance(values, Image.Image):
+        return Samples(values, n_pages=n_pages)
     if header.kind in (1, 4):
         return Samples(np.where(values, np.uint8(0), np.uint8(255)), n_pages=n_pages)  # 1 is black
-    if header.maxval == 255 and values.max() <= 255:
-        return Samples(values.astype(np.uint8, copy=False), n_pages=n_pages)
+    if maxval == 255 and values.max() <= 255:
+        return Samples(values.astype(np.uint8))
     values = values if values.dtype.type is np.uint16 else values.astype(np.uint16)
-    return Samples(values, None if header.maxval == 65535 else header.maxval, n_pages)
+    return Samples(values, None if maxval == 65535 else maxval, n_pages)
 
 
-def _header(data: bytes, at: int) -> _Header | None:
-    found = HEADER.match(data, at)
+def _header(file: BinaryIO, at: int) -> _Header | None:
+    """The header there, with the file at its end."""
+    file.seek(at)
+    found = HEADER.match(file.read(MAX_HEADER))
     if found is None:
         return None
+    file.seek(at + found.end())
     kind = int(found[1] or found[2])
     width, height = int(found[3]), int(found[4])
     shape = (height, width, 3) if kind in (3, 6) else (height, width)
-    return _Header(kind, shape, int(found[5] or 1), found.end())
+    return _Header(kind, shape, int(found[5] or 1), at + found.end())
 
 
-def _from_bytes(data: bytes, header: _Header) -> Array:
+def _from_bytes(file: BinaryIO, header: _Header) -> Array:
     height, width = header.shape[:2]
-    rows = np.frombuffer(data, header.dtype, height * header.row, header.start)
+    rows = read_array(file, (height, header.row), header.dtype)
     if header.kind == 4:
-        return np.unpackbits(rows.reshape(height, -1), axis=1, count=width)
+        return np.unpackbits(rows, axis=1, count=width)
     return rows.reshape(header.shape)
 
 
-def _from_text(data: bytes, header: _Header) -> Array:
-    text = COMMENT.sub(b"", data[header.start :])
+def _from_text(text: bytes, header: _Header) -> Array:
+    text = COMMENT.sub(b"", text)
     if text.translate(None, SPACES + (b"01" if header.kind == 1 else DIGITS)):
         raise ValueError("there is more than numbers in it")
     n = int(np.prod(header.shape))
@@ -90,4 +105,6 @@ def _from_text(data: bytes, header: _Header) -> Array:
         values = np.fromstring(text.decode(), np.int64, sep=" ")
         if values[:n].max(initial=0) > 65535:
             raise ValueError("a value is above 65535")
+    if len(values) < n:
+        raise ValueError("not enough image data")
     return values[:n].reshape(header.shape)

@@ -55,7 +55,7 @@ class Samples:
 
     Attributes
     ----------
-    values : Pillow image of mode L or RGB; or (H, W) or (H, W, 3) of uint8, uint16 or float32
+    values : Pillow image of mode L, RGB or I;16; or (H, W) or (H, W, 3) of uint8, uint16 or float32
         A grey image has two axes. Zero is black. Alpha is gone, palettes are looked up.
     white : int or None
         The value of white in uint16, where the file says it; None where it does not. Of uint8 it

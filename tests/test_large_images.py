@@ -1,0 +1,188 @@
+"""Images of many pixels: in pieces, at a reduced size, one at a time, in little memory."""
+
+import io
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+from image_files import encode, smooth_pixels
+from PIL import Image
+from written_files import GREY, as_stored, exif, png, segment
+
+from npad.images import ImageError, Reading, decoding, scaling
+from npad.images.decoding import load
+from npad.images.jpeg import read_jpeg
+from npad.images.samples import AS_IT_SAYS
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Everything is large, and a piece is a few rows."""
+    monkeypatch.setattr(scaling, "ORDINARY", 0)
+    monkeypatch.setattr(scaling, "BAND", 400)
+
+
+def kinds(pixels):
+    """The same image in every form that a reader hands out."""
+    grey = np.ascontiguousarray(pixels[..., 0])
+    yield from (pixels, grey, Image.fromarray(pixels), Image.fromarray(grey))
+    yield from (pixels.astype(np.uint16) * 257, Image.fromarray(grey.astype(np.uint16) * 257))
+    yield from (pixels.astype(">u2") * 257, (pixels / 255).astype(np.float32), grey[::-1] / 255)
+
+
+@pytest.mark.parametrize("kind", range(9))
+@pytest.mark.parametrize("shape", [(131, 40), (40, 131), (64, 64)])
+@pytest.mark.parametrize("size", [(16, 16), (7, 50), (64, 64), (200, 90), (131, 11)])
+def test_pieces_make_the_whole(shape, size, kind, monkeypatch):
+    values = list(kinds(smooth_pixels(*shape)))[kind]
+    white = 255 if kind < 4 else 65535 if kind < 7 else 1
+    expected = scaling.resized(values, white, size)
+    pixels = scaling.as_pixels(values, white)
+    monkeypatch.setattr(scaling, "ORDINARY", 0)
+    for band in (1, 400, 2000):
+        monkeypatch.setattr(scaling, "BAND", band)
+        small = scaling.resized(values, white, size)
+        assert small.shape == expected.shape
+        np.testing.assert_allclose(small, expected, atol=0 if kind < 4 else 2e-6)
+        again = scaling.as_pixels(values, white)
+        assert again.dtype == pixels.dtype
+        assert np.array_equal(again, pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["grey", "colour"])
+def test_large_jpegs_are_decoded_at_a_reduced_size(mode, orientation, monkeypatch):
+    upright = smooth_pixels(250, 330, 3 if mode == "colour" else 1).squeeze()
+    data = encode(np.ascontiguousarray(as_stored(upright, orientation)), "JPEG", quality=95)
+    data = data[:2] + segment(0xE1, b"Exif\0\0" + exif(orientation)) + data[2:]
+    expected = load(data, "a", (20, 20))
+    monkeypatch.setattr(decoding, "LARGE", 1000)
+    reduced = read_jpeg(io.BytesIO(data), "a", AS_IT_SAYS, least=(20, 20))
+    assert (reduced.values.height, reduced.values.width) == (62, 82)  # a quarter
+    loaded = load(data, "a", (20, 20))
+    assert loaded.size == expected.size == (250, 330)
+    assert (loaded.tensor - expected.tensor).abs().max() < 0.02
+    kept = load(data, "a", (20, 20), keep_pixels=True)
+    assert kept.pixels.shape == (250, 330, 3)
+    assert np.array_equal(kept.tensor, expected.tensor)
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"),
+    [((16, 16), 8), ((32, 32), 4), ((33, 16), 2), ((64, 64), 2), ((65, 9), 1), ((300, 300), 1)],
+)
+def test_a_reduced_size_is_twice_what_is_needed(size, factor):
+    data = encode(smooth_pixels(256, 256), "JPEG")
+    samples = read_jpeg(io.BytesIO(data), "a", AS_IT_SAYS, least=size)
+    assert samples.values.size == (256 // factor, 256 // factor)
+    assert samples.size == (None if factor == 1 else (256, 256))
+
+
+def test_ordinary_images_are_not_reduced():
+    data = encode(smooth_pixels(256, 256), "JPEG")
+    whole = Image.open(io.BytesIO(data)).resize((16, 16), Image.Resampling.BILINEAR)
+    expected = np.asarray(whole, np.float32) / 255
+    assert np.array_equal(load(data, "a", (16, 16)).tensor.permute(1, 2, 0), expected)
+
+
+def test_limit_of_pixels(monkeypatch):
+    data = png(np.zeros((30, 40), int), 8, GREY)
+    for large in (100, 5000):
+        monkeypatch.setattr(decoding, "LARGE", large)
+        assert load(data, "a", (8, 8), Reading(max_pixels=1200)).size == (30, 40)
+        with pytest.raises(
+            ImageError, match=r"40 x 30 pixels are more than 1199 .* max_pixels=1200"
+        ):
+            load(data, "a", (8, 8), Reading(max_pixels=1199))
+
+
+def test_one_large_image_at_a_time(monkeypatch):
+    monkeypatch.setattr(decoding, "LARGE", 1000)
+    resized, now, most = decoding.resized, [], []
+
+    def slow(values, white, size):
+        now.append(size)
+        most.append(len(now))
+        time.sleep(0.01)
+        now.pop()
+        return resized(values, white, size)
+
+    monkeypatch.setattr(decoding, "resized", slow)
+
+    def most_at_once(data):
+        most.clear()
+        threads = [threading.Thread(target=load, args=(data, "a", (8, 8))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(most) == 8
+        return max(most)
+
+    assert most_at_once(png(np.zeros((40, 40), int), 8, GREY)) == 1
+    assert most_at_once(png(np.zeros((20, 20), int), 8, GREY)) > 1
+    with pytest.raises(ImageError):
+        load(png(np.zeros((40, 40), int), 8, GREY)[:60], "a", (8, 8))
+    assert not decoding._one_large.locked()
+
+
+FILES = {
+    # Bytes for each pixel, of which Pillow needs four for a colour.
+    "grey.png": 1,
+    "colour.png": 4,
+    "deep.png": 2,
+    "deep.pgm": 2,
+    "grey.bmp": 1,
+    "colour.bmp": 4,
+    "grey.jpg": 0,
+    "colour.jpg": 0,
+}
+
+
+def write_large(path, side):
+    """Something that is compressed fast."""
+    ramp = np.arange(side, dtype=np.uint16) // 32 % 256
+    grey = np.broadcast_to(np.uint8(ramp), (side, side))
+    if path.name == "deep.pgm":
+        deep = np.broadcast_to(ramp * 16, (side, side)).astype(">u2")
+        path.write_bytes(b"P5 %d %d 4095\n" % (side, side) + deep.tobytes())
+    elif path.name == "deep.png":
+        Image.fromarray(np.ascontiguousarray(np.broadcast_to(ramp * 257, (side, side)))).save(
+            path, compress_level=1
+        )
+    else:
+        pixels = grey if "grey" in path.name else np.broadcast_to(grey[..., None], (side, side, 3))
+        options = {"compress_level": 1} if path.suffix == ".png" else {}
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path, **options)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process, set back")
+def test_memory_of_large_images(tmp_path):
+    side = 6400  # 41 megapixels
+    for name in FILES:
+        write_large(tmp_path / name, side)
+    script = """
+        import re, sys
+        from pathlib import Path
+        from npad.images.decoding import load
+
+        def megabytes(which):
+            status = Path("/proc/self/status").read_text()
+            return int(re.search(which + r":\\s*(\\d+)", status)[1]) / 1024
+
+        for path in sys.argv[1:]:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = megabytes("VmRSS")
+            assert load(path, "a", (256, 256)).size == (6400, 6400)
+            print(megabytes("VmHWM") - before)
+    """
+    paths = [str(tmp_path / name) for name in FILES]
+    command = [sys.executable, "-c", textwrap.dedent(script), *paths]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    peaks = dict(zip(FILES, map(float, told), strict=True))
+    most = {name: size * side**2 / 2**20 + 50 for name, size in FILES.items()}
+    assert {name: peak for name, peak in peaks.items() if peak > most[name]} == {}
