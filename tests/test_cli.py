@@ -177,6 +177,26 @@ def test_predict(category, model, tmp_path):
     assert files(out) == named
 
 
+def test_options_of_predict_reach_the_model(category, model, tmp_path, monkeypatch):
+    used = []
+    batches = NPad.predict_batches
+
+    def look(self, *args, **options):
+        used.append((self.batch_size, self.max_pixels))
+        return batches(self, *args, **options)
+
+    monkeypatch.setattr(NPad, "predict_batches", look)
+    command = ("predict", model, category / "test", "-o", tmp_path)
+    succeed(*command)
+    succeed(*command, "--batch-size", "2", "--max-pixels", "5000")
+    kept = NPad.load(model)
+    assert used == [(kept.batch_size, kept.max_pixels), (2, 5000)]
+    shown = re.sub(r"\s+", " ", npad("predict", "--help").out)
+    for argument in ARGUMENTS:
+        if argument.name in ("batch_size", "max_pixels"):
+            assert f"{argument.values} {argument.help} [default: " in shown
+
+
 def test_overlays_are_hottest_where_the_map_is_and_share_a_scale(category, model, tmp_path):
     succeed(
         "predict", model, category / "test", "-o", tmp_path, "--maps", "--color-range", "1e8,2e8"
@@ -439,6 +459,8 @@ def test_quiet(category, model, tmp_path):
         (("predict", "{model}", "-o", "{tmp}/out"), "PATH"),
         (("predict", "{model}", "{tmp}/none", "-o", "{tmp}/out"), "none"),
         (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--color-range", "2,1"), "LOW,HIGH"),
+        (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--max-pixels", "0"), "max_pixels"),
+        (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--batch-size", "x"), "--batch-size"),
         (
             ("predict", "{model}", "{train}", "-o", "{tmp}/out", "--device", "cuda:99"),
             "--device 'cpu'",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from command_line import SMALL, disk_of, fail, succeed
 from image_files import save_image, smooth_pixels
@@ -71,9 +73,11 @@ def heat_at(map_: Pixels, size: tuple[int, int], low: float, high: float) -> Pix
     )
 
 
+@pytest.mark.parametrize("band", [1, 300, prediction_files._BAND])  # rows at once: 1, some, all
 def test_pictures_are_made_of_the_models_maps_and_the_images(
-    images: Path, model: Path, tmp_path: Path
+    band: int, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prediction_files, "_BAND", band)
     succeed("predict", model, images, "-o", tmp_path, "--maps")
     fitted = NPad.load(model)
     own, at_images = fitted.predict(images, map_size="model"), fitted.predict(images)
@@ -261,6 +265,30 @@ def test_nothing_is_left_in_the_folder_of_pictures(
     with files:
         files.add(prediction)
     assert names(tmp_path / "overlays") == {"a.png"}
+
+
+def test_a_large_image_is_drawn_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the image and its picture, less than a map at the size of the image would take."""
+    height, width = 8000, 1000
+    monkeypatch.setattr(prediction_files, "_BAND", 1 << 16)
+    files = PredictionFiles(
+        tmp_path, {"a": Path("a")}, maps=True, overlays=True, color_range=(0, 1), progress=False
+    )
+    map_ = np.random.default_rng(0).random((64, 64), np.float32)
+    image = np.zeros((height, width, 3), np.uint8)
+    one = Prediction(np.zeros(1), [map_], ["a"], sizes=[(height, width)], images=[image])
+    tracemalloc.start()
+    try:
+        with files:
+            files.add(one)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < height * width * 4 / 2  # of NumPy and Python; Pillow's picture is not counted
+    assert tifffile.imread(tmp_path / "maps/a.tiff").shape == (height, width)
+    assert read(tmp_path / "overlays/a.png").shape == (height, width, 3)
 
 
 def test_the_mode_of_a_picture_follows_the_umask(tmp_path: Path) -> None:
