@@ -337,7 +337,7 @@ def test_a_wrong_mask_is_met_before_any_category_is_fitted(category, tmp_path):
         shutil.copytree(category, root / name)
     mask = save_image(root / "nut/ground_truth/hole/001_mask.png", np.zeros((8, 64), np.uint8))
     fail(1, "evaluate", root, "-o", tmp_path / "out", *SMALL, says=[mask, "8 x 64"])
-    assert not files(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("always")
