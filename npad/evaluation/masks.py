@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from npad.images.errors import ImageError
 from npad.images.folders import find_images
 from npad.images.orientation import upright
 from npad.images.samples import Array, Reading, StrPath
+from npad.settings import MAX_PIXELS
 
 __all__ = ["Header", "Mask", "load_mask", "read_header", "read_mask", "resample_mask"]
 
@@ -85,7 +85,7 @@ def read_mask(path: StrPath) -> NDArray[np.bool_]:
     return load_mask(path).marked
 
 
-def load_mask(path: StrPath, max_pixels: int = sys.maxsize) -> Mask:
+def load_mask(path: StrPath, max_pixels: int = MAX_PIXELS) -> Mask:
     """As `read_mask`, with what is to be said of the mask.
 
     Raises
@@ -126,9 +126,10 @@ def resample_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.
     return mask[rows[:, None], columns]
 
 
-def read_header(path: StrPath) -> Header | None:
+def read_header(path: StrPath, max_pixels: int = MAX_PIXELS) -> Header | None:
     """Read size and orientation without decoding; None where that cannot be."""
-    with suppress(ImageError), opened(path, str(path), Reading(None, sys.maxsize)) as stored:
+    reading = Reading(None, max_pixels)
+    with suppress(ImageError), opened(path, str(path), reading) as stored:
         return Header(stored.upright_size, stored.orientation or 1)
     return None
 

@@ -64,7 +64,7 @@ def _read_mask(sample: Sample, max_pixels: int) -> tuple[Mask, Header | None] | 
             f"a good image, but its mask {sample.mask_path} marks a defect: move the image to the"
             " folder of its defect, or remove the mask",
         )
-    header = read_header(sample.path)
+    header = read_header(sample.path, max_pixels)
     if header is not None:
         _check_size(sample, mask.marked.shape, header, max_pixels)
     return mask, header
