@@ -39,6 +39,7 @@ COLOURS = {
     (32, 0xFF000000, 0xFF0000, 0xFF00): "XBGR",
     (32, 0xFF00, 0xFF0000, 0xFF000000): "XRGB",
 }
+GREYS = bytes(range(256))  # a palette of these is none
 MAX_HEAD = 4096  # bytes that hold header, masks and palette
 
 
@@ -84,6 +85,9 @@ def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Stored:
     def decode() -> Samples:
         if bits > 8:
             return Samples(decoded("RGB", stored))
+        blue_green_red = [palette[i :: len(entry)] for i in range(3)]
+        if (bits, compression) == (8, RAW) and blue_green_red == [GREYS] * 3:
+            return Samples(decoded("L", "L"))
         return Samples(look_up(decoded("P", stored), palette, entry, name))
 
     def alpha() -> Array:

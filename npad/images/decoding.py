@@ -38,7 +38,6 @@ from npad.images.stored import Stored
 
 __all__ = ["Loaded", "load", "opened", "read_image", "read_samples"]
 
-DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
 _one_large = threading.Lock()
 
@@ -115,8 +114,8 @@ def load(
     Parameters
     ----------
     image
-        Path or bytes of a file, an image of Pillow's, or (H, W, C) of one of `DTYPES` with 1, 3 or 4
-        channels.
+        Path or bytes of a file, an image of Pillow's, or (H, W, C), uint8, uint16 or floating
+        point, with 1, 3 or 4 channels.
     name : how an error calls the image
     image_size : (height, width)
         The result's size: bilinear with antialiasing. An image of this size is not interpolated.
