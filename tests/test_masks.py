@@ -161,7 +161,7 @@ def test_an_orientation_is_obeyed(tmp_path, kind, value):
     np.testing.assert_array_equal(mask.marked, DEFECT)
     assert mask.is_turned is (value > 1)
     header = read_header(tmp_path / "a.png")
-    assert (header.size, header.orientation) == (SIZE, value)
+    assert (header.upright_size, header.orientation) == (SIZE, value)
 
 
 def test_an_orientation_in_xmp_turns_alpha_too(tmp_path):
@@ -341,7 +341,7 @@ def test_a_header_that_cannot_be_read(tmp_path):
 def test_a_header_is_read_without_decoding(tmp_path):
     data = png(smooth_pixels(16, 24), RGB, exif=orientation(6))
     (tmp_path / "a.png").write_bytes(data[: data.index(b"IDAT") + 4])
-    assert read_header(tmp_path / "a.png").size == (24, 16)
+    assert read_header(tmp_path / "a.png").upright_size == (24, 16)
 
 
 @pytest.mark.parametrize("size", [(6, 9), (3, 3), (4, 5), (17, 31), (1, 1)])

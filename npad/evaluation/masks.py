@@ -15,9 +15,10 @@ from npad.images.errors import ImageError
 from npad.images.folders import find_images
 from npad.images.orientation import upright
 from npad.images.samples import Array, Reading, StrPath
+from npad.images.stored import Stored
 from npad.settings import MAX_PIXELS
 
-__all__ = ["Header", "Mask", "load_mask", "read_header", "read_mask", "resample_mask"]
+__all__ = ["Mask", "load_mask", "read_header", "read_mask", "resample_mask"]
 
 # Steps of uint8 or uint16 up to which values are numbers of classes and no grey levels.
 CLASSES = 32
@@ -43,20 +44,6 @@ class Mask:
     marked: NDArray[np.bool_]
     was_cut: bool
     is_turned: bool
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says before it is decoded.
-
-    Attributes
-    ----------
-    size : (height, width) when upright
-    orientation : 1 to 8, as in EXIF
-    """
-
-    size: tuple[int, int]
-    orientation: int
 
 
 def read_mask(path: StrPath) -> NDArray[np.bool_]:
@@ -126,11 +113,11 @@ def resample_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.
     return mask[rows[:, None], columns]
 
 
-def read_header(path: StrPath, max_pixels: int = MAX_PIXELS) -> Header | None:
-    """Read size and orientation without decoding; None where that cannot be."""
+def read_header(path: StrPath, max_pixels: int = MAX_PIXELS) -> Stored | None:
+    """What a file says before it is decoded; None where that cannot be read."""
     reading = Reading(None, max_pixels)
     with suppress(ImageError), opened(path, str(path), reading) as stored:
-        return Header(stored.upright_size, stored.orientation or 1)
+        return stored
     return None
 
 
@@ -138,7 +125,7 @@ def _load(path: StrPath, max_pixels: int) -> Mask:
     reading = Reading(None, max_pixels)
     pixels = read_image(path, reading)
     with opened(path, str(path), reading) as stored:
-        is_jpeg, is_turned = stored.is_jpeg, (stored.orientation or 1) > 1
+        is_jpeg, is_turned = stored.is_jpeg, stored.orientation > 1
         if stored.n_pages > 1 and not is_jpeg:
             raise ImageError(
                 path,

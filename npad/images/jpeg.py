@@ -78,7 +78,7 @@ def read_jpeg(file: BinaryIO, name: str, reading: Reading) -> Stored:
     return Stored(
         (height, width),
         decode,
-        orientation or of_xmp,
+        orientation or of_xmp or 1,
         n_pages,
         reduced=reduced,
         is_jpeg=True,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from contextlib import suppress
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -13,7 +12,7 @@ from npad.images.errors import ImageError
 from npad.images.orientation import TAG, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["look_up", "read_array", "read_pillow", "to_array"]
+__all__ = ["look_up", "read_pillow", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
@@ -59,11 +58,11 @@ def _load(image: Image.Image) -> None:
         image.filename = path
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     orientation = exif_orientation(image.info.get("exif", b""))  # other tags may be damaged
     with suppress(Exception):
         orientation = image.getexif().get(TAG)
-    return orientation if orientation in range(1, 9) else None
+    return orientation if orientation is not None and orientation in range(1, 9) else 1
 
 
 def look_up(indices: Image.Image, palette: bytes, entry: str, name: str) -> Image.Image:
@@ -82,17 +81,6 @@ def look_up(indices: Image.Image, palette: bytes, entry: str, name: str) -> Imag
     colours = np.frombuffer(palette, np.uint8).reshape(n, -1)[:, :3]
     indices.putpalette(palette, entry)
     return indices.convert("L" if (colours == colours[:, :1]).all() else "RGB")
-
-
-def read_array(
-    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[np.generic], spare: int = 0
-) -> Array:
-    """What is next in a file, without a second copy of it; the last bytes may be missing."""
-    array = np.empty(shape, dtype)
-    n_read = cast("io.BufferedIOBase", file).readinto(array.view(np.uint8).data)
-    if n_read < array.nbytes - spare:
-        raise ValueError("not enough image data")
-    return array
 
 
 def to_array(image: Image.Image, out: Array | None = None) -> Array:

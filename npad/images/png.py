@@ -160,14 +160,14 @@ def _text(kind: bytes, body: bytes) -> bytes:
     return keyword + b"\0" + text
 
 
-def _orientation(chunks: dict[bytes, bytes], texts: list[bytes]) -> int | None:
+def _orientation(chunks: dict[bytes, bytes], texts: list[bytes]) -> int:
     found = [exif_orientation(chunks.get(b"eXIf", b""))]
     for text in texts:
         if profile := EXIF_AS_TEXT.match(text):
             digits = bytes(profile[1]).translate(None, b" \r\n\t")
             found.append(exif_orientation(bytes.fromhex(digits[: len(digits) // 2 * 2].decode())))
     found += [xmp_orientation(text) for text in texts if text.startswith(b"XML:com.adobe.xmp\0")]
-    return next((orientation for orientation in found if orientation), None)
+    return next((orientation for orientation in found if orientation), 1)
 
 
 def _as_written(

@@ -8,7 +8,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from npad.images.pillow import read_array
 from npad.images.samples import Array, Reading, Samples
 from npad.images.stored import Stored
 
@@ -86,10 +85,11 @@ def _header(file: BinaryIO, at: int) -> _Header | None:
 
 def _from_bytes(file: BinaryIO, header: _Header) -> Array:
     height, width = header.shape[:2]
-    rows = read_array(file, (height, header.row), header.dtype)
+    n = height * header.row
+    values = np.frombuffer(file.read(n * header.dtype.itemsize), header.dtype, n)
     if header.kind == 4:
-        return np.unpackbits(rows, axis=1, count=width)
-    return rows.reshape(header.shape)
+        return np.unpackbits(values.reshape(height, -1), axis=1, count=width)
+    return values.reshape(header.shape)
 
 
 def _from_text(text: bytes, header: _Header) -> Array:

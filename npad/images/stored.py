@@ -19,7 +19,7 @@ class Stored:
     ----------
     size : (height, width), as it is stored
     decode : gives the samples as they are stored: not turned
-    orientation : 1 to 8, as in EXIF; None where nothing is said
+    orientation : 1 to 8, as in EXIF
     n_pages : images in the file, of which this is the first
     alpha : gives what the samples lack of alpha, (height, width) uint8; None where there is none
     reduced : as `decode`, at a fraction of the size that is twice the given (height, width) or more;
@@ -29,7 +29,7 @@ class Stored:
 
     size: tuple[int, int]
     decode: Callable[[], Samples]
-    orientation: int | None = None
+    orientation: int = 1
     n_pages: int = 1
     alpha: Callable[[], Array] | None = None
     reduced: Callable[[tuple[int, int]], Samples] | None = None

@@ -38,7 +38,7 @@ def read_webp(file: BinaryIO, name: str, reading: Reading) -> Stored:
     return Stored(
         (height, width),
         lambda: Samples(frame("RGB", "RGBX")),
-        exif_orientation(exif) or xmp_orientation(xmp),
+        exif_orientation(exif) or xmp_orientation(xmp) or 1,
         n_pages,
         alpha if stored == "RGBA" else None,
     )

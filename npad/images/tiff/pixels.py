@@ -68,11 +68,11 @@ def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Stored:
     page = pages[0]
     layout = read_layout(page, name, reading)
     colour = _Colour.of(page, layout, name, reading)
-    turned = page.value(Tag.ORIENTATION, 0) or xmp_orientation(page.values(Tag.XMP).tobytes())
+    turned = page.value(Tag.ORIENTATION, 0) or xmp_orientation(page.values(Tag.XMP).tobytes()) or 1
     return Stored(
         (layout.height, layout.width),
         lambda: Samples(_image(page, layout, name, colour), colour.white),
-        turned if turned in range(1, 9) else None,
+        turned if 1 <= turned <= 8 else 1,
         len(pages),
         partial(_image, page, layout, name, colour.alpha) if layout.extra == ALPHA else None,
     )
