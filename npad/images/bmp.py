@@ -1,18 +1,17 @@
 """BMP of Windows and OS/2: its header is read here, its pixels are decoded by Pillow.
 
 Pillow's own class for these files takes pixels of 4 or 8 bits for bits where the palette is black and
-white, and does not notice pixels whose colour is not in the palette.
+white, does not notice pixels whose colour is not in the palette, and in many versions loses its place
+in run lengths.
 """
 
 from __future__ import annotations
 
-import io
 import struct
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
-from PIL.BmpImagePlugin import BmpRleDecoder
 
 from npad.images.errors import ImageError
 from npad.images.pillow import look_up
@@ -75,9 +74,9 @@ def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Stored:
     def decoded(mode: str, stored: str) -> Image.Image:
         file.seek(start)
         data = file.read()
-        if compression in (RLE8, RLE4):
-            return _run_lengths(data, (width, height), compression == RLE4, step, name)
         stride = (width * bits + 31) // 32 * 4
+        if compression in (RLE8, RLE4):
+            data, stride = _run_lengths(data, width, height, nibbles=compression == RLE4), width
         if len(data) < stride * (height - 1):  # before there is memory for the image
             raise ValueError("not enough image data")
         return Image.frombytes(mode, (width, height), data, "raw", stored, stride, step)
@@ -96,18 +95,33 @@ def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Stored:
     return Stored((height, width), decode, alpha=alpha if has_alpha else None)
 
 
-def _run_lengths(
-    data: bytes, size: tuple[int, int], nibbles: bool, step: int, name: str
-) -> Image.Image:
-    """The indices of pixels; those that are stepped over are 0."""
-    image = Image.new("P", size)
-    decoder = BmpRleDecoder("P", "P", nibbles, step)
-    decoder.setimage(image.im)
-    decoder.setfd(io.BytesIO(data))
-    try:
-        decoder.decode(b"")
-    except ValueError as error:
-        raise ImageError(
-            name, "its run lengths leave out pixels, or are cut short: save it as PNG"
-        ) from error
-    return image
+def _run_lengths(data: bytes, width: int, height: int, *, nibbles: bool) -> bytes:
+    """Rows of one byte per pixel, in the order of the file; pixels that are skipped are 0."""
+    out = bytearray(width * height)
+    at, x, y = 0, 0, 0
+    while y < height - 1 or (y == height - 1 and x < width):
+        n, value = data[at], data[at + 1]
+        at += 2
+        if n:
+            run = bytes([value >> 4, value & 15]) * (n // 2 + 1) if nibbles else bytes([value]) * n
+        elif value == 0:  # end of the row
+            x, y = 0, y + 1
+            continue
+        elif value == 1:  # end of the image
+            break
+        elif value == 2:  # a step
+            x, y, at = x + data[at], y + data[at + 1], at + 2
+            continue
+        else:  # as many pixels as they are
+            n = value
+            n_bytes = (n + 1) // 2 if nibbles else n
+            run = data[at : at + n_bytes]
+            if len(run) < n_bytes:
+                raise ValueError("not enough image data")
+            if nibbles:
+                run = bytes(half for byte in run for half in (byte >> 4, byte & 15))
+            at += n_bytes + n_bytes % 2
+        run = run[: min(n, max(0, width - x))]
+        out[y * width + x : y * width + x + len(run)] = run
+        x += n
+    return bytes(out)

@@ -194,7 +194,7 @@ class _Colour:
     def alpha(self, samples: Array) -> Array:
         """Alpha of 8 bits of (H, W, samples)."""
         fractions = samples[:, :, self.layout.n_colours] / self._opaque
-        return (fractions * 255).clip(0, 255).astype(np.uint8)
+        return np.rint(np.nan_to_num(fractions).clip(0, 1) * 255).astype(np.uint8)
 
     def _check_alpha(self, alpha: Array) -> None:
         if (alpha != self._opaque).any():
