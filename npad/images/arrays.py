@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from npad.images.decoding import DTYPES
 from npad.images.samples import Array, Entry
 
 __all__ = ["item_images", "single_image", "split_images"]
 
+DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 CHANNELS = (1, 3, 4)
 
 
