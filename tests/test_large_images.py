@@ -89,6 +89,16 @@ def test_ordinary_images_are_not_reduced():
     assert np.array_equal(load(data, "a", (16, 16)).tensor.permute(1, 2, 0), expected)
 
 
+@pytest.mark.parametrize("kind", range(9))
+def test_the_limit_of_the_program_changes_nothing(kind, pieces, monkeypatch):
+    values = list(kinds(smooth_pixels(131, 40)))[kind]
+    white = 255 if kind < 4 else 65535 if kind < 7 else 1
+    expected = scaling.resized(values, white, (16, 16)), scaling.as_pixels(values, white)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert np.array_equal(scaling.resized(values, white, (16, 16)), expected[0])
+    assert np.array_equal(scaling.as_pixels(values, white), expected[1])
+
+
 def test_limit_of_pixels(monkeypatch):
     data = png(np.zeros((30, 40), int), 8, GREY)
     for large in (100, 5000):
