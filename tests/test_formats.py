@@ -115,9 +115,17 @@ def test_what_sbit_says_is_white(bits, colour):
         assert loaded(data).undeclared is None
     dark = shifted // 40 & ~(2 ** (16 - bits) - 1)
     assert read(png(dark, 16, colour, before=sbit)).max() < 1 / 30  # the lower bits tell
+    scaled = np.rint(values // 40 * (65535 / (2**bits - 1))).astype(int)
+    assert read(png(scaled, 16, colour, before=sbit)).max() < 1 / 30
     high = values.copy()
     high.flat[0] = 2**bits + 1  # more than 2**bits - 1: not as cameras leave them
     assert read(png(high, 16, colour, before=sbit)).max() < 0.6
+
+
+def test_sbit_of_all_bits_says_nothing():
+    data = png(of_depth(RAMP, 12), 16, GREY, before=[chunk(b"sBIT", b"\x10")])
+    assert loaded(data).undeclared == 4095
+    np.testing.assert_allclose(read(data, bit_depth=12), as_rgb(RAMP), atol=2e-4)
 
 
 def test_sbit_of_8_bits():
