@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, single_image, split_images
 from npad.images.decoding import Loaded, load
-from npad.images.depth import check_depth
+from npad.images.depth import check_bits, check_depth
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
 from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath
@@ -96,6 +96,8 @@ class ImageSource:
     darkest : float
         The largest value, 0 to 1, that every image of a model reaches. An image is refused that comes
         up to it only by another bit depth.
+    n_bits : int, optional
+        Bits that every image of a model uses of 16. A brighter image is refused.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
 
@@ -109,9 +111,9 @@ class ImageSource:
         Whether `batches` takes indices: True for paths and arrays, False for an iterable.
     skipped : list of (name, reason)
         The images left out so far.
-    brightest : int or None
-        The largest value so far of images whose values have 16 bits and that do not say how many of
-        them the camera fills; None if there was no such image.
+    undeclared : dict of position to largest value
+        The images so far whose values have 16 bits and that do not say how many of them the camera
+        fills.
 
     Raises
     ------
@@ -132,7 +134,7 @@ class ImageSource:
     reiterable: bool
     random_access: bool
     skipped: list[tuple[str, str]]
-    brightest: int | None
+    undeclared: dict[int, int]
 
     def __init__(
         self,
@@ -145,6 +147,7 @@ class ImageSource:
         page_locked: bool = False,
         reading: Reading = AS_IT_SAYS,
         darkest: float = 0.0,
+        n_bits: int | None = None,
         keep_pixels: bool = False,
     ) -> None:
         if workers is None:
@@ -160,9 +163,10 @@ class ImageSource:
         self.page_locked = page_locked
         self.reading = reading
         self.darkest = darkest
+        self.n_bits = n_bits
         self.keep_pixels = keep_pixels
         self.skipped = []
-        self.brightest = None
+        self.undeclared = {}
         self._constant: set[int] = set()  # positions of images that were named
         self._told_of_pages = False
         self._entries: Sequence[Entry] = ()  # images, or
@@ -223,7 +227,7 @@ class ImageSource:
             if self._used_up:
                 raise ValueError("the source is an iterator that is used up: pass a list instead")
             self._used_up = not self.reiterable
-            return self._run(_stream_tasks(self._stream))
+            return self._run(_stream_tasks(self._stream, _in_batches(self._stream)))
         entries = self._entries
         if indices is None:
             indices = range(len(entries))
@@ -291,8 +295,10 @@ class ImageSource:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
         if image.undeclared is not None:
-            self.brightest = max(self.brightest or 0, image.undeclared)
+            self.undeclared[index] = image.undeclared
             check_depth(image.undeclared, name, self.reading.bit_depth, self.darkest)
+        if self.n_bits is not None:
+            check_bits(float(image.tensor.max()), name, self.n_bits)
         if image.n_pages > 1 and not self._told_of_pages:
             self._told_of_pages = True
             _warn(f"{name} has {image.n_pages} pages: the first is read, of every such file")
@@ -329,11 +335,18 @@ def _files(path: StrPath) -> Sequence[StrPath]:
     return find_images(path) if Path(path).is_dir() else [path]
 
 
-def _stream_tasks(stream: Iterable[object]) -> Iterator[list[Task]]:
+def _in_batches(stream: object) -> bool:
+    """Whether each item is known to be a batch, so that three axes are not those of one image."""
+    if not isinstance(stream, DataLoader):
+        return False
+    return stream.batch_sampler is not None and stream.batch_size != 1
+
+
+def _stream_tasks(stream: Iterable[object], batched: bool) -> Iterator[list[Task]]:
     """Tasks of one given batch after the other; no look-ahead, which would delay a camera."""
     start = 0
     for number, item in enumerate(stream):
-        images = item_images(item, number)
+        images = item_images(item, number, batched=batched)
         yield [(start + i, _name(start + i, image), image) for i, image in enumerate(images)]
         start += len(images)
     if start == 0:
