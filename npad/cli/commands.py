@@ -208,6 +208,7 @@ def predict(
             list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
         ):
             files.add(prediction)
+            prediction.images.clear()  # whoever refers to it: the next ones may be as large
             skipped += prediction.skipped
         _list_skipped(skipped)
         if not files.n_scored:

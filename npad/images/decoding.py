@@ -32,7 +32,7 @@ from npad.images.samples import (
 )
 from npad.images.scaling import as_pixels, is_constant, resized, size_of, white_level
 
-__all__ = ["Loaded", "load", "read_image"]
+__all__ = ["LARGE", "Loaded", "load", "read_image", "read_thumbnail"]
 
 DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
@@ -67,6 +67,25 @@ def read_image(image: Entry, reading: Reading = AS_IT_SAYS, name: str | None = N
     samples = _samples(image, name, reading)
     white, _ = white_level(samples, name, reading)
     return as_pixels(samples.values, white)
+
+
+def read_thumbnail(image: Entry, side: int, reading: Reading = AS_IT_SAYS) -> Array:
+    """Read one image as `read_image` does, but make its longer side this long; (h, w, 3) uint8.
+
+    Raises
+    ------
+    ImageError
+        As `read_image`.
+    """
+    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "image"
+    samples = _samples(image, name, reading, (side, side))
+    white, _ = white_level(samples, name, reading)
+    height, width = size_of(samples.values)
+    scale = side / max(height, width)
+    size = max(1, round(scale * height)), max(1, round(scale * width))
+    small = np.empty((3, *size), np.float32)
+    small[:] = resized(samples.values, white, size)  # grey is broadcast
+    return np.rint(255 * small.transpose(1, 2, 0)).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

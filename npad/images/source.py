@@ -7,14 +7,13 @@ does not depend on the batch size or on the number of workers.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, single_image, split_images
-from npad.images.decoding import Loaded, load
+from npad.images.decoding import LARGE, Loaded, load
 from npad.images.depth import check_bits, check_depth
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
-from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath
+from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath, TooLargeError
 
 __all__ = ["Batch", "ImageSource"]
 
@@ -241,16 +240,28 @@ class ImageSource:
         try:
             for tasks in groups:
                 good = self._good(self._ahead(pool, tasks))
-                while rows := list(islice(good, self.batch_size)):
-                    yield Batch(
-                        images=self._stack([image.tensor for _, image in rows]),
-                        sizes=[image.size for _, image in rows],
-                        names=[name for (_, name, _), _ in rows],
-                        indices=[index for (index, _, _), _ in rows],
-                        pixels=[i.pixels for _, i in rows if i.pixels is not None],
-                    )
+                while batch := self._batch(good):
+                    yield batch
+                    del batch  # the consumer may let go of its pixels
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _batch(self, good: Iterator[tuple[Task, Loaded]]) -> Batch | None:
+        """The next images; fewer than `batch_size` where there are many pixels to hand out."""
+        rows: list[tuple[Task, Loaded]] = []
+        n_pixels = 0
+        while len(rows) < self.batch_size and n_pixels < LARGE and (row := next(good, None)):
+            rows.append(row)
+            n_pixels += 0 if row[1].pixels is None else math.prod(row[1].size)
+        if not rows:
+            return None
+        return Batch(
+            images=self._stack([image.tensor for _, image in rows]),
+            sizes=[image.size for _, image in rows],
+            names=[name for (_, name, _), _ in rows],
+            indices=[index for (index, _, _), _ in rows],
+            pixels=[i.pixels for _, i in rows if i.pixels is not None],
+        )
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         shape = len(images), *images[0].shape
@@ -261,27 +272,41 @@ class ImageSource:
         self, pool: ThreadPoolExecutor, tasks: Iterable[Task]
     ) -> Iterator[tuple[Task, Future[Loaded]]]:
         """Results in order, the next batch being decoded while the consumer holds this one."""
-        decode = partial(
-            load,
-            image_size=self.image_size,
-            reading=self.reading,
-            keep_pixels=self.keep_pixels,
-        )
+        max_pixels = self.reading.max_pixels
+        if self.keep_pixels:
+            max_pixels = min(max_pixels, LARGE)
         pending: deque[tuple[Task, Future[Loaded]]] = deque()
         for task in tasks:
             _, name, entry = task
-            pending.append((task, pool.submit(decode, entry, name)))
+            pending.append((task, pool.submit(self._load, entry, name, max_pixels)))
             if len(pending) > self.batch_size + self.workers:
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
+
+    def _load(self, entry: Entry, name: str, max_pixels: int) -> Loaded:
+        return load(
+            entry,
+            name,
+            image_size=self.image_size,
+            reading=replace(self.reading, max_pixels=max_pixels),
+            keep_pixels=self.keep_pixels,
+        )
+
+    def _result(self, task: Task, future: Future[Loaded]) -> Loaded:
+        """What was loaded ahead, or a large image now: the pixels of several would pile up."""
+        try:
+            return future.result()
+        except TooLargeError:
+            _, name, entry = task
+            return self._load(entry, name, self.reading.max_pixels)
 
     def _good(
         self, results: Iterable[tuple[Task, Future[Loaded]]]
     ) -> Iterator[tuple[Task, Loaded]]:
         for task, future in results:
             try:
-                loaded = future.result()
+                loaded = self._result(task, future)
                 self._look_at(loaded, task)
             except ImageError as error:
                 if not self.skip_bad:
@@ -290,6 +315,7 @@ class ImageSource:
                     self.skipped.append((error.path, error.reason))
             else:
                 yield task, loaded
+                del loaded  # its pixels may be large
 
     def _look_at(self, image: Loaded, task: Task) -> None:
         """Refuse or remark upon what an image is as a whole."""
