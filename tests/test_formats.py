@@ -420,6 +420,19 @@ def test_bitmap(kind):
         assert np.array_equal(read_image(close), read_image(data))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
+@pytest.mark.parametrize("maxval", [255, 4095])
+def test_ends_of_lines_are_no_pixels(maxval, end):
+    """Windows writes two bytes. Where one is a pixel, one is missing at the end."""
+    values = np.arange(10, 10 + 12).reshape(3, 4)
+    header, pixels = pnm(5, values, maxval).split(str(maxval).encode() + b"\n")
+    data = header.replace(b"\n", end.encode()) + str(maxval).encode() + end.encode() + pixels
+    np.testing.assert_allclose(read(data), as_rgb(values / maxval), atol=1e-6)
+    if maxval == 255:
+        with pytest.raises(ImageError, match="not enough image data"):
+            read(header + b"255\r" + pixels)
+
+
 def test_maxval_of_65535_says_nothing():
     data = pnm(5, of_depth(RAMP, 12), 65535)
     np.testing.assert_allclose(read(data, bit_depth=12), as_rgb(RAMP), atol=1e-3)

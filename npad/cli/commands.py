@@ -23,6 +23,7 @@ from npad.cli.program import (
     new_model,
     run,
     tell,
+    with_options,
 )
 from npad.file_names import shown
 
@@ -376,4 +377,4 @@ def _set_threads(threads: int | None) -> None:
 
 def _list_skipped(skipped: Sequence[tuple[str, str]]) -> None:
     for path, reason in skipped:
-        tell("skipped", f"{shown(path)}: {reason}")
+        tell("skipped", f"{shown(path)}: {with_options(reason)}")
