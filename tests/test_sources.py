@@ -11,12 +11,14 @@ from typing import IO
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from image_files import encode, save_image, smooth_pixels
 from PIL import Image
 from torch.utils.data import DataLoader
+from written_files import RGB, png
 
-from npad.images import ImageError, ImageSource
+from npad.images import ImageError, ImageSource, Reading
 
 PIXELS = [smooth_pixels(20, 24, seed=i) for i in range(3)]
 
@@ -79,6 +81,32 @@ def test_one_image(kind: str, paths: list[Path]) -> None:
         assert batch.names == ["image[0]"]
     if isinstance(one, io.BufferedReader):
         one.close()
+
+
+def test_what_pillow_has_opened_is_read_from_its_file(tmp_path: Path) -> None:
+    """Pillow itself keeps 8 of 16 bits, takes white for black, and mixes up planes."""
+    deep = smooth_pixels(20, 24).astype(np.uint16) * 16
+    (tmp_path / "a.png").write_bytes(png(deep, 16, RGB))
+    tifffile.imwrite(tmp_path / "b.tif", deep.transpose(2, 0, 1), photometric="rgb", planarconfig=2)
+    tifffile.imwrite(tmp_path / "c.tif", 4095 - deep[..., 0], photometric="miniswhite")
+    options = {"reading": Reading(12)}
+    expected, _ = collect(deep, **options)
+    grey, _ = collect(deep[..., 0], **options)
+    for name, right in (("a.png", expected), ("b.tif", expected), ("c.tif", grey)):
+        with Image.open(tmp_path / name) as image:
+            for source in (image, [image], [image]):
+                found, _ = collect(source, **options)
+                assert torch.allclose(found, right, atol=1e-6)
+            twice, _ = collect([image] * 20, **options)
+            assert torch.equal(twice, found.expand(20, -1, -1, -1))
+            if name != "b.tif":  # of which Pillow has lost the rest
+                image.load()
+                collect(image)
+    pages = [Image.fromarray(x) for x in PIXELS]
+    pages[0].save(tmp_path / "d.tif", save_all=True, append_images=pages[1:])
+    with Image.open(tmp_path / "d.tif") as image:
+        image.seek(1)
+        assert torch.equal(collect(image)[0], collect(PIXELS[1])[0])
 
 
 def test_a_file_written_in_memory_need_not_be_rewound() -> None:

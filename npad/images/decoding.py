@@ -9,11 +9,14 @@ import struct
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from npad.images.errors import ImageError
@@ -37,6 +40,7 @@ __all__ = ["LARGE", "Loaded", "load", "read_image", "read_thumbnail"]
 DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
 _one_large = threading.Lock()
+_one_opened = threading.Lock()
 
 
 def read_image(image: Entry, reading: Reading = AS_IT_SAYS, name: str | None = None) -> Array:
@@ -180,7 +184,7 @@ def _samples(
         return Samples(image[:, :, 0] if image.shape[2] == 1 else image[:, :, :3])
     try:
         with quiet_pillow():
-            if isinstance(image, Image.Image):
+            if isinstance(image, Image.Image) and not _is_misread(image):
                 return read_pillow(image, name, reading)
             with _open(image, name) as file:
                 reader = find_reader(file, name)
@@ -193,7 +197,25 @@ def _samples(
         raise ImageError(name, _reason(error)) from error
 
 
-def _open(image: StrPath | bytes, name: str) -> BinaryIO:
+def _is_misread(image: Image.Image) -> TypeGuard[ImageFile]:
+    """Whether Pillow has yet to decode a page of a file that it may get wrong.
+
+    It keeps 8 bits of 16-bit colour, and mixes up some planes and orders of bytes of TIFF.
+    """
+    if not isinstance(image, (PngImageFile, TiffImageFile)) or not image.tile or image.tell() > 0:
+        return False
+    return isinstance(image, TiffImageFile) or str(image.tile[0][3]).endswith(";16B")
+
+
+def _open(image: StrPath | bytes | ImageFile, name: str) -> BinaryIO:
+    if isinstance(image, ImageFile):
+        assert image.fp is not None  # it is not decoded
+        with _one_opened:  # the same image may be in a list twice
+            at = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read()
+            image.fp.seek(at)
+        return io.BytesIO(data)
     if isinstance(image, bytes):
         return io.BytesIO(image)
     path = Path(image)
