@@ -353,6 +353,25 @@ def test_what_is_left_out_is_a_warning(category, tmp_path):
         assert re.match(r"npad: warning: .* left out, by suffix: \d \.dng \(", line)
 
 
+@pytest.mark.filterwarnings("always")
+def test_warnings_speak_of_options(tmp_path):
+    """But leave alone what is part of a path."""
+    folder = tmp_path / "bit_depth=12"
+    for i in range(3):
+        dark = smooth_pixels(24, 24, 1, seed=i)[..., 0].astype(np.uint16) * 16
+        save_image(folder / f"{i}.png", dark)
+    save_image(folder / "3.png", np.zeros((24, 24), np.uint16))
+    lines = succeed("fit", folder, "-o", tmp_path / "m", *SMALL).err.splitlines()
+    assert len(lines) == 2
+    assert f"{folder / '3.png'}: every pixel is equal" in lines[0]
+    assert re.match(r"npad: warning: no image uses .*, fit with --bit-depth 12$", lines[1])
+    save_image(folder / "4.png", smooth_pixels(24, 24, 1)[..., 0].astype(np.uint16) * 257)
+    outcome = succeed("predict", tmp_path / "m", folder, "-o", tmp_path / "out", "--skip-bad")
+    (line,) = (line for line in outcome.err.splitlines() if "skipped" in line)
+    assert line.startswith(f"npad: skipped: {folder / '4.png'}: it is brighter")
+    assert "fit with --bit-depth 12, or 16" in line
+
+
 @pytest.mark.parametrize("name", ["good", "OK"])
 def test_fit_refuses_what_holds_defects(category, tmp_path, name):
     root = shutil.copytree(category, tmp_path / "data/nut")

@@ -115,9 +115,17 @@ def test_what_sbit_says_is_white(bits, colour):
         assert loaded(data).undeclared is None
     dark = shifted // 40 & ~(2 ** (16 - bits) - 1)
     assert read(png(dark, 16, colour, before=sbit)).max() < 1 / 30  # the lower bits tell
+    scaled = np.rint(values // 40 * (65535 / (2**bits - 1))).astype(int)
+    assert read(png(scaled, 16, colour, before=sbit)).max() < 1 / 30
     high = values.copy()
     high.flat[0] = 2**bits + 1  # more than 2**bits - 1: not as cameras leave them
     assert read(png(high, 16, colour, before=sbit)).max() < 0.6
+
+
+def test_sbit_of_all_bits_says_nothing():
+    data = png(of_depth(RAMP, 12), 16, GREY, before=[chunk(b"sBIT", b"\x10")])
+    assert loaded(data).undeclared == 4095
+    np.testing.assert_allclose(read(data, bit_depth=12), as_rgb(RAMP), atol=2e-4)
 
 
 def test_sbit_of_8_bits():
@@ -430,6 +438,19 @@ def test_bitmap(kind):
     if kind == 1:
         close = b"P1 23 16\n" + "".join(map(str, ink.ravel())).encode()
         assert np.array_equal(read_image(close), read_image(data))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
+@pytest.mark.parametrize("maxval", [255, 4095])
+def test_ends_of_lines_are_no_pixels(maxval, end):
+    """Windows writes two bytes. Where one is a pixel, one is missing at the end."""
+    values = np.arange(10, 10 + 12).reshape(3, 4)
+    header, pixels = pnm(5, values, maxval).split(str(maxval).encode() + b"\n")
+    data = header.replace(b"\n", end.encode()) + str(maxval).encode() + end.encode() + pixels
+    np.testing.assert_allclose(read(data), as_rgb(values / maxval), atol=1e-6)
+    if maxval == 255:
+        with pytest.raises(ImageError, match="cut short"):
+            read(header + b"255\r" + pixels)
 
 
 def test_maxval_of_65535_says_nothing():

@@ -317,7 +317,7 @@ def test_few_bits_in_words_of_16(bits, pieces, order):
         (1023, 1023),
         (4095, 4095),
         (16383, 16383),
-        (65535, 65535),
+        (65535, None),  # the default
         (4000, None),
         (0, None),
         (1, None),
@@ -329,6 +329,12 @@ def test_max_sample_value(tag, value, white, n):
     values = ramp(10, n).astype(np.uint16)
     data = tiff(values, RGB if n == 3 else BLACK_IS_ZERO, tags={tag: [value] * n})
     check(read(data), values if n == 3 else values[..., 0], white)
+
+
+def test_what_is_no_more_than_the_default_hides_nothing():
+    values = ramp(12)
+    data = tiff(values, tags={281: 4095, 341: 65535})
+    check(read(data), values[..., 0], 4095)
 
 
 def test_max_sample_value_says_nothing_of_8_bits():

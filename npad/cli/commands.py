@@ -23,6 +23,7 @@ from npad.cli.program import (
     new_model,
     run,
     tell,
+    with_options,
 )
 from npad.file_names import shown
 
@@ -211,6 +212,7 @@ def predict(
             list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
         ):
             files.add(prediction)
+            prediction.images.clear()  # whoever refers to it: the next ones may be as large
             skipped += prediction.skipped
         _list_skipped(skipped)
         if not files.n_scored:
@@ -384,4 +386,4 @@ def _set_threads(threads: int | None) -> None:
 
 def _list_skipped(skipped: Sequence[tuple[str, str]]) -> None:
     for path, reason in skipped:
-        tell("skipped", f"{shown(path)}: {reason}")
+        tell("skipped", f"{shown(path)}: {with_options(reason)}")

@@ -34,6 +34,7 @@ __all__ = [
     "new_model",
     "run",
     "tell",
+    "with_options",
 ]
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -226,10 +227,16 @@ def _message(error: Exception) -> str:
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
     named = named if text.startswith(named) else ""
-    text = re.sub(r"^NPad(\.\w+)?: ", "", text.removeprefix(named))
+    return named + with_options(text.removeprefix(named))
+
+
+def with_options(text: str) -> str:
+    """A message of the library's, with options of the command line for arguments."""
     arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
-    return named + re.sub(
-        rf"\b({arguments})=(True\b ?)?", lambda m: f"--{m[1].replace('_', '-')} ", text
+    return re.sub(
+        rf"(?<![^\s(])({arguments})=(True\b ?)?",  # not what is part of a path
+        lambda m: f"--{m[1].replace('_', '-')} ",
+        re.sub(r"^NPad(\.\w+)?: ", "", text),
     )
 
 
@@ -268,7 +275,7 @@ def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 141 (closed pipe)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupt)
-    warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
+    warnings.showwarning = lambda message, *_, **__: tell("warning", with_options(str(message)))
     sys.unraisablehook = _again
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -16,6 +16,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from npad.images.errors import ImageError
@@ -36,10 +39,11 @@ from npad.images.samples import (
 from npad.images.scaling import as_pixels, is_constant, resized, size_of, white_level
 from npad.images.stored import Stored
 
-__all__ = ["Loaded", "load", "opened", "read_image", "read_samples"]
+__all__ = ["LARGE", "Loaded", "load", "opened", "read_image", "read_samples", "read_thumbnail"]
 
 LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
 _one_large = threading.Lock()
+_one_opened = threading.Lock()
 
 
 def read_image(image: Entry, reading: Reading = AS_IT_SAYS, name: str | None = None) -> Array:
@@ -70,6 +74,25 @@ def read_image(image: Entry, reading: Reading = AS_IT_SAYS, name: str | None = N
     samples = read_samples(image, name, reading)
     white, _ = white_level(samples, name, reading)
     return as_pixels(samples.values, white)
+
+
+def read_thumbnail(image: Entry, side: int, reading: Reading = AS_IT_SAYS) -> Array:
+    """Read one image as `read_image` does, but make its longer side this long; (h, w, 3) uint8.
+
+    Raises
+    ------
+    ImageError
+        As `read_image`.
+    """
+    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "image"
+    samples = read_samples(image, name, reading, (side, side))
+    white, _ = white_level(samples, name, reading)
+    height, width = size_of(samples.values)
+    scale = side / max(height, width)
+    size = max(1, round(scale * height)), max(1, round(scale * width))
+    small = np.empty((3, *size), np.float32)
+    small[:] = resized(samples.values, white, size)  # grey is broadcast
+    return np.rint(255 * small.transpose(1, 2, 0)).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +185,7 @@ def read_samples(
     """What an image holds; of a JPEG perhaps at a smaller size, but twice ``least`` or more."""
     if isinstance(image, np.ndarray):
         return Samples(image[:, :, 0] if image.shape[2] == 1 else image[:, :, :3])
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and not _is_misread(image):
         with _nothing_but_image_errors(name):
             return read_pillow(image, name, reading)
     with opened(image, name, reading) as stored:
@@ -176,7 +199,7 @@ def read_samples(
 
 
 @contextmanager
-def opened(image: StrPath | bytes, name: str, reading: Reading) -> Iterator[Stored]:
+def opened(image: StrPath | bytes | Image.Image, name: str, reading: Reading) -> Iterator[Stored]:
     """The image in a file: it can be decoded as long as the context lasts.
 
     Raises
@@ -202,7 +225,26 @@ def _nothing_but_image_errors(name: str) -> Iterator[None]:
         raise ImageError(name, _reason(error)) from error
 
 
-def _open(image: StrPath | bytes, name: str) -> BinaryIO:
+def _is_misread(image: Image.Image) -> bool:
+    """Whether Pillow has yet to decode a page of a file that it may get wrong.
+
+    It keeps 8 bits of 16-bit colour, and mixes up some planes and orders of bytes of TIFF.
+    """
+    if not isinstance(image, (PngImageFile, TiffImageFile)) or not image.tile or image.tell() > 0:
+        return False
+    return isinstance(image, TiffImageFile) or str(image.tile[0][3]).endswith(";16B")
+
+
+def _open(image: StrPath | bytes | Image.Image, name: str) -> BinaryIO:
+    if isinstance(image, Image.Image):
+        assert isinstance(image, ImageFile)
+        assert image.fp is not None  # it is not decoded
+        with _one_opened:  # the same image may be in a list twice
+            at = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read()
+            image.fp.seek(at)
+        return io.BytesIO(data)
     if isinstance(image, bytes):
         return io.BytesIO(image)
     path = Path(image)

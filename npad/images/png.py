@@ -175,14 +175,17 @@ def _as_written(
 ) -> tuple[Image.Image | Array, int | None]:
     """The values and their white, where so many bits of those stored are said to be significant.
 
-    PNG asks a writer to spread them over all bits: the lower ones are zero, or repeat the upper ones.
-    Cameras leave the upper ones zero. In a dark image the lower bits tell which it is.
+    PNG asks a writer to spread them over all bits: the lower ones are zero, or repeat the upper ones,
+    or are what is left of scaling. Cameras leave the upper ones zero. In a dark image the lower bits
+    tell which it is: repeated or scaled they are then 0 or 1.
     """
     n = max(significant)
+    if not 0 < n < bits:
+        return values, None
     array = to_array(values) if isinstance(values, Image.Image) else values
-    spread = not 0 < n < bits or array.max() >= 2**n or not (array & (2 ** (bits - n) - 1)).any()
-    if spread:
-        return values, 65535 if bits == 16 and n > 0 else None
+    lower = 2 ** (bits - n) - 1
+    if array.max() >= 2**n or not (array & (lower & ~1 or 1)).any():
+        return values, 65535 if bits == 16 else None
     if min(significant) < n:
         raise ImageError(
             name, "the channels have different bit depths (sBIT): save it at one depth"

@@ -14,7 +14,9 @@ from npad.images.stored import Stored
 __all__ = ["read_pnm"]
 
 NUMBER = rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})"  # a comment may stand before any number
-HEADER = re.compile(rb"P(?:([14])|([2356]))" + NUMBER + NUMBER + rb"(?(2)" + NUMBER + rb"|)\s")
+HEADER = re.compile(
+    rb"P(?:([14])|([2356]))" + NUMBER + NUMBER + rb"(?(2)" + NUMBER + rb"|)(?:\r\n|\s)"
+)
 COMMENT = re.compile(rb"#[^\r\n]*")
 DIGITS, SPACES = b"0123456789", b" \t\r\n\v\f"
 MAX_HEADER = 1 << 16

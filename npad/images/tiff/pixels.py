@@ -37,8 +37,8 @@ __all__ = ["read_tiff"]
 DIFFERENCES, FLOAT_DIFFERENCES = 2, 3  # predictors
 WHOLE = (1, 2, 4, 8)  # bits of which 255 is a multiple of white
 # The largest value that a file states is that of the camera where it is all ones; else it is that
-# of the one picture.
-CAMERAS = {2**n - 1 for n in range(8, 17)}
+# of the one picture. All 16 ones are the default: they say no more than if they were missing.
+CAMERAS = {2**n - 1 for n in range(8, 16)}
 
 
 def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Stored:
