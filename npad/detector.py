@@ -20,7 +20,7 @@ from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.features.weights import places
 from npad.fitting import fit_images
 from npad.images import ImageSource, Reading
-from npad.images.depth import least_depth
+from npad.images.depth import Range, least_depth
 from npad.learned import MEANINGS, TENSORS, Learned
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
@@ -289,7 +289,7 @@ class NPad:
         projection = self._learned(device).projection if self._is_fitted else None
         network = self._own_network(settings, device, fitting=True)
         embed = embedder(network, device, "NPad.embed")
-        images = _open(source, settings, device, skip_bad)
+        images = _open(source, settings, device, skip_bad, fitted=Range())
 
         return embeddings(images, embed, projection, device, "NPad.embed")
 
@@ -362,8 +362,7 @@ class NPad:
             settings,
             device,
             skip_bad,
-            darkest=self.darkest_,
-            n_bits=self.n_bits_,
+            fitted=Range(self.darkest_, self.n_bits_),
             keep_pixels=keep_images,
         )
         run = Run(self._on_device(settings, device), device, map_size)
@@ -708,8 +707,7 @@ def _open(
     device: torch.device,
     skip_bad: bool,
     *,
-    darkest: float = 0.0,
-    n_bits: int | None = None,
+    fitted: Range | None = None,
     keep_pixels: bool = False,
 ) -> ImageSource:
     return ImageSource(
@@ -719,8 +717,7 @@ def _open(
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",
         reading=Reading(settings.bit_depth, settings.max_pixels),
-        darkest=darkest,
-        n_bits=n_bits,
+        fitted=fitted,
         keep_pixels=keep_pixels,
     )
 

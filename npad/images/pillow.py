@@ -12,7 +12,7 @@ from npad.images.errors import ImageError
 from npad.images.orientation import TAG, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["look_up", "read_pillow", "to_array"]
+__all__ = ["look_up", "read_pillow", "rows_of", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
@@ -90,9 +90,16 @@ def to_array(image: Image.Image, out: Array | None = None) -> Array:
     step = max(1, BAND // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step, image.height)
-        band = np.asarray(image.crop((0, top, image.width, bottom)))
+        band = np.asarray(rows_of(image, top, bottom))
         if out is None:
             out = np.empty((image.height, *band.shape[1:]), band.dtype)
         out[top:bottom] = band
     assert out is not None
     return out
+
+
+def rows_of(image: Image.Image, first: int, last: int) -> Image.Image:
+    """A copy of some rows. Pillow's ``crop`` asks the process's limit of pixels whether it may be."""
+    part = Image.new(image.mode, (image.width, last - first), None)
+    part.paste(image, (0, -first))
+    return part

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from npad.images.errors import ImageError
-from npad.images.pillow import BAND, ORDINARY
-from npad.images.rows import rows_of
+from npad.images.pillow import BAND, ORDINARY, rows_of
 from npad.images.samples import Array, Reading, Samples
 
 __all__ = ["as_pixels", "is_constant", "resized", "size_of", "white_level"]

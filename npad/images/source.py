@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, single_image, split_images
 from npad.images.decoding import LARGE, Loaded, load
-from npad.images.depth import check_bits, check_depth
+from npad.images.depth import Range
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
 from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath, TooLargeError
@@ -92,11 +92,9 @@ class ImageSource:
         Put the batches in memory from which a GPU copies while the CPU goes on.
     reading : Reading
         What the images may not say of themselves.
-    darkest : float
-        The largest value, 0 to 1, that every image of a model reaches. An image is refused that comes
-        up to it only by another bit depth.
-    n_bits : int, optional
-        Bits that every image of a model uses of 16. A brighter image is refused.
+    fitted : Range, optional
+        That of a model: an image of another bit depth is refused. None, for a fit, fills
+        ``undeclared``.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
 
@@ -145,8 +143,7 @@ class ImageSource:
         skip_bad: bool = False,
         page_locked: bool = False,
         reading: Reading = AS_IT_SAYS,
-        darkest: float = 0.0,
-        n_bits: int | None = None,
+        fitted: Range | None = None,
         keep_pixels: bool = False,
     ) -> None:
         if workers is None:
@@ -161,8 +158,7 @@ class ImageSource:
         self.skip_bad = skip_bad
         self.page_locked = page_locked
         self.reading = reading
-        self.darkest = darkest
-        self.n_bits = n_bits
+        self.fitted = fitted
         self.keep_pixels = keep_pixels
         self.skipped = []
         self.undeclared = {}
@@ -320,11 +316,12 @@ class ImageSource:
     def _look_at(self, image: Loaded, task: Task) -> None:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
-        if image.undeclared is not None:
+        if self.fitted is not None:
+            self.fitted.check_bright(float(image.tensor.max()), name)
+            if image.undeclared is not None:
+                self.fitted.check_dark(image.undeclared, name, self.reading.bit_depth)
+        elif image.undeclared is not None:
             self.undeclared[index] = image.undeclared
-            check_depth(image.undeclared, name, self.reading.bit_depth, self.darkest)
-        if self.n_bits is not None:
-            check_bits(float(image.tensor.max()), name, self.n_bits)
         if image.n_pages > 1 and not self._told_of_pages:
             self._told_of_pages = True
             _warn(f"{name} has {image.n_pages} pages: the first is read, of every such file")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from npad.images.rows import rows_of
+from npad.images.pillow import rows_of
 from npad.images.samples import Array
 from npad.images.tiff.directory import Directory, Tag
 from npad.images.tiff.layout import FAX, JPEG, STORED, YCBCR, Layout
