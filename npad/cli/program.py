@@ -68,7 +68,7 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
 
 def _option(argument: Argument, parser: Callable[[str], Any], default: str) -> Any:
     return typer.Option(
-        "--" + argument.name.replace("_", "-"),
+        _option_name(argument.name),
         parser=parser,
         metavar=argument.values,
         help=f"{argument.help} [default: {default}]",
@@ -86,7 +86,7 @@ def model_option(name: str) -> Any:
         try:
             Settings(**{name: given})
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(_in_options(str(error))) from error
         return given
 
     return _option(argument, value, "the model's" if argument.kept else argument.default_text)
@@ -123,7 +123,7 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
         if nominal_set is not None:
             METHODS[nominal_set].load()  # whose package may be missing
     except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_in_options(str(error))) from error
     return model
 
 
@@ -134,7 +134,7 @@ def check_device(name: Any) -> None:
     try:
         devices.resolve(name)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_in_options(str(error))) from error
 
 
 def command(
@@ -221,21 +221,36 @@ def _message(error: Exception) -> str:
             f"{named}{error.strerror.lower()}; check the path, its permissions and the space "
             "on its disk"
         )
-    elif isinstance(error, (UsageError, *REPORTED)):
+    elif isinstance(error, UsageError):
+        return str(error)
+    elif isinstance(error, REPORTED):
         text = str(error) or type(error).__name__
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
     named = named if text.startswith(named) else ""
-    text = re.sub(r"^NPad(\.\w+)?: ", "", text.removeprefix(named))
-    arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
-    return named + re.sub(
-        rf"\b({arguments})=(True\b ?)?", lambda m: f"--{m[1].replace('_', '-')} ", text
+    return named + _in_options(text.removeprefix(named))
+
+
+def _in_options(text: str) -> str:
+    """A message with options in the place of arguments: `seed must be`, `seed=3`, `skip_bad=True`."""
+    names = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
+    text = re.sub(r"^(NPad(\.\w+)?|npad): ", "", text)
+    text = re.sub(rf"^({names})(?=:| must| \[| ')", lambda m: _option_name(m[1]), text)
+    return re.sub(
+        rf"\b({names})=(?:True\b)?(?=([^\s`),;])?)",
+        lambda m: _option_name(m[1]) + (" " if m[2] else ""),
+        text,
     )
+
+
+def _option_name(argument: str) -> str:
+    return "--" + argument.replace("_", "-")
 
 
 def tell(kind: str, text: str) -> None:
     """Write one line on standard error."""
     one_line = re.sub(r"\s*[\n\r]\s*", " ", text.strip())  # names may hold other spaces
+    one_line = re.sub(r"\\udc([89a-f][\da-f])", r"\\x\1", one_line)  # a byte, as Python quotes it
     print(f"npad: {kind}: {shown(one_line)}", file=sys.stderr)
 
 
