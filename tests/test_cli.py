@@ -353,6 +353,14 @@ def test_what_is_left_out_is_a_warning(category, tmp_path):
         assert re.match(r"npad: warning: .* left out, by suffix: \d \.dng \(", line)
 
 
+@pytest.mark.filterwarnings("always")
+def test_what_several_fits_meet_is_told_once(category, tmp_path):
+    root = shutil.copytree(category, tmp_path / "nut")
+    black = save_image(root / "train/good/black.png", np.zeros((64, 64), np.uint8))
+    said = succeed("evaluate", root, "-o", tmp_path / "out", *SMALL, "--seeds", "0,1,2")
+    assert said.err.count(f"npad: warning: {black}: every pixel is equal") == 1
+
+
 @pytest.mark.parametrize("name", ["good", "OK"])
 def test_fit_refuses_what_holds_defects(category, tmp_path, name):
     root = shutil.copytree(category, tmp_path / "data/nut")

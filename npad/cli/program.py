@@ -283,7 +283,14 @@ def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 141 (closed pipe)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupt)
-    warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
+    told: set[str] = set()  # a fit with each seed meets the same images
+
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in told:
+            tell("warning", str(message))
+        told.add(str(message))
+
+    warnings.showwarning = warn
     sys.unraisablehook = _again
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -141,7 +141,8 @@ def read_truth(category: Category, size: tuple[int, int], max_pixels: int = MAX_
     if n_cut:
         truth.notes.append(
             f"{_of(n_cut, 'mask')} had grey values between background and defect, as drawing with"
-            " smooth edges or JPEG leaves them, and were cut at half of their maximum."
+            f" smooth edges or JPEG leaves them, and {'was' if n_cut == 1 else 'were'} cut at half of"
+            f" {'its' if n_cut == 1 else 'their'} maximum."
         )
     if category.has_masks and 2 * n_inverted > n_defects:
         truth.notes.append(
