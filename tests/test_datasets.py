@@ -401,6 +401,12 @@ def test_linked_types(root):
         find_categories(root)
 
 
+def test_a_link_in_a_circle(root):
+    (root / "test/circle").symlink_to("circle")
+    with pytest.warns(UserWarning, match="1 linked to nothing"):
+        assert len(find_categories(root)[0].test) == 4
+
+
 @pytest.mark.parametrize("ending", ["_mask", "_GT", "_label", "-gt", "_mask_1"])
 @pytest.mark.parametrize("folder", ["train/good", "test/hole"])
 def test_masks_among_the_images_are_asked_about(root, folder, ending):

@@ -302,7 +302,8 @@ def looks_good(name: str) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if not is_litter(e.name) and e.is_dir())
+        found = [Path(entry.path) for entry in entries if not is_litter(entry.name)]
+    return sorted(path for path in found if os.path.isdir(path))  # noqa: PTH112  (never raises)
 
 
 def _named(folder: Path, name: str) -> list[Path]:

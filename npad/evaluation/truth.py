@@ -93,7 +93,7 @@ def wrong_size(
     )
     if mask_size != size[::-1]:
         return ValueError(f"{text} a mask must have the size of its image")
-    if orientation > 1:
+    if orientation > 4:  # those that swap height and width
         why = "the image is turned by its EXIF orientation, the mask is not"
     else:
         why = "one of them was turned, by its EXIF orientation or otherwise"
