@@ -229,8 +229,8 @@ class NPad:
         Warns
         -----
         UserWarning
-            Images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every pixel
-            of an image is equal.
+            Most images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every
+            pixel of an image is equal.
         """
         settings = Settings(**self.get_params())
         device = devices.resolve(settings.device)
@@ -358,7 +358,13 @@ class NPad:
         settings = self._settings()
         device = devices.resolve(settings.device)
         images = _open(
-            source, settings, device, skip_bad, darkest=self.darkest_, keep_pixels=keep_images
+            source,
+            settings,
+            device,
+            skip_bad,
+            darkest=self.darkest_,
+            n_bits=self.n_bits_,
+            keep_pixels=keep_images,
         )
         run = Run(self._on_device(settings, device), device, map_size)
         return predictions(run, images, settings.progress)
@@ -703,6 +709,7 @@ def _open(
     skip_bad: bool,
     *,
     darkest: float = 0.0,
+    n_bits: int | None = None,
     keep_pixels: bool = False,
 ) -> ImageSource:
     return ImageSource(
@@ -713,22 +720,28 @@ def _open(
         page_locked=device.type == "cuda",
         reading=Reading(settings.bit_depth, settings.max_pixels),
         darkest=darkest,
+        n_bits=n_bits,
         keep_pixels=keep_pixels,
     )
 
 
 def _tell_of_depth(images: ImageSource, settings: Settings) -> None:
-    """Warn where no image has used the upper of 16 bits, and nobody has said why."""
-    if settings.bit_depth is not None or images.brightest is None:
+    """Warn where most images do not use the upper of 16 bits, and nobody has said why."""
+    deep = sorted(images.undeclared.values())
+    if settings.bit_depth is not None or not deep:
         return
-    depth = least_depth(images.brightest)
-    if depth is not None:
-        warnings.warn(
-            f"NPad.fit: no image uses the upper of its 16 bits, the largest value is "
-            f"{images.brightest}: read as fractions of 65535 they are almost black; if the camera "
-            f"fills {depth} bits, fit with bit_depth={depth}",
-            stacklevel=3,
-        )
+    largest = deep[len(deep) // 2]  # in a few a pixel may be broken, or a file strayed
+    depth = least_depth(largest)
+    if depth is None:
+        return
+    usual = [value for value in deep if value < 2**depth]
+    who = "no image uses" if usual == deep else f"{len(usual)} of {len(deep)} images do not use"
+    warnings.warn(
+        f"NPad.fit: {who} the upper of its 16 bits, the largest value is {usual[-1]}: read as "
+        f"fractions of 65535 they are almost black; if the camera fills {depth} bits, fit with "
+        f"bit_depth={depth}",
+        stacklevel=3,
+    )
 
 
 def _sizes(

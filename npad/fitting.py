@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any, Final, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.projection import principal_axes
+from npad.images.depth import least_depth
 from npad.images.source import ImageSource
 from npad.learned import Learned, Standardization
 from npad.ops.axes import random_axes
@@ -476,7 +477,10 @@ def fit_images(
         for batch in batches:
             fit.update(batch.images)
             advance(len(batch.images))
-    return fit.finalize()
+    learned = fit.finalize()
+    if settings.bit_depth is not None or len(images.undeclared) < learned.n_images:
+        return learned
+    return replace(learned, n_bits=least_depth(max(images.undeclared.values())))
 
 
 def _darkest(images: Tensor) -> float:

@@ -92,6 +92,10 @@ def _darkest(value: Any, settings: Settings) -> float:
     return float(value)
 
 
+def _n_bits(value: Any, settings: Settings) -> int | None:
+    return None if value is None else int(value)
+
+
 def _value(meaning: str, read: Callable[[Any, Settings], Any], default: Any = MISSING) -> Any:
     """`read` makes it of what JSON gives back; the default is that of models which have none."""
     return field(default=default, metadata={"meaning": meaning, "read": read})
@@ -109,6 +113,11 @@ class Learned:
     )
     darkest: float = _value(
         "the largest value, 0 to 1, that every image fitted reaches", _darkest, default=0.0
+    )
+    n_bits: int | None = _value(
+        "bits that the images fitted use, where they are fewer than the 16 that they are read as",
+        _n_bits,
+        default=None,
     )
     projection: Tensor | None = _tensor(
         "D, C",

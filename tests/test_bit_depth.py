@@ -47,10 +47,24 @@ def test_a_fit_that_never_uses_the_upper_bits_says_which_depth_fits(bits: int) -
     assert len(told) == 1
 
 
-def test_a_fit_that_uses_them_in_one_image_says_nothing() -> None:
+def test_a_fit_that_uses_them_in_half_of_its_images_says_nothing() -> None:
     mixed = at(12)
-    mixed[2] *= 16
+    mixed[2:] *= 16
     small().fit(mixed)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_one_image_does_not_hide_the_others(bits: int) -> None:
+    """A broken pixel in it, or another depth."""
+    hot, strayed = at(bits), at(bits)
+    hot[2, 0, 5, 5] = 65535
+    strayed[2] = at(16)[2]
+    for images in (hot, strayed):
+        says = rf"3 of 4 images do not use .*{2**bits - 1}: .*fit with bit_depth={bits}$"
+        with pytest.warns(UserWarning, match=says) as told:
+            model = small().fit(images)
+        assert len(told) == 1
+        assert model.n_bits_ is None
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14])
@@ -63,6 +77,24 @@ def test_a_model_of_16_bits_refuses_fewer(bits: int, exposure: float) -> None:
         model.predict(at(bits, exposure * FRACTIONS))
     skipped = model.predict([at(16)[0, 0], at(bits)[1, 0]], skip_bad=True).skipped
     assert [name for name, _ in skipped] == ["image[1]"]
+
+
+def test_a_model_that_was_fitted_almost_black_refuses_what_is_not(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="almost black"):
+        small().fit(at(12)).save(tmp_path / "m")
+    model = NPad.load(tmp_path / "m")
+    assert model.n_bits_ == 12
+    for other in (at(16), at(14), at(16) / 65535, (at(16) // 257).astype(np.uint8)):
+        with pytest.raises(ImageError, match=r"^image\[0\]: .*use 12 of .*bit_depth=12, or 16"):
+            model.predict(other)
+    model.predict(at(12))
+    model.predict(at(12, 0.5 * FRACTIONS))
+    assert small(bit_depth=16).fit(at(12)).n_bits_ is None  # somebody has said so
+
+
+def test_dim_images_of_8_bits_are_of_no_other_depth() -> None:
+    dim = np.rint(FRACTIONS * 15).astype(np.uint8)[:, None]
+    small().fit(dim).predict(np.concatenate([dim, 17 * dim]))
 
 
 def test_a_model_of_8_bits_too(eight_bits: NPad) -> None:

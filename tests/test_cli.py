@@ -337,7 +337,7 @@ def test_a_wrong_mask_is_met_before_any_category_is_fitted(category, tmp_path):
         shutil.copytree(category, root / name)
     mask = save_image(root / "nut/ground_truth/hole/001_mask.png", np.zeros((8, 64), np.uint8))
     fail(1, "evaluate", root, "-o", tmp_path / "out", *SMALL, says=[mask, "8 x 64"])
-    assert not files(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("always")
@@ -359,6 +359,25 @@ def test_what_several_fits_meet_is_told_once(category, tmp_path):
     black = save_image(root / "train/good/black.png", np.zeros((64, 64), np.uint8))
     said = succeed("evaluate", root, "-o", tmp_path / "out", *SMALL, "--seeds", "0,1,2")
     assert said.err.count(f"npad: warning: {black}: every pixel is equal") == 1
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_speak_of_options(tmp_path):
+    """But leave alone what is part of a path."""
+    folder = tmp_path / "bit_depth=12"
+    for i in range(3):
+        dark = smooth_pixels(24, 24, 1, seed=i)[..., 0].astype(np.uint16) * 16
+        save_image(folder / f"{i}.png", dark)
+    save_image(folder / "3.png", np.zeros((24, 24), np.uint16))
+    lines = succeed("fit", folder, "-o", tmp_path / "m", *SMALL).err.splitlines()
+    assert len(lines) == 2
+    assert f"{folder / '3.png'}: every pixel is equal" in lines[0]
+    assert re.match(r"npad: warning: no image uses .*, fit with --bit-depth 12$", lines[1])
+    save_image(folder / "4.png", smooth_pixels(24, 24, 1)[..., 0].astype(np.uint16) * 257)
+    outcome = succeed("predict", tmp_path / "m", folder, "-o", tmp_path / "out", "--skip-bad")
+    (line,) = (line for line in outcome.err.splitlines() if "skipped" in line)
+    assert line.startswith(f"npad: skipped: {folder / '4.png'}: it is brighter")
+    assert "fit with --bit-depth 12, or 16" in line
 
 
 @pytest.mark.parametrize("name", ["good", "OK"])
@@ -504,7 +523,7 @@ def test_usage(args, says, category, model, tmp_path):
     ],
 )
 def test_arguments_are_told_as_options(text, told):
-    assert program._in_options(text) == told
+    assert program.with_options(text) == told
 
 
 def test_a_package_that_is_missing_is_told_before_the_work(category, tmp_path, monkeypatch):

@@ -13,9 +13,8 @@ from image_files import encode, smooth_pixels
 from PIL import Image
 from written_files import GREY, as_stored, exif, png, segment
 
-from npad.images import ImageError, Reading, decoding, scaling
-from npad.images.decoding import load
-from npad.images.jpeg import read_jpeg
+from npad.images import ImageError, ImageSource, Reading, decoding, scaling, source
+from npad.images.decoding import load, read_samples
 from npad.images.samples import AS_IT_SAYS
 
 
@@ -61,7 +60,7 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(mode, orientation, monkeypatc
     data = data[:2] + segment(0xE1, b"Exif\0\0" + exif(orientation)) + data[2:]
     expected = load(data, "a", (20, 20))
     monkeypatch.setattr(decoding, "LARGE", 1000)
-    reduced = read_jpeg(io.BytesIO(data), "a", AS_IT_SAYS, least=(20, 20))
+    reduced = read_samples(data, "a", AS_IT_SAYS, least=(20, 20))
     assert (reduced.values.height, reduced.values.width) == (62, 82)  # a quarter
     loaded = load(data, "a", (20, 20))
     assert loaded.size == expected.size == (250, 330)
@@ -77,9 +76,9 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(mode, orientation, monkeypatc
 )
 def test_a_reduced_size_is_twice_what_is_needed(size, factor):
     data = encode(smooth_pixels(256, 256), "JPEG")
-    samples = read_jpeg(io.BytesIO(data), "a", AS_IT_SAYS, least=size)
+    samples = read_samples(data, "a", AS_IT_SAYS, least=size)
     assert samples.values.size == (256 // factor, 256 // factor)
-    assert samples.size == (None if factor == 1 else (256, 256))
+    assert samples.size == (256, 256)
 
 
 def test_ordinary_images_are_not_reduced():
@@ -87,6 +86,55 @@ def test_ordinary_images_are_not_reduced():
     whole = Image.open(io.BytesIO(data)).resize((16, 16), Image.Resampling.BILINEAR)
     expected = np.asarray(whole, np.float32) / 255
     assert np.array_equal(load(data, "a", (16, 16)).tensor.permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("kind", range(9))
+def test_the_limit_of_the_program_changes_nothing(kind, pieces, monkeypatch):
+    values = list(kinds(smooth_pixels(131, 40)))[kind]
+    white = 255 if kind < 4 else 65535 if kind < 7 else 1
+    expected = scaling.resized(values, white, (16, 16)), scaling.as_pixels(values, white)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert np.array_equal(scaling.resized(values, white, (16, 16)), expected[0])
+    assert np.array_equal(scaling.as_pixels(values, white), expected[1])
+
+
+def test_pixels_of_large_images_do_not_pile_up(monkeypatch):
+    """They are loaded one by one, when it is their turn, and come in small batches."""
+    small, large = (png(smooth_pixels(n, n, 1)[..., 0], 8, GREY) for n in (20, 40))
+    order = [small, small, large, small, large, large, small]
+    monkeypatch.setattr(source, "LARGE", 1000)
+    monkeypatch.setattr(decoding, "LARGE", 1000)
+    images = ImageSource(order, image_size=(8, 8), batch_size=3, workers=2, keep_pixels=True)
+    loaded = []
+    load = source.load
+    monkeypatch.setattr(source, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    n_large = 0
+    sizes = []
+    for batch in images.batches():
+        sizes += [[len(pixels) for pixels in batch.pixels]]
+        n_large += sizes[-1].count(40)
+        assert sum(image.size == (40, 40) for image in loaded) == n_large
+    assert sizes == [[20, 20, 40], [20, 40], [40], [20]]
+    images = ImageSource([large], image_size=(8, 8), keep_pixels=True, reading=Reading(None, 1599))
+    with pytest.raises(ImageError, match="max_pixels=1600"):
+        next(images.batches())
+
+
+@pytest.mark.parametrize("shape", [(600, 300), (40, 500)])
+def test_thumbnails(shape):
+    values = smooth_pixels(*shape, 1)[..., 0].astype(np.uint16) * 16
+    data = png(values, 16, GREY)
+    thumbnail = decoding.read_thumbnail(data, 100, Reading(12))
+    assert thumbnail.dtype == np.uint8
+    assert max(thumbnail.shape) == 100
+    expected = Image.fromarray((values / 4095).astype(np.float32)).resize(
+        thumbnail.shape[1::-1], Image.Resampling.BILINEAR
+    )
+    np.testing.assert_allclose(
+        thumbnail, 255 * np.asarray(expected)[..., None].repeat(3, 2), atol=0.51
+    )
+    jpeg = encode(smooth_pixels(*shape), "JPEG")
+    assert decoding.read_thumbnail(jpeg, 100).shape == thumbnail.shape
 
 
 def test_limit_of_pixels(monkeypatch):
@@ -131,13 +179,13 @@ def test_one_large_image_at_a_time(monkeypatch):
 
 
 FILES = {
-    # Bytes for each pixel, of which Pillow needs four for a colour.
+    # Bytes for each pixel, of which Pillow needs four for a colour, and a BMP is there as a file, too.
     "grey.png": 1,
     "colour.png": 4,
     "deep.png": 2,
     "deep.pgm": 2,
-    "grey.bmp": 1,
-    "colour.bmp": 4,
+    "grey.bmp": 2,
+    "colour.bmp": 7,
     "grey.jpg": 0,
     "colour.jpg": 0,
 }

@@ -8,6 +8,7 @@ import pytest
 from image_files import save_image, smooth_pixels
 from mask_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, orientation, png, tiff
 from PIL import Image, ImageDraw, ImageFilter
+from written_files import bmp, bmp_rows, chunk, pnm, xmp
 
 from npad.evaluation.masks import load_mask, read_header, read_mask, resample_mask
 from npad.images import ImageError
@@ -83,6 +84,11 @@ KINDS = {
     "one colour is transparent": png(
         colour(WHITE, (255, 0, 255)), RGB, transparency=struct.pack(">3H", 255, 0, 255)
     ),
+    "one of 16 greys is transparent": png(grey(0, 15), GREY, 4, transparency=b"\0\x0f"),
+    "one of 65536 greys is transparent": png(grey(0, 300), GREY, 16, transparency=b"\1\x2c"),
+    "one deep colour is transparent": png(
+        colour((0, 0, 0), (9, 0, 300)), RGB, 16, transparency=struct.pack(">3H", 9, 0, 300)
+    ),
     "tiff 255": tiff(np.uint8(grey()[..., 0])),
     "tiff 1": tiff(np.uint8(grey(1)[..., 0]), compression="zlib"),
     "tiff of 1 bit": tiff(DEFECT, photometric="minisblack"),
@@ -92,6 +98,24 @@ KINDS = {
     "tiff, red": tiff(np.uint8(colour((255, 0, 0))), photometric="rgb"),
     "tiff with alpha": tiff(
         np.uint8(joined(255, 255, 255, grey())), photometric="rgb", extrasamples=["unassalpha"]
+    ),
+    "tiff with alpha of 16 bits": tiff(
+        np.uint16(257 * joined(255, 255, 255, grey())),
+        photometric="rgb",
+        planarconfig="contig",
+        extrasamples=["unassalpha"],
+    ),
+    "bmp with alpha": bmp(
+        bmp_rows(255 | grey()[..., 0].astype(np.uint32) << 24, 32),
+        WIDTH,
+        HEIGHT,
+        32,
+        compression=3,
+        masks=struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000),
+        header=108,
+    ),
+    "bmp, one of two greys": bmp(
+        bmp_rows(grey(1)[..., 0], 8), WIDTH, HEIGHT, 8, palette=b"\0\0\0\0\xff\xff\xff\0"
     ),
     "bmp of 1 bit": encoded(Image.fromarray(DEFECT), "BMP"),
     "webp with alpha": encoded(
@@ -137,7 +161,16 @@ def test_an_orientation_is_obeyed(tmp_path, kind, value):
     np.testing.assert_array_equal(mask.marked, DEFECT)
     assert mask.is_turned is (value > 1)
     header = read_header(tmp_path / "a.png")
-    assert (header.size, header.orientation) == (SIZE, value)
+    assert (header.upright_size, header.orientation) == (SIZE, value)
+
+
+def test_an_orientation_in_xmp_turns_alpha_too(tmp_path):
+    alpha = joined(255, 255, 255, grey())[::-1, ::-1]
+    data = png(alpha, RGBA)
+    text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(3))
+    at = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:at] + text + data[at:])
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), DEFECT)
 
 
 # --- more than two values ---
@@ -297,6 +330,7 @@ REFUSED = {
     "no image": (b"no mask", "mask"),
     "red on white": (png(colour((255, 0, 0), WHITE), RGB), "background that is not black"),
     "red on blue": (png(colour((255, 0, 0), (0, 0, 200)), RGB), "background that is not black"),
+    "two pnm": (pnm(5, grey()[..., 0], 255) * 2, "2 pages: save one mask"),
     "two pages": (tiff(np.stack([np.uint8(grey()[..., 0])] * 2)), "2 pages: save one mask"),
 }
 
@@ -320,7 +354,7 @@ def test_a_header_that_cannot_be_read(tmp_path):
 def test_a_header_is_read_without_decoding(tmp_path):
     data = png(smooth_pixels(16, 24), RGB, exif=orientation(6))
     (tmp_path / "a.png").write_bytes(data[: data.index(b"IDAT") + 4])
-    assert read_header(tmp_path / "a.png").size == (24, 16)
+    assert read_header(tmp_path / "a.png").upright_size == (24, 16)
 
 
 @pytest.mark.parametrize("size", [(6, 9), (3, 3), (4, 5), (17, 31), (1, 1)])

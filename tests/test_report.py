@@ -23,7 +23,8 @@ from npad.evaluation import measure, report
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.results import NO_MASKS
-from npad.images import ImageError, Reading, read_image
+from npad.images import ImageError, Reading
+from npad.images.decoding import read_thumbnail
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(12)),
@@ -308,7 +309,9 @@ def test_no_results(tmp_path):
 def test_pictures_are_read_as_the_model_read_them(result, tmp_path, monkeypatch):
     seen = set()
     monkeypatch.setattr(
-        report, "read_image", lambda path, reading: seen.add(reading) or read_image(path, reading)
+        report,
+        "read_thumbnail",
+        lambda path, side, reading: seen.add(reading) or read_thumbnail(path, side, reading),
     )
     twelve = dataclasses.replace(result, settings={**result.settings, "bit_depth": 12})
     report.write_report([twelve], tmp_path / "report.html")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from image_files import encode, save_image, smooth_pixels
 from PIL import Image
+from torch.utils.data import DataLoader
+from written_files import RGB, png
 
-from npad.images import ImageError, ImageSource
+from npad.images import ImageError, ImageSource, Reading
 
 PIXELS = [smooth_pixels(20, 24, seed=i) for i in range(3)]
 
@@ -77,10 +83,51 @@ def test_one_image(kind: str, paths: list[Path]) -> None:
         one.close()
 
 
+def test_what_pillow_has_opened_is_read_from_its_file(tmp_path: Path) -> None:
+    """Pillow itself keeps 8 of 16 bits, takes white for black, and mixes up planes."""
+    deep = smooth_pixels(20, 24).astype(np.uint16) * 16
+    (tmp_path / "a.png").write_bytes(png(deep, 16, RGB))
+    tifffile.imwrite(tmp_path / "b.tif", deep.transpose(2, 0, 1), photometric="rgb", planarconfig=2)
+    tifffile.imwrite(tmp_path / "c.tif", 4095 - deep[..., 0], photometric="miniswhite")
+    options = {"reading": Reading(12)}
+    expected, _ = collect(deep, **options)
+    grey, _ = collect(deep[..., 0], **options)
+    for name, right in (("a.png", expected), ("b.tif", expected), ("c.tif", grey)):
+        with Image.open(tmp_path / name) as image:
+            for source in (image, [image], [image]):
+                found, _ = collect(source, **options)
+                assert torch.allclose(found, right, atol=1e-6)
+            twice, _ = collect([image] * 20, **options)
+            assert torch.equal(twice, found.expand(20, -1, -1, -1))
+            if name != "b.tif":  # of which Pillow has lost the rest
+                image.load()
+                collect(image)
+    pages = [Image.fromarray(x) for x in PIXELS]
+    pages[0].save(tmp_path / "d.tif", save_all=True, append_images=pages[1:])
+    with Image.open(tmp_path / "d.tif") as image:
+        image.seek(1)
+        assert torch.equal(collect(image)[0], collect(PIXELS[1])[0])
+
+
 def test_a_file_written_in_memory_need_not_be_rewound() -> None:
     file = io.BytesIO()
     Image.fromarray(PIXELS[0]).save(file, "PNG")
     assert torch.equal(collect(file)[0], collect(PIXELS[0])[0])
+
+
+@pytest.mark.parametrize(
+    "make", [tempfile.TemporaryFile, tempfile.NamedTemporaryFile, tempfile.SpooledTemporaryFile]
+)
+def test_files_that_were_just_written(make: Callable[[], IO[bytes]]) -> None:
+    with make() as file:
+        file.write(encode(PIXELS[0], "PNG"))
+        for source in (file, [file], [(file, "label")], iter([file])):
+            assert torch.equal(collect(source)[0], collect(PIXELS[0])[0])
+
+
+def test_a_file_open_as_text(paths: list[Path]) -> None:
+    with paths[0].open() as file, pytest.raises(TypeError, match='open it with mode "rb"'):
+        collect(file)
 
 
 def test_damaged_bytes_are_named_by_their_position() -> None:
@@ -126,7 +173,32 @@ def test_three_axes_that_begin_with_3_or_4_are_ambiguous(n: int, kind: object) -
     assert len(collect([stack])[0]) == 1  # in a list, every item is an image
 
 
-@pytest.mark.parametrize("shape", [(2, 20, 24), (5, 20, 24), (1, 20, 24)])
+@pytest.mark.parametrize("n", [3, 4])
+def test_grey_batches_of_a_loader_are_no_colour_image(n: int) -> None:
+    """Another size of its batches gives the images one by one, or as grey ones."""
+    grey = [torch.from_numpy(smooth_pixels(20, 24, 1, seed=i)[..., 0]) for i in range(n)]
+    expected = collect(torch.stack(grey)[:, None])[0]
+    with pytest.raises(ValueError, match=rf"item 0: shape \({n}, 20, 24\) is one colour image"):
+        collect(DataLoader(grey, batch_size=n))  # type: ignore[arg-type]
+    for size in (None, 1, 2):
+        found, _ = collect(DataLoader(grey, batch_size=size))  # type: ignore[arg-type]
+        assert torch.equal(found, expected)
+    colour = [torch.from_numpy(x).permute(2, 0, 1) for x in PIXELS]
+    found, _ = collect(DataLoader(colour, batch_size=1, collate_fn=lambda items: items[0]))  # type: ignore[arg-type]
+    assert torch.equal(found, collect(PIXELS)[0])
+
+
+@pytest.mark.parametrize("channels", [2, 5, 15])
+def test_many_channels_are_no_narrow_images(channels: int) -> None:
+    image = np.zeros((40, 50, channels), np.uint8)
+    with pytest.raises(
+        ValueError, match=rf"one image of {channels} channels.*images\[\.\.\., None\]"
+    ):
+        collect(image)
+    assert ImageSource(image[..., None], image_size=(16, 16)).n_images == 40
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 24), (5, 20, 24), (1, 20, 24), (9, 8, 8)])
 def test_other_grey_stacks_are_plain(shape: tuple[int, ...]) -> None:
     images = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
     assert torch.equal(collect(images)[0], collect(images[:, None])[0])

@@ -28,6 +28,7 @@ from tiff_files import (
 )
 
 from npad.images import ImageError, Reading
+from npad.images.decoding import read_samples
 from npad.images.tiff import read_tiff
 
 JPEG, GROUP4 = 7, 4
@@ -45,7 +46,7 @@ PIECES = {
 
 
 def read(data, **reading):
-    return read_tiff(io.BytesIO(data), "a.tif", Reading(**reading))
+    return read_samples(data, "a.tif", Reading(**reading))
 
 
 def check(samples, expected, white=None):
@@ -316,7 +317,7 @@ def test_few_bits_in_words_of_16(bits, pieces, order):
         (1023, 1023),
         (4095, 4095),
         (16383, 16383),
-        (65535, 65535),
+        (65535, None),  # the default
         (4000, None),
         (0, None),
         (1, None),
@@ -328,6 +329,12 @@ def test_max_sample_value(tag, value, white, n):
     values = ramp(10, n).astype(np.uint16)
     data = tiff(values, RGB if n == 3 else BLACK_IS_ZERO, tags={tag: [value] * n})
     check(read(data), values if n == 3 else values[..., 0], white)
+
+
+def test_what_is_no_more_than_the_default_hides_nothing():
+    values = ramp(12)
+    data = tiff(values, tags={281: 4095, 341: 65535})
+    check(read(data), values[..., 0], 4095)
 
 
 def test_max_sample_value_says_nothing_of_8_bits():
@@ -600,7 +607,7 @@ def test_large_images_are_in_memory_once(tmp_path, bits, n, pieces):
     tifffile.imwrite(tmp_path / "a.tif", values, **options)
     tracemalloc.start()
     with (tmp_path / "a.tif").open("rb") as file:
-        read_tiff(file, "a.tif", Reading())
+        read_tiff(file, "a.tif", Reading()).decode()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.1 * values.nbytes + 16e6

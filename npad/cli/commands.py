@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +24,12 @@ from npad.cli.program import (
     new_model,
     run,
     tell,
+    with_options,
 )
 from npad.file_names import shown
+
+if TYPE_CHECKING:  # it imports libraries
+    from npad.evaluation.datasets import Category
 
 __all__ = ["app", "main"]
 
@@ -212,6 +216,7 @@ def predict(
             list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
         ):
             files.add(prediction)
+            prediction.images.clear()  # whoever refers to it: the next ones may be as large
             skipped += prediction.skipped
         _list_skipped(skipped)
         if not files.n_scored:
@@ -269,8 +274,9 @@ def evaluate(
     """
     _set_threads(threads)
     makers = _makers(arguments, seeds, quiet)
+    categories = _categories(folder, good, makers[0]().max_pixels)
     with alone_in(output):
-        _evaluate(folder, makers, output, good, skip_bad, quiet)
+        _evaluate(categories, makers, output, skip_bad, quiet)
 
 
 @command(app, *MEASURE, backbone="filterbank")
@@ -300,7 +306,8 @@ def demo(
             ):
                 make_dataset(Path(unfinished) / "data" / "woven", seed)
                 (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
-        _evaluate(data, makers, output, None, False, quiet)
+        categories = _categories(data, None, makers[0]().max_pixels)
+        _evaluate(categories, makers, output, False, quiet)
 
 
 def _makers(
@@ -318,22 +325,26 @@ def _makers(
     return makers
 
 
-def _evaluate(
-    folder: Path,
-    makers: Sequence[Callable[[], Any]],
-    output: Path,
-    good: str | None,
-    skip_bad: bool,
-    quiet: bool,
-) -> None:
-    from npad.cli.evaluation_files import REPORT, evaluate_all, print_table  # noqa: PLC0415
+def _categories(folder: Path, good: str | None, max_pixels: int) -> Sequence[Category]:
+    """What is measured. What is wrong with its folders and masks is met here, before the work."""
     from npad.evaluation.datasets import find_categories  # noqa: PLC0415
     from npad.evaluation.truth import check_masks  # noqa: PLC0415
 
     categories = find_categories(folder, good)
-    max_pixels = makers[0]().max_pixels
-    for category in categories[1:]:  # the first one's are read at once
+    for category in categories:
         check_masks(category, max_pixels)
+    return categories
+
+
+def _evaluate(
+    categories: Sequence[Category],
+    makers: Sequence[Callable[[], Any]],
+    output: Path,
+    skip_bad: bool,
+    quiet: bool,
+) -> None:
+    from npad.cli.evaluation_files import REPORT, evaluate_all, print_table  # noqa: PLC0415
+
     rows, skipped = evaluate_all(
         categories, makers, output, skip_bad=skip_bad, progress=_progress(quiet)
     )
@@ -382,4 +393,4 @@ def _set_threads(threads: int | None) -> None:
 
 def _list_skipped(skipped: Sequence[tuple[str, str]]) -> None:
     for path, reason in skipped:
-        tell("skipped", f"{shown(path)}: {reason}")
+        tell("skipped", f"{shown(path)}: {with_options(reason)}")

@@ -34,6 +34,7 @@ __all__ = [
     "new_model",
     "run",
     "tell",
+    "with_options",
 ]
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -86,7 +87,7 @@ def model_option(name: str) -> Any:
         try:
             Settings(**{name: given})
         except ValueError as error:
-            raise typer.BadParameter(_in_options(str(error))) from error
+            raise typer.BadParameter(with_options(str(error))) from error
         return given
 
     return _option(argument, value, "the model's" if argument.kept else argument.default_text)
@@ -123,7 +124,7 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
         if nominal_set is not None:
             METHODS[nominal_set].load()  # whose package may be missing
     except (ValueError, ImportError) as error:
-        raise UsageError(_in_options(str(error))) from error
+        raise UsageError(with_options(str(error))) from error
     return model
 
 
@@ -134,7 +135,7 @@ def check_device(name: Any) -> None:
     try:
         devices.resolve(name)
     except ValueError as error:
-        raise UsageError(_in_options(str(error))) from error
+        raise UsageError(with_options(str(error))) from error
 
 
 def command(
@@ -228,17 +229,17 @@ def _message(error: Exception) -> str:
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
     named = named if text.startswith(named) else ""
-    return named + _in_options(text.removeprefix(named))
+    return named + with_options(text.removeprefix(named))
 
 
-def _in_options(text: str) -> str:
+def with_options(text: str) -> str:
     """A message with options in the place of arguments: `seed must be`, `seed=3`, `skip_bad=True`."""
     names = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
     text = re.sub(r"^(NPad(\.\w+)?|npad): ", "", text)
     text = re.sub(rf"^({names})(?=:| must| \[| ')", lambda m: _option_name(m[1]), text)
     return re.sub(
-        rf"\b({names})=(?:True\b)?(?=([^\s`),;])?)",
-        lambda m: _option_name(m[1]) + (" " if m[2] else ""),
+        rf"(?<![^\s(])({names})=(?:True\b)?(?=([^\s`),;])?)",
+        lambda m: _option_name(m[1]) + (" " if m[2] else ""),  # but leave what is part of a path
         text,
     )
 
@@ -287,7 +288,7 @@ def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
 
     def warn(message: Warning | str, *_: object, **__: object) -> None:
         if str(message) not in told:
-            tell("warning", str(message))
+            tell("warning", with_options(str(message)))
         told.add(str(message))
 
     warnings.showwarning = warn

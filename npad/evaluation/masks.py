@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
 from scipy import ndimage
 
-from npad.images.decoding import read_image
+from npad.images.decoding import opened, read_image
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
-from npad.images.quiet import quiet_pillow
+from npad.images.orientation import upright
 from npad.images.samples import Array, Reading, StrPath
+from npad.images.stored import Stored
+from npad.settings import MAX_PIXELS
 
-__all__ = ["Header", "Mask", "load_mask", "read_header", "read_mask", "resample_mask"]
+__all__ = ["Mask", "load_mask", "read_header", "read_mask", "resample_mask"]
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
-WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tags of TIFF and of EXIF
 # Steps of uint8 or uint16 up to which values are numbers of classes and no grey levels.
 CLASSES = 63
 # Share of the maximum that values beside the background lose or gain where an image is saved with loss.
@@ -51,26 +48,6 @@ class Mask:
     is_turned: bool
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says before it is decoded.
-
-    Attributes
-    ----------
-    size : (height, width) when upright
-    orientation : 1 to 8, as in EXIF
-    format : name that Pillow gives it
-    has_alpha : bool
-    n_pages : int
-    """
-
-    size: tuple[int, int]
-    orientation: int
-    format: str
-    has_alpha: bool
-    n_pages: int
-
-
 def read_mask(path: StrPath) -> NDArray[np.bool_]:
     """Read a ground-truth mask.
 
@@ -97,7 +74,7 @@ def read_mask(path: StrPath) -> NDArray[np.bool_]:
     return load_mask(path).marked
 
 
-def load_mask(path: StrPath, max_pixels: int = sys.maxsize) -> Mask:
+def load_mask(path: StrPath, max_pixels: int = MAX_PIXELS) -> Mask:
     """As `read_mask`, with what is to be said of the mask.
 
     Raises
@@ -138,58 +115,28 @@ def resample_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.
     return mask[rows[:, None], columns]
 
 
-def read_header(path: StrPath) -> Header | None:
-    """Read size and orientation without decoding; None where that cannot be."""
-    with suppress(Exception), quiet_pillow(), Path(path).open("rb") as file:
-        image = _open(file)
-        width, height = image.size
-        if image.format == "TIFF":  # Pillow's own size may be turned already
-            tags = image.tag_v2  # type: ignore[attr-defined]
-            width, height = tags[WIDTH], tags[HEIGHT]
-        orientation = _orientation(image)
-        size = (width, height) if orientation >= 5 else (height, width)
-        has_alpha, n_pages = image.has_transparency_data, getattr(image, "n_frames", 1)
-        return Header(size, orientation, image.format or "", has_alpha, n_pages)
+def read_header(path: StrPath, max_pixels: int = MAX_PIXELS) -> Stored | None:
+    """What a file says before it is decoded; None where that cannot be read."""
+    reading = Reading(None, max_pixels)
+    with suppress(ImageError), opened(path, str(path), reading) as stored:
+        return stored
     return None
 
 
-def _open(file: BinaryIO) -> ImageFile.ImageFile:
-    """As `Image.open`, whose limit of pixels belongs to the whole program.
-
-    The file has no name for Pillow: with one it maps pixels into memory, and turns some the wrong way.
-    """
-    Image.init()
-    prefix = file.read(16)
-    file.seek(0)
-    for name in FORMATS:
-        make, accept = Image.OPEN[name]
-        if accept is None or accept(prefix):
-            return make(file, "")
-    raise ValueError("no format that is read")
-
-
-def _orientation(image: ImageFile.ImageFile) -> int:
-    with suppress(Exception):  # damaged metadata
-        # Pillow would decode a PNG to look for EXIF at its end.
-        known = image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys()
-        value = int(image.getexif().get(ORIENTATION, 1)) if known else 1
-        return value if 1 <= value <= 8 else 1
-    return 1
-
-
 def _load(path: StrPath, max_pixels: int) -> Mask:
-    pixels = read_image(path, Reading(None, max_pixels))
-    header = read_header(path)
-    is_jpeg = header is not None and header.format in ("JPEG", "MPO")
-    if header is not None and header.n_pages > 1 and not is_jpeg:
-        raise ImageError(
-            path,
-            f"holds {header.n_pages} pages: save one mask to a file; several masks of one image go "
-            "into a folder that has its name",
-        )
-    alpha = _alpha(path) if header is not None and header.has_alpha else None
-    if alpha is not None and alpha.min() < alpha.max():
-        pixels = alpha[..., None]
+    reading = Reading(None, max_pixels)
+    pixels = read_image(path, reading)
+    with opened(path, str(path), reading) as stored:
+        is_jpeg, is_turned = stored.is_jpeg, stored.orientation > 1
+        if stored.n_pages > 1 and not is_jpeg:
+            raise ImageError(
+                path,
+                f"holds {stored.n_pages} pages: save one mask to a file; several masks of one image "
+                "go into a folder that has its name",
+            )
+        if stored.alpha is not None:
+            alpha = np.asarray(upright(stored.alpha(), stored.orientation))
+            pixels = alpha[..., None] if alpha.min() < alpha.max() else pixels
     levels = pixels.max(axis=2)
     _check_background(path, pixels, levels)
     low, high = float(levels.min()), float(levels.max())
@@ -199,22 +146,7 @@ def _load(path: StrPath, max_pixels: int) -> Mask:
         marked = (levels >= high / 2) & (levels > 0)
     else:
         marked = levels > (low if low < high else 0)
-    return Mask(marked, was_cut, header is not None and header.orientation > 1)
-
-
-def _alpha(path: StrPath) -> Array:
-    """The alpha channel, upright."""
-    try:
-        with quiet_pillow(), Path(path).open("rb") as file:
-            image: Image.Image = _open(file)
-            image.load()
-            with suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(image.convert("RGBA").getchannel("A"))
-    except Exception as error:
-        raise ImageError(
-            path, f"its alpha cannot be read ({error}): save the mask in grey, without alpha"
-        ) from error
+    return Mask(marked, was_cut, is_turned)
 
 
 def _check_background(path: StrPath, pixels: Array, levels: Array) -> None:

@@ -24,7 +24,7 @@ from scipy import ndimage
 from npad.atomic_file import replacing
 from npad.evaluation.masks import resample_mask
 from npad.evaluation.metrics import PIXEL_METRICS
-from npad.evaluation.overlay import color_map, draw_overlay, eight_bit
+from npad.evaluation.overlay import color_map, draw_overlay
 from npad.evaluation.plots import draw_curve, draw_histogram
 from npad.evaluation.results import (
     METRICS,
@@ -36,7 +36,7 @@ from npad.evaluation.results import (
     versions,
 )
 from npad.file_names import shown
-from npad.images.decoding import read_image
+from npad.images.decoding import read_thumbnail
 from npad.images.samples import Reading
 
 __all__ = ["write_report"]
@@ -164,10 +164,9 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
 
 def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
     image = picture.image
-    reading = Reading(
-        result.settings.get("bit_depth"), sys.maxsize
-    )  # the size was agreed to before
-    photo = _thumbnail(read_image(image.path, reading))
+    # The size was agreed to before.
+    reading = Reading(result.settings.get("bit_depth"), sys.maxsize)
+    photo = read_thumbnail(image.path, _THUMBNAIL, reading)
     size = photo.shape[1], photo.shape[0]
     levels = np.asarray(Image.fromarray(picture.levels).resize(size, Image.Resampling.BILINEAR))
     heat = levels / np.float32(255)
@@ -197,14 +196,6 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
         "height": size[1],
         "pictures": {what: _data_uri(*picture) for what, picture in pictures.items()},
     }
-
-
-def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Shrink or enlarge (H, W, 3) uint8 or float in [0, 1] to `_THUMBNAIL`; uint8."""
-    pixels = eight_bit(pixels)
-    scale = _THUMBNAIL / max(pixels.shape[:2])
-    width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _data_uri(pixels: NDArray[Any], kind: str) -> str:

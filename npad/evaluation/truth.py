@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npad.evaluation.datasets import Category, DatasetError, Sample
-from npad.evaluation.masks import Header, Mask, load_mask, read_header, resample_mask
+from npad.evaluation.masks import Mask, load_mask, read_header, resample_mask
 from npad.images.decoding import read_image
 from npad.images.errors import ImageError
 from npad.images.samples import Reading
+from npad.images.stored import Stored
 from npad.settings import MAX_PIXELS
 
 __all__ = ["Truth", "check_masks", "read_truth", "wrong_size"]
@@ -53,7 +54,7 @@ def check_masks(category: Category, max_pixels: int = MAX_PIXELS) -> None:
         _read_mask(sample, max_pixels)
 
 
-def _read_mask(sample: Sample, max_pixels: int) -> tuple[Mask, Header | None] | None:
+def _read_mask(sample: Sample, max_pixels: int) -> tuple[Mask, Stored | None] | None:
     """The mask, and what its image says before it is decoded; None where there is no mask."""
     if sample.mask_path is None:
         return None
@@ -64,16 +65,16 @@ def _read_mask(sample: Sample, max_pixels: int) -> tuple[Mask, Header | None] | 
             f"a good image, but its mask {sample.mask_path} marks a defect: move the image to the"
             " folder of its defect, or remove the mask",
         )
-    header = read_header(sample.path)
+    header = read_header(sample.path, max_pixels)
     if header is not None:
         _check_size(sample, mask.marked.shape, header, max_pixels)
     return mask, header
 
 
 def _check_size(
-    sample: Sample, mask_size: tuple[int, ...], header: Header, max_pixels: int
+    sample: Sample, mask_size: tuple[int, ...], header: Stored, max_pixels: int
 ) -> None:
-    if mask_size == header.size:
+    if mask_size == header.upright_size:
         return
     try:  # a header may say less than the whole file
         size = read_image(sample.path, Reading(None, max_pixels)).shape[:2]

@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from npad.images.decoding import DTYPES
 from npad.images.samples import Array, Entry
 
 __all__ = ["item_images", "single_image", "split_images"]
 
+DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 CHANNELS = (1, 3, 4)
+NARROW = 16  # columns: an image of fewer, and of more rows, is rather one of many channels
 
 
-def item_images(item: object, number: int) -> list[Entry]:
-    """The images of one item of an iterable."""
+def item_images(item: object, number: int, *, batched: bool = False) -> list[Entry]:
+    """The images of one item of an iterable; where it is a batch, three axes are grey images."""
     where = f"source, item {number}"
     if isinstance(item, Mapping):
         if "image" not in item:
@@ -35,7 +36,7 @@ def item_images(item: object, number: int) -> list[Entry]:
             f"image, got a {type(item).__name__} of {len(item)}: {', '.join(found)}"
         )
     if isinstance(item, (np.ndarray, Tensor)):
-        return list(split_images(item, where, grey_batch=False))
+        return list(split_images(item, where, grey_batch=batched))
     image = single_image(item)
     if image is None:
         raise TypeError(
@@ -51,10 +52,13 @@ def single_image(item: object) -> Entry | None:
         return item
     if isinstance(item, (bytearray, memoryview)):
         return bytes(item)
-    if isinstance(item, io.BytesIO):
-        return item.getvalue()  # wherever its writer has left off
-    if isinstance(item, (io.BufferedIOBase, io.RawIOBase)):
-        return item.read()
+    file = getattr(item, "file", item)  # what tempfile and web servers wrap
+    if isinstance(file, io.TextIOBase):
+        raise TypeError('a file that is open as text: open it with mode "rb"')
+    if isinstance(file, io.IOBase):
+        if file.seekable():
+            file.seek(0)  # wherever its writer has left off
+        return bytes(file.read())
     return None
 
 
@@ -66,7 +70,7 @@ def _is_list_of_images(item: Sequence[object]) -> bool:
     if isinstance(first, (np.ndarray, Tensor)):
         same = [x for x in others if isinstance(x, (np.ndarray, Tensor))]
         return bool(same) and same[0].ndim == first.ndim < 4
-    return single_image(first) is not None and any(type(x) is type(first) for x in others)
+    return any(type(x) is type(first) for x in others) and single_image(first) is not None
 
 
 def split_images(images: Array | Tensor, where: str, *, grey_batch: bool) -> list[Array]:
@@ -89,6 +93,11 @@ def split_images(images: Array | Tensor, where: str, *, grey_batch: bool) -> lis
         raise ValueError(
             f"{where}: shape {shape} is one colour image (C, H, W) or {n} grey ones (N, H, W): pass "
             f"it as {(1, *shape)} with images[None], or as {(n, 1, *size)} with images[:, None]"
+        )
+    if grey_batch and ndim == 3 and not (first or last) and shape[2] < NARROW <= shape[1]:
+        raise ValueError(
+            f"{where}: shape {shape} is one image of {shape[2]} channels, of which 1, 3 or 4 are read, "
+            f"or {shape[0]} grey ones {shape[2]} pixels wide: pass these with images[..., None]"
         )
     if last and first:
         raise ValueError(f"{where}: cannot tell which axis of {shape} holds the channels")

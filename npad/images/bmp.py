@@ -1,4 +1,9 @@
-"""BMP of Windows and OS/2."""
+"""BMP of Windows and OS/2: its header is read here, its pixels are decoded by Pillow.
+
+Pillow's own class for these files takes pixels of 4 or 8 bits for bits where the palette is black and
+white, does not notice pixels whose colour is not in the palette, and in many versions loses its place
+in run lengths.
+"""
 
 from __future__ import annotations
 
@@ -6,101 +11,91 @@ import struct
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from npad.images.errors import ImageError
-from npad.images.pillow import decode_raw, read_array
-from npad.images.samples import Array, Reading, Samples, check_size
+from npad.images.pillow import look_up
+from npad.images.samples import Array, Reading, Samples
+from npad.images.stored import Stored
 
 __all__ = ["read_bmp"]
 
 FILE_HEADER, MASKS_AT = 14, 54
-RAW, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS = 0, 1, 2, 3, 6
+RAW, RLE8, RLE4 = 0, 1, 2
+MASKED, MASKED_WITH_ALPHA = 3, 6
 OS2 = (16, 64)  # sizes of its second header, where 3 and 4 are other compressions
-# The bits of red, green and blue, where the file does not tell.
-MASKS = {16: (0x7C00, 0x3E0, 0x1F)} | dict.fromkeys((24, 32), (0xFF0000, 0xFF00, 0xFF))
-RAMP = np.arange(256)[:, None].repeat(3, 1)  # a palette of grey that is no palette
+# How Pillow calls pixels of a compression and so many bits,
+STORED = {(RAW, 1): "P;1", (RAW, 2): "P;2", (RAW, 4): "P;4", (RAW, 8): "P"}
+STORED |= {(RLE4, 4): "P", (RLE8, 8): "P"}
+STORED |= {(RAW, 16): "BGR;15", (RAW, 24): "BGR", (RAW, 32): "BGRX"}
+# and those of so many bits of which these are red, green and blue.
+COLOURS = {
+    (16, 0x7C00, 0x3E0, 0x1F): "BGR;15",
+    (16, 0xF800, 0x7E0, 0x1F): "BGR;16",
+    (24, 0xFF0000, 0xFF00, 0xFF): "BGR",
+    (32, 0xFF0000, 0xFF00, 0xFF): "BGRX",
+    (32, 0xFF, 0xFF00, 0xFF0000): "RGBX",
+    (32, 0xFF000000, 0xFF0000, 0xFF00): "XBGR",
+    (32, 0xFF00, 0xFF0000, 0xFF000000): "XRGB",
+}
+GREYS = bytes(range(256))  # a palette of these is none
 MAX_HEAD = 4096  # bytes that hold header, masks and palette
 
 
-def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Samples:
-    """Read a BMP: palettes, also run-length encoded, and 16 to 32 bits a pixel, alpha dropped."""
+def read_bmp(file: BinaryIO, name: str, reading: Reading) -> Stored:
+    """Read a BMP: palettes, also run-length encoded, and the usual colours of 16 to 32 bits."""
     head = file.read(MAX_HEAD)
-    start, size = struct.unpack_from("<II", head, 10)
-    end = FILE_HEADER + size  # of the header
-    if size == 12:
+    start, header_size = struct.unpack_from("<II", head, 10)
+    end = FILE_HEADER + header_size
+    if header_size == 12:
         width, height, _, bits = struct.unpack_from("<HHHH", head, 18)
-        compression, n_colours, colour_bytes = RAW, 0, 3
+        compression, n_colours, entry = RAW, 0, "BGR"
     else:
         header = head[18:end].ljust(32, b"\0")  # OS/2 leaves off what is zero
         width, height, _, bits, compression, n_colours = struct.unpack_from("<iiHHI12xI", header)
-        colour_bytes = 4
-    known = (RAW, RLE8, RLE4) if size in OS2 else (RAW, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS)
-    if compression not in known or bits not in (1, 2, 4, 8, 16, 24, 32):
-        raise ImageError(
-            name, f"a BMP of {bits} bits and compression {compression}: not read; save it as PNG"
-        )
-    top_down, height = height < 0, abs(height)
-    check_size(width, height, name, reading)
+        entry = "BGRX"
+    step = 1 if height < 0 else -1  # from the first row, or from the last
+    height = abs(height)
+    stored, kind = STORED.get((compression, bits)), f"compression {compression}"
+    has_alpha = False
+    if compression in (MASKED, MASKED_WITH_ALPHA) and header_size not in OS2:
+        *masks, of_alpha = struct.unpack_from("<IIII", head, MASKS_AT)
+        stored = COLOURS.get((bits, *masks)) if any(masks) else STORED.get((RAW, bits))
+        kind = "unusual channels"
+        tells_alpha = header_size >= 56 or compression == MASKED_WITH_ALPHA
+        has_alpha = tells_alpha and bits == 32 and of_alpha == 0xFFFFFFFF - sum(masks)
+    if stored is None:
+        raise ImageError(name, f"a BMP of {bits} bits and {kind}: not read; save it as PNG")
     n_colours = 0 if bits > 8 else n_colours or 1 << bits
     if start <= end:  # some writers forget the palette, or all of it
-        start = end + n_colours * colour_bytes
-    masks = MASKS.get(bits, ())
-    if bits > 8 and compression != RAW:
-        masks = struct.unpack_from("<III", head, MASKS_AT)
-        masks = masks if any(masks) else MASKS[bits]
+        start = end + n_colours * len(entry)
+    palette = head[end : min(start, end + n_colours * len(entry))]
 
-    palette = np.frombuffer(head[end : min(start, end + n_colours * colour_bytes)], np.uint8)
-    palette = palette[: len(palette) // colour_bytes * colour_bytes].reshape(-1, colour_bytes)
-    colours = palette[:, 2::-1]
-    file.seek(start)
-    stride = (width * bits + 31) // 32 * 4
-    step = 1 if top_down else -1
-    if bits >= 24 and masks == MASKS[bits]:
-        stored = "BGR" if bits == 24 else "BGRX"
-        return Samples(decode_raw("RGB", (width, height), file, stored, stride, step))
-    if bits == 8 and compression == RAW and np.array_equal(colours, RAMP):
-        return Samples(decode_raw("L", (width, height), file, "L", stride, step))
-    if compression in (RLE8, RLE4):
-        rows = _run_lengths(file.read(), width, height, nibbles=compression == RLE4)
-        bits = 8
-    else:
-        filling = stride - (width * bits + 7) // 8  # the last row may lack it
-        rows = read_array(file, (height, stride), np.dtype(np.uint8), filling)
-    rows = rows[::step]
-    if bits > 8:
-        return _unpack(rows[:, : width * bits // 8].view(f"<u{bits // 8}"), masks, name)
-    return Samples(_look_up(rows, bits, width, colours))
+    def decoded(mode: str, stored: str) -> Image.Image:
+        file.seek(start)
+        data = file.read()
+        stride = (width * bits + 31) // 32 * 4
+        if compression in (RLE8, RLE4):
+            data, stride = _run_lengths(data, width, height, nibbles=compression == RLE4), width
+        if len(data) < stride * (height - 1):  # before there is memory for the image
+            raise ValueError("not enough image data")
+        return Image.frombytes(mode, (width, height), data, "raw", stored, stride, step)
+
+    def decode() -> Samples:
+        if bits > 8:
+            return Samples(decoded("RGB", stored))
+        blue_green_red = [palette[i :: len(entry)] for i in range(3)]
+        if (bits, compression) == (8, RAW) and blue_green_red == [GREYS] * 3:
+            return Samples(decoded("L", "L"))
+        return Samples(look_up(decoded("P", stored), palette, entry, name))
+
+    def alpha() -> Array:
+        return np.asarray(decoded("RGBA", stored.replace("X", "A")).getchannel("A"))
+
+    return Stored((height, width), decode, alpha=alpha if has_alpha else None)
 
 
-def _look_up(rows: Array, bits: int, width: int, colours: Array) -> Array:
-    """The grey values or colours of pixels of 1 to 8 bits."""
-    indices = rows
-    if bits < 8:
-        shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
-        indices = (rows[:, :, None] >> shifts & (2**bits - 1)).reshape(len(rows), -1)
-    indices = indices[:, :width]
-    grey = colours[:, 0]
-    if not (colours == grey[:, None]).all():
-        return colours[indices]
-    return grey[indices]
-
-
-def _unpack(packed: Array, masks: tuple[int, ...], name: str) -> Samples:
-    """Red, green and blue from the bits that each has of a number."""
-    shifts = [(mask & -mask).bit_length() - 1 for mask in masks]
-    whites = [mask >> max(shift, 0) for mask, shift in zip(masks, shifts, strict=True)]
-    deep = max(whites) > 255
-    if any(white & (white + 1) or not white for white in whites) or (deep and len({*whites}) > 1):
-        raise ImageError(name, "a BMP of unusual channels: not read; save it as PNG")
-    out = np.empty((*packed.shape, 3), np.uint16 if deep else np.uint8)
-    for c, (mask, shift, white) in enumerate(zip(masks, shifts, whites, strict=True)):
-        value = (packed & packed.dtype.type(mask)) >> packed.dtype.type(shift)
-        spread = np.round(np.arange(white + 1) * (255 / white)).astype(np.uint8)
-        out[..., c] = value if deep else spread[value]
-    return Samples(out, whites[0] if deep else None)
-
-
-def _run_lengths(data: bytes, width: int, height: int, *, nibbles: bool) -> Array:
+def _run_lengths(data: bytes, width: int, height: int, *, nibbles: bool) -> bytes:
     """Rows of one byte per pixel, in the order of the file; pixels that are skipped are 0."""
     out = bytearray(width * height)
     at, x, y = 0, 0, 0
@@ -129,4 +124,4 @@ def _run_lengths(data: bytes, width: int, height: int, *, nibbles: bool) -> Arra
         run = run[: min(n, max(0, width - x))]
         out[y * width + x : y * width + x + len(run)] = run
         x += n
-    return np.frombuffer(out, np.uint8).reshape(height, width)
+    return bytes(out)

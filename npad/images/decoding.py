@@ -7,6 +7,8 @@ import os
 import stat
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -14,11 +16,14 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from npad.images.errors import ImageError
 from npad.images.formats import find_reader
-from npad.images.jpeg import read_jpeg
+from npad.images.orientation import TURNS_AXES, upright
 from npad.images.pillow import read_pillow
 from npad.images.quiet import quiet_pillow
 from npad.images.samples import (
@@ -29,14 +34,16 @@ from npad.images.samples import (
     Samples,
     StrPath,
     TooLargeError,
+    check_size,
 )
 from npad.images.scaling import as_pixels, is_constant, resized, size_of, white_level
+from npad.images.stored import Stored
 
-__all__ = ["Loaded", "load", "read_image"]
+__all__ = ["LARGE", "Loaded", "load", "opened", "read_image", "read_samples", "read_thumbnail"]
 
-DTYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
 LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
 _one_large = threading.Lock()
+_one_opened = threading.Lock()
 
 
 def read_image(image: Entry, reading: Reading = AS_IT_SAYS, name: str | None = None) -> Array:
@@ -64,9 +71,28 @@ def read_image(image: Entry, reading: Reading = AS_IT_SAYS, name: str | None = N
     """
     if name is None:
         name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "image"
-    samples = _samples(image, name, reading)
+    samples = read_samples(image, name, reading)
     white, _ = white_level(samples, name, reading)
     return as_pixels(samples.values, white)
+
+
+def read_thumbnail(image: Entry, side: int, reading: Reading = AS_IT_SAYS) -> Array:
+    """Read one image as `read_image` does, but make its longer side this long; (h, w, 3) uint8.
+
+    Raises
+    ------
+    ImageError
+        As `read_image`.
+    """
+    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "image"
+    samples = read_samples(image, name, reading, (side, side))
+    white, _ = white_level(samples, name, reading)
+    height, width = size_of(samples.values)
+    scale = side / max(height, width)
+    size = max(1, round(scale * height)), max(1, round(scale * width))
+    small = np.empty((3, *size), np.float32)
+    small[:] = resized(samples.values, white, size)  # grey is broadcast
+    return np.rint(255 * small.transpose(1, 2, 0)).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +137,8 @@ def load(
     Parameters
     ----------
     image
-        Path or bytes of a file, an image of Pillow's, or (H, W, C) of one of `DTYPES` with 1, 3 or 4
-        channels.
+        Path or bytes of a file, an image of Pillow's, or (H, W, C), uint8, uint16 or floating
+        point, with 1, 3 or 4 channels.
     name : how an error calls the image
     image_size : (height, width)
         The result's size: bilinear with antialiasing. An image of this size is not interpolated.
@@ -126,13 +152,13 @@ def load(
     """
     ordinary = replace(reading, max_pixels=min(reading.max_pixels, LARGE))
     try:
-        return _load(_samples(image, name, ordinary), name, image_size, reading, keep_pixels)
+        return _load(read_samples(image, name, ordinary), name, image_size, reading, keep_pixels)
     except TooLargeError:
         if reading.max_pixels <= LARGE:
             raise
     least = None if keep_pixels else image_size
     with _one_large:
-        samples = _samples(image, name, reading, least)
+        samples = read_samples(image, name, reading, least)
         return _load(samples, name, image_size, reading, keep_pixels)
 
 
@@ -153,28 +179,72 @@ def _load(
     )
 
 
-def _samples(
+def read_samples(
     image: Entry, name: str, reading: Reading, least: tuple[int, int] | None = None
 ) -> Samples:
     """What an image holds; of a JPEG perhaps at a smaller size, but twice ``least`` or more."""
     if isinstance(image, np.ndarray):
         return Samples(image[:, :, 0] if image.shape[2] == 1 else image[:, :, :3])
+    if isinstance(image, Image.Image) and not _is_misread(image):
+        with _nothing_but_image_errors(name):
+            return read_pillow(image, name, reading)
+    with opened(image, name, reading) as stored:
+        if least is not None and stored.reduced is not None:
+            turned = stored.orientation in TURNS_AXES
+            samples = stored.reduced(least[::-1] if turned else least)
+        else:
+            samples = stored.decode()
+        values = upright(samples.values, stored.orientation)
+        return Samples(values, samples.white, stored.n_pages, stored.upright_size)
+
+
+@contextmanager
+def opened(image: StrPath | bytes | Image.Image, name: str, reading: Reading) -> Iterator[Stored]:
+    """The image in a file: it can be decoded as long as the context lasts.
+
+    Raises
+    ------
+    ImageError
+        As `read_image`, of the header and of whatever is decoded in the context.
+    """
+    with _nothing_but_image_errors(name), _open(image, name) as file:
+        stored = find_reader(file, name)(file, name, reading)
+        height, width = stored.size
+        check_size(width, height, name, reading)
+        yield stored
+
+
+@contextmanager
+def _nothing_but_image_errors(name: str) -> Iterator[None]:
     try:
         with quiet_pillow():
-            if isinstance(image, Image.Image):
-                return read_pillow(image, name, reading)
-            with _open(image, name) as file:
-                reader = find_reader(file, name)
-                if reader is read_jpeg:
-                    return read_jpeg(file, name, reading, least)
-                return reader(file, name, reading)
+            yield
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything at all on damaged bytes
         raise ImageError(name, _reason(error)) from error
 
 
-def _open(image: StrPath | bytes, name: str) -> BinaryIO:
+def _is_misread(image: Image.Image) -> bool:
+    """Whether Pillow has yet to decode a page of a file that it may get wrong.
+
+    It keeps 8 bits of 16-bit colour, and mixes up some planes and orders of bytes of TIFF.
+    """
+    if not isinstance(image, (PngImageFile, TiffImageFile)) or not image.tile or image.tell() > 0:
+        return False
+    return isinstance(image, TiffImageFile) or str(image.tile[0][3]).endswith(";16B")
+
+
+def _open(image: StrPath | bytes | Image.Image, name: str) -> BinaryIO:
+    if isinstance(image, Image.Image):
+        assert isinstance(image, ImageFile)
+        assert image.fp is not None  # it is not decoded
+        with _one_opened:  # the same image may be in a list twice
+            at = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read()
+            image.fp.seek(at)
+        return io.BytesIO(data)
     if isinstance(image, bytes):
         return io.BytesIO(image)
     path = Path(image)
@@ -193,9 +263,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "damaged, or too large for the memory; remove or replace it"
     # What Python says of bytes that are missing is of no use.
-    told = (
-        ""
-        if isinstance(error, (struct.error, LookupError))
-        else f" ({error or type(error).__name__})"
-    )
+    is_plain = isinstance(error, (struct.error, LookupError))
+    told = "" if is_plain else f" ({error or type(error).__name__})"
     return f"damaged or cut short{told}; remove or replace it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from npad.images.errors import ImageError
 
-__all__ = ["check_depth", "least_depth"]
+__all__ = ["check_bits", "check_depth", "least_depth"]
 
 # Of cameras that write into 16 bits.
 BIT_DEPTHS = (8, 10, 12, 14)
@@ -39,6 +39,28 @@ def check_depth(brightest: int, name: str, bit_depth: int | None, darkest: float
                 f"{bit_depth or 16} bits, at which every image fitted reaches "
                 f"{round(darkest * white)}; save it as those were, or fit with bit_depth={depth}",
             )
+
+
+def check_bits(brightest: float, name: str, n_bits: int) -> None:
+    """Refuse an image that no camera gives which gave those of a model.
+
+    Parameters
+    ----------
+    brightest : the image's largest value, 0 to 1
+    name : of the image
+    n_bits : that the images of the model use of 16
+
+    Raises
+    ------
+    ImageError
+        The image is brighter.
+    """
+    if brightest * 65535 > 2**n_bits:
+        raise ImageError(
+            name,
+            f"it is brighter than the images fitted can be, which use {n_bits} of the 16 bits as "
+            f"which they are read: fit with bit_depth={n_bits}, or 16 if the camera fills them",
+        )
 
 
 def least_depth(brightest: int) -> int | None:

@@ -11,14 +11,15 @@ from npad.images.errors import ImageError
 from npad.images.jpeg import read_jpeg
 from npad.images.png import read_png
 from npad.images.pnm import read_pnm
-from npad.images.samples import Reading, Samples
+from npad.images.samples import Reading
+from npad.images.stored import Stored
 from npad.images.tiff import read_tiff
 from npad.images.webp import read_webp
 
 __all__ = ["find_reader"]
 
 # The file at its begin, how errors call it, and what it may not say of itself.
-Reader: TypeAlias = Callable[[BinaryIO, str, Reading], Samples]
+Reader: TypeAlias = Callable[[BinaryIO, str, Reading], Stored]
 
 READERS: dict[bytes, Reader] = {
     rb"\x89PNG\r\n\x1a\n": read_png,

@@ -9,36 +9,23 @@ from typing import BinaryIO
 from PIL import Image
 
 from npad.images.errors import ImageError
-from npad.images.orientation import TURNS_AXES, exif_orientation, upright, xmp_orientation
-from npad.images.pillow import blocks, decode
-from npad.images.samples import Reading, Samples, check_size
+from npad.images.orientation import exif_orientation, xmp_orientation
+from npad.images.samples import Reading, Samples
+from npad.images.stored import Stored
 
 __all__ = ["read_jpeg"]
 
 START_OF_SCAN, APP1, APP2, APP14 = 0xDA, 0xE1, 0xE2, 0xEE
-DCT_FRAMES = (
-    0xC0,
-    0xC1,
-    0xC2,
-    0xC9,
-    0xCA,
-)  # baseline, extended, progressive; Huffman or arithmetic
+# Baseline, extended and progressive; of Huffman's and of arithmetic codes.
+DCT_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 OTHER_FRAMES = {0xF7: "JPEG-LS"} | dict.fromkeys((0xC3, 0xCB), "lossless JPEG")
 OTHER_FRAMES |= dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE), "hierarchical JPEG")
 BARE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
-def read_jpeg(
-    file: BinaryIO, name: str, reading: Reading, least: tuple[int, int] | None = None
-) -> Samples:
-    """Read a JPEG of 8 bits: grey, YCbCr, RGB, CMYK or YCCK; of several pictures (MPO) the first.
-
-    Parameters
-    ----------
-    least : (height, width), optional
-        Decode at a half, a quarter or an eighth of the size, if that is at least twice this.
-    """
+def read_jpeg(file: BinaryIO, name: str, reading: Reading) -> Stored:
+    """Read a JPEG of 8 bits: grey, YCbCr, RGB, CMYK or YCCK; of several pictures (MPO) the first."""
     frame = None
     adobe, n_pages = False, 1
     orientation = of_xmp = None
@@ -60,34 +47,41 @@ def read_jpeg(
     if frame is None:
         raise ValueError("no frame")
     bits, height, width, channels = frame
-    orientation = orientation or of_xmp
     if bits != 8:
         raise ImageError(name, f"a JPEG of {bits} bits: not read; save it as 16-bit PNG or TIFF")
     if height == 0:
         raise ImageError(name, "a JPEG that tells its height at its end: not read; save it again")
     if channels not in (1, 3, 4):
         raise ImageError(name, f"a JPEG of {channels} channels: not read; save it as RGB or grey")
-    check_size(width, height, name, reading)
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
     # Adobe stores how much light the ink leaves.
     stored = "CMYK;I" if channels == 4 and adobe else mode
-    reduction = 1
-    if least is not None:
-        rows, columns = least[::-1] if orientation in TURNS_AXES else least
-        spare = min(height // rows, width // columns) // 2
-        reduction = max(factor for factor in (1, 2, 4, 8) if factor <= max(spare, 1))
-    reduced = (-(-width // reduction), -(-height // reduction))
-    file.seek(0)
-    image = decode(mode, reduced, blocks(file), "jpeg", stored, "", reduction, 0)
-    if mode == "CMYK":
-        image = image.convert("RGB")
-    if width % reduction or height % reduction:  # the last pixels are not filled: stretch the rest
-        box = (0, 0, width / reduction, height / reduction)
-        reduced = (width // reduction, height // reduction)
-        image = image.resize(reduced, Image.Resampling.BILINEAR, box)
-    sides = (width, height) if orientation in TURNS_AXES else (height, width)
-    return Samples(
-        upright(image, orientation), n_pages=n_pages, size=sides if reduction > 1 else None
+
+    def decode(reduction: int = 1) -> Samples:
+        file.seek(0)
+        size = (-(-width // reduction), -(-height // reduction))
+        image = Image.frombytes(mode, size, file.read(), "jpeg", stored, "", reduction, 0)
+        if mode == "CMYK":
+            image = image.convert("RGB")
+        if (
+            width % reduction or height % reduction
+        ):  # the last pixels are not filled: stretch the rest
+            size = (width // reduction, height // reduction)
+            box = (0, 0, width / reduction, height / reduction)
+            image = image.resize(size, Image.Resampling.BILINEAR, box)
+        return Samples(image)
+
+    def reduced(least: tuple[int, int]) -> Samples:
+        spare = min(height // least[0], width // least[1]) // 2
+        return decode(max(factor for factor in (1, 2, 4, 8) if factor <= max(spare, 1)))
+
+    return Stored(
+        (height, width),
+        decode,
+        orientation or of_xmp or 1,
+        n_pages,
+        reduced=reduced,
+        is_jpeg=True,
     )
 
 

@@ -51,9 +51,9 @@ def xmp_orientation(xmp: bytes) -> int | None:
     return int(found[1]) if found else None
 
 
-def upright(values: Image.Image | Array, orientation: int | None) -> Image.Image | Array:
+def upright(values: Image.Image | Array, orientation: int) -> Image.Image | Array:
     """Turn what is stored in an orientation, 1 to 8, as it is meant to be seen."""
-    if orientation is None or orientation == 1:
+    if orientation == 1:
         return values
     if isinstance(values, Image.Image):
         return values.transpose(METHODS[orientation])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -15,14 +12,13 @@ from npad.images.errors import ImageError
 from npad.images.orientation import TAG, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["blocks", "decode", "decode_raw", "read_array", "read_pillow", "to_array"]
+__all__ = ["look_up", "read_pillow", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
 MODES |= {"RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 ORDINARY = 1 << 24  # pixels of an image that is converted in one piece
 BAND = 1 << 21  # pixels of a piece of a larger one
-BLOCK = 1 << 20  # bytes
 
 
 def read_pillow(image: Image.Image, name: str, reading: Reading) -> Samples:
@@ -62,66 +58,29 @@ def _load(image: Image.Image) -> None:
         image.filename = path
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     orientation = exif_orientation(image.info.get("exif", b""))  # other tags may be damaged
     with suppress(Exception):
         orientation = image.getexif().get(TAG)
-    return orientation if orientation in range(1, 9) else None
+    return orientation if orientation is not None and orientation in range(1, 9) else 1
 
 
-def decode(
-    mode: str, size: tuple[int, int], parts: Iterable[bytes], decoder: str, *args: str | int
-) -> Image.Image:
-    """The image that one of Pillow's decoders makes of data that come in parts.
+def look_up(indices: Image.Image, palette: bytes, entry: str, name: str) -> Image.Image:
+    """The greys or colours that a palette has for the pixels of an image of mode P.
 
-    Pillow's classes for files would do so too, but heed what the program has set for all: the limit
-    of pixels, and whether what is missing from a file is made up.
+    Parameters
+    ----------
+    palette : bytes of its colours
+    entry : how one colour is stored, such as "RGB"
+    name : of the file
     """
-    image = Image.new(mode, size)
-    work = Image._getdecoder(mode, decoder, args)
-    work.setimage(image.im, (0, 0, *size))
-    data = b""
-    for part in parts:
-        data += part
-        n_used, error = work.decode(data)
-        if error:
-            raise ValueError("the image data are wrong")
-        if n_used < 0:
-            return image
-        data = data[n_used:]
-    raise ValueError("not enough image data")
-
-
-def decode_raw(
-    mode: str, size: tuple[int, int], file: BinaryIO, stored: str, stride: int, step: int = 1
-) -> Image.Image:
-    """The image of the rows that are next in a file; a step of -1 begins at the last."""
-    start = file.tell()
-    if file.seek(0, os.SEEK_END) - start < stride * (size[1] - 1):  # before there is memory for it
-        raise ValueError("not enough image data")
-    file.seek(start)
-    return decode(mode, size, blocks(file), "raw", stored, stride, step)
-
-
-def blocks(file: BinaryIO, n_bytes: int | None = None) -> Iterator[bytes]:
-    """What is next in a file, or so many bytes of it, a piece at a time."""
-    while n_bytes is None or n_bytes > 0:
-        block = file.read(BLOCK if n_bytes is None else min(n_bytes, BLOCK))
-        if not block:
-            return
-        n_bytes = None if n_bytes is None else n_bytes - len(block)
-        yield block
-
-
-def read_array(
-    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[np.generic], spare: int = 0
-) -> Array:
-    """What is next in a file, without a second copy of it; the last bytes may be missing."""
-    array = np.empty(shape, dtype)
-    n_read = cast("io.BufferedIOBase", file).readinto(array.view(np.uint8).data)
-    if n_read < array.nbytes - spare:
-        raise ValueError("not enough image data")
-    return array
+    n = min(256, len(palette) // len(entry))
+    if cast("tuple[int, int]", indices.getextrema())[1] >= n:
+        raise ImageError(name, "damaged: a pixel's colour is not in the palette; replace it")
+    palette = palette[: n * len(entry)]
+    colours = np.frombuffer(palette, np.uint8).reshape(n, -1)[:, :3]
+    indices.putpalette(palette, entry)
+    return indices.convert("L" if (colours == colours[:, :1]).all() else "RGB")
 
 
 def to_array(image: Image.Image, out: Array | None = None) -> Array:

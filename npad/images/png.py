@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
 
 from npad.images.errors import ImageError
-from npad.images.orientation import exif_orientation, upright, xmp_orientation
-from npad.images.pillow import ORDINARY, blocks, decode, to_array
-from npad.images.samples import Array, Reading, Samples, check_size
+from npad.images.orientation import exif_orientation, xmp_orientation
+from npad.images.pillow import ORDINARY, look_up, to_array
+from npad.images.samples import Array, Reading, Samples
+from npad.images.stored import Stored
 
 __all__ = ["read_png"]
 
@@ -36,12 +37,13 @@ MODES = {
 }
 # Pillow keeps one byte of two in colour: the image is decoded once for each.
 BYTES = {RGB: ("RGB;16L", "RGB;16B"), RGB_ALPHA: ("RGBX;16L", "RGBX;16B")}
+Decoded: TypeAlias = Callable[[str, str], Image.Image]  # by a mode and how a row is stored
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
 MAX_TEXT = 1 << 20  # bytes of a text, that a small file might claim to hold more of
 EXIF_AS_TEXT = re.compile(rb"Raw profile type \w+\0\s*\w+\s+\d+\s([0-9a-fA-F\s]+)")
 
 
-def read_png(file: BinaryIO, name: str, reading: Reading) -> Samples:
+def read_png(file: BinaryIO, name: str, reading: Reading) -> Stored:
     """Read any PNG; of an animation, what a viewer without animations shows.
 
     16 bits stay 16 bits. White is what sBIT says. Of colour, gAMA, cHRM and iCCP are not applied:
@@ -62,43 +64,64 @@ def read_png(file: BinaryIO, name: str, reading: Reading) -> Samples:
     width, height, bits, colour, *methods = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     if methods[:2] != [0, 0]:
         raise ImageError(name, "a PNG of an unknown compression: save it again")
-    check_size(width, height, name, reading)
-
-    def stream() -> Iterator[bytes]:
-        for start, length in pixels:
-            file.seek(start)
-            yield from blocks(file, length)
-
-    def decoded(mode: str, stored: str) -> Image.Image:
-        return decode(mode, (width, height), stream(), "zip", stored, methods[2])
-
-    values: Image.Image | Array
-    if (bits, colour) == (16, GREY):
-        deep = decoded("I;16", "I;16B")
-        values = deep if width * height > ORDINARY else np.asarray(deep)
-    elif (bits, colour) == (16, GREY_ALPHA):
-        two = to_array(decoded("RGBA", "RGBA")).view(">u2")  # two bytes of grey, two of alpha
-        values = two[:, :, 0].astype(np.uint16)
-    elif bits == 16 and colour in BYTES:
-        values = np.empty((height, width, 3, 2), np.uint8)
-        for byte, stored in enumerate(BYTES[colour]):
-            to_array(decoded("RGB", stored), values[..., byte])
-        values = values.view("<u2")[..., 0].astype(np.uint16, copy=False)
-    else:
-        mode, stored = MODES[bits, colour]
-        values = decoded(mode, stored)
-        if mode == "P":
-            values = _look_up(values, chunks[b"PLTE"], name)
-        elif mode in ("1", "LA"):
-            values = values.convert("L")
-    white = None
-    if b"sBIT" in chunks and bits >= 8 and colour != PALETTE:
-        significant = chunks[b"sBIT"][: 3 if colour in BYTES else 1]
-        values, white = _as_written(values, bits, significant, name)
     n_pages = 1
     if b"acTL" in chunks:
         n_pages = max(1, int.from_bytes(chunks[b"acTL"][:4], "big") + 1 - first_frame)
-    return Samples(upright(values, _orientation(chunks, texts)), white, n_pages)
+
+    def decoded(mode: str, stored: str) -> Image.Image:
+        data = b"".join(_read_at(file, *where) for where in pixels)
+        return Image.frombytes(mode, (width, height), data, "zip", stored, methods[2])
+
+    def decode() -> Samples:
+        values = _values(decoded, (height, width), bits, colour)
+        if colour == PALETTE:
+            values = look_up(cast("Image.Image", values), chunks[b"PLTE"], "RGB", name)
+        elif b"sBIT" in chunks and bits >= 8:
+            significant = chunks[b"sBIT"][: 3 if colour in BYTES else 1]
+            return Samples(*_as_written(values, bits, significant, name))
+        return Samples(values)
+
+    def alpha() -> Array:
+        return _alpha(decoded, (height, width), bits, colour, chunks.get(b"tRNS", b""))
+
+    has_alpha = colour in (GREY_ALPHA, RGB_ALPHA) or b"tRNS" in chunks
+    orientation = _orientation(chunks, texts)
+    return Stored((height, width), decode, orientation, n_pages, alpha if has_alpha else None)
+
+
+def _values(decoded: Decoded, size: tuple[int, int], bits: int, colour: int) -> Image.Image | Array:
+    """Grey, colour, or the indices of a palette."""
+    if (bits, colour) == (16, GREY):
+        deep = decoded("I;16", "I;16B")
+        return deep if size[0] * size[1] > ORDINARY else np.asarray(deep)
+    if (bits, colour) == (16, GREY_ALPHA):
+        two = to_array(decoded("RGBA", "RGBA")).view(">u2")  # two bytes of grey, two of alpha
+        return two[:, :, 0].astype(np.uint16)
+    if bits == 16 and colour in BYTES:
+        values = np.empty((*size, 3, 2), np.uint8)
+        for byte, stored in enumerate(BYTES[colour]):
+            to_array(decoded("RGB", stored), values[..., byte])
+        return values.view("<u2")[..., 0].astype(np.uint16, copy=False)
+    image = decoded(*MODES[bits, colour])
+    return image.convert("L") if image.mode in ("1", "LA") else image
+
+
+def _alpha(
+    decoded: Decoded, size: tuple[int, int], bits: int, colour: int, transparent: bytes
+) -> Array:
+    """Alpha of 8 bits, from its own channel or from what tRNS says of a value."""
+    if colour == RGB_ALPHA:
+        return np.asarray(decoded("RGBA", "RGBA;16B" if bits == 16 else "RGBA").getchannel("A"))
+    if colour == GREY_ALPHA:
+        image = decoded("RGBA", "RGBA") if bits == 16 else decoded("LA", "LA")
+        return np.asarray(image.getchannel(2 if bits == 16 else 1))
+    if colour == PALETTE:
+        table = np.full(256, 255, np.uint8)
+        table[: len(transparent)] = np.frombuffer(transparent, np.uint8)
+        return table[np.asarray(decoded(*MODES[bits, colour]))]
+    values = np.asarray(_values(decoded, size, bits, colour)).reshape(*size, -1)
+    key = np.frombuffer(transparent, ">u2") * (255 // (2**bits - 1) if bits < 8 else 1)
+    return np.where((values == key).all(axis=2), np.uint8(0), np.uint8(255))
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
@@ -137,14 +160,14 @@ def _text(kind: bytes, body: bytes) -> bytes:
     return keyword + b"\0" + text
 
 
-def _orientation(chunks: dict[bytes, bytes], texts: list[bytes]) -> int | None:
+def _orientation(chunks: dict[bytes, bytes], texts: list[bytes]) -> int:
     found = [exif_orientation(chunks.get(b"eXIf", b""))]
     for text in texts:
         if profile := EXIF_AS_TEXT.match(text):
             digits = bytes(profile[1]).translate(None, b" \r\n\t")
             found.append(exif_orientation(bytes.fromhex(digits[: len(digits) // 2 * 2].decode())))
     found += [xmp_orientation(text) for text in texts if text.startswith(b"XML:com.adobe.xmp\0")]
-    return next((orientation for orientation in found if orientation), None)
+    return next((orientation for orientation in found if orientation), 1)
 
 
 def _as_written(
@@ -152,25 +175,19 @@ def _as_written(
 ) -> tuple[Image.Image | Array, int | None]:
     """The values and their white, where so many bits of those stored are said to be significant.
 
-    PNG asks a writer to spread them over all bits: the lower ones are zero, or repeat the upper ones.
-    Cameras leave the upper ones zero. In a dark image the lower bits tell which it is.
+    PNG asks a writer to spread them over all bits: the lower ones are zero, or repeat the upper ones,
+    or are what is left of scaling. Cameras leave the upper ones zero. In a dark image the lower bits
+    tell which it is: repeated or scaled they are then 0 or 1.
     """
     n = max(significant)
+    if not 0 < n < bits:
+        return values, None
     array = to_array(values) if isinstance(values, Image.Image) else values
-    spread = not 0 < n < bits or array.max() >= 2**n or not (array & (2 ** (bits - n) - 1)).any()
-    if spread:
-        return values, 65535 if bits == 16 and n > 0 else None
+    lower = 2 ** (bits - n) - 1
+    if array.max() >= 2**n or not (array & (lower & ~1 or 1)).any():
+        return values, 65535 if bits == 16 else None
     if min(significant) < n:
         raise ImageError(
             name, "the channels have different bit depths (sBIT): save it at one depth"
         )
     return array.astype(np.uint16), 2**n - 1
-
-
-def _look_up(indices: Image.Image, palette: bytes, name: str) -> Image.Image:
-    """The colours, of three bytes each, that a palette has for each pixel of an image of one byte."""
-    n_colours = len(palette) // 3
-    if n_colours < 256 and np.asarray(indices).max() >= n_colours:
-        raise ImageError(name, "damaged: a pixel's colour is not in the palette; replace it")
-    indices.putpalette(palette[:768])
-    return indices.convert("RGB")

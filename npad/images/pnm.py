@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from npad.images.pillow import decode_raw, read_array
-from npad.images.samples import Array, Reading, Samples, check_size
+from npad.images.samples import Array, Reading, Samples
+from npad.images.stored import Stored
 
 __all__ = ["read_pnm"]
 
 NUMBER = rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})"  # a comment may stand before any number
-HEADER = re.compile(rb"P(?:([14])|([2356]))" + NUMBER + NUMBER + rb"(?(2)" + NUMBER + rb"|)\s")
+HEADER = re.compile(
+    rb"P(?:([14])|([2356]))" + NUMBER + NUMBER + rb"(?(2)" + NUMBER + rb"|)(?:\r\n|\s)"
+)
 COMMENT = re.compile(rb"#[^\r\n]*")
 DIGITS, SPACES = b"0123456789", b" \t\r\n\v\f"
 MAX_HEADER = 1 << 16
@@ -25,6 +27,10 @@ class _Header(NamedTuple):
     shape: tuple[int, ...]
     maxval: int
     start: int  # of the pixels
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind <= 3
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -41,7 +47,7 @@ class _Header(NamedTuple):
         return self.start + self.shape[0] * self.row * self.dtype.itemsize
 
 
-def read_pnm(file: BinaryIO, name: str, reading: Reading) -> Samples:
+def read_pnm(file: BinaryIO, name: str, reading: Reading) -> Stored:
     """Read a PNM; of several images in a file the first.
 
     White is maxval. But 65535 says nothing: it is written whatever the camera fills.
@@ -49,37 +55,30 @@ def read_pnm(file: BinaryIO, name: str, reading: Reading) -> Samples:
     header = _header(file, 0)
     if header is None or not 0 < header.maxval < 65536 or 0 in header.shape:
         raise ValueError("its header cannot be read")
-    height, width = header.shape[:2]
-    check_size(width, height, name, reading)
-    text, maxval = header.kind <= 3, header.maxval
-    values: Image.Image | Array
-    if text:
-        values = _from_text(file.read(), header)
-    elif maxval == 255:
-        mode = "RGB" if header.kind == 6 else "L"
-        values = decode_raw(mode, (width, height), file, mode, header.row)
-    else:
-        values = _from_bytes(file, header)
     n_pages, last = 1, header
-    while not text and (following := _header(file, last.end)):
+    while not header.is_text and (following := _header(file, last.end)):
         n_pages, last = n_pages + 1, following
-    if isinstance(values, Image.Image):
-        return Samples(values, n_pages=n_pages)
+    height, width = header.shape[:2]
+    return Stored((height, width), partial(_decode, file, header), n_pages=n_pages)
+
+
+def _decode(file: BinaryIO, header: _Header) -> Samples:
+    file.seek(header.start)
+    values = _from_text(file.read(), header) if header.is_text else _from_bytes(file, header)
     if header.kind in (1, 4):
-        return Samples(np.where(values, np.uint8(0), np.uint8(255)), n_pages=n_pages)  # 1 is black
-    if maxval == 255 and values.max() <= 255:
-        return Samples(values.astype(np.uint8))
+        return Samples(np.where(values, np.uint8(0), np.uint8(255)))  # 1 is black
+    if header.maxval == 255 and values.max() <= 255:
+        return Samples(values.astype(np.uint8, copy=False))
     values = values if values.dtype.type is np.uint16 else values.astype(np.uint16)
-    return Samples(values, None if maxval == 65535 else maxval, n_pages)
+    return Samples(values, None if header.maxval == 65535 else header.maxval)
 
 
 def _header(file: BinaryIO, at: int) -> _Header | None:
-    """The header there, with the file at its end."""
+    """The header there."""
     file.seek(at)
     found = HEADER.match(file.read(MAX_HEADER))
     if found is None:
         return None
-    file.seek(at + found.end())
     kind = int(found[1] or found[2])
     width, height = int(found[3]), int(found[4])
     shape = (height, width, 3) if kind in (3, 6) else (height, width)
@@ -88,10 +87,11 @@ def _header(file: BinaryIO, at: int) -> _Header | None:
 
 def _from_bytes(file: BinaryIO, header: _Header) -> Array:
     height, width = header.shape[:2]
-    rows = read_array(file, (height, header.row), header.dtype)
+    n = height * header.row
+    values = np.frombuffer(file.read(n * header.dtype.itemsize), header.dtype, n)
     if header.kind == 4:
-        return np.unpackbits(rows, axis=1, count=width)
-    return rows.reshape(header.shape)
+        return np.unpackbits(values.reshape(height, -1), axis=1, count=width)
+    return values.reshape(header.shape)
 
 
 def _from_text(text: bytes, header: _Header) -> Array:

@@ -63,7 +63,7 @@ class Samples:
     n_pages : int
         Pages of the file, of which the first is here.
     size : (height, width), optional
-        That of the image, upright, where it was decoded at a smaller one.
+        That of the image in its file, which may have been decoded at a smaller one.
     """
 
     values: Image.Image | Array

@@ -11,6 +11,7 @@ from PIL import Image
 
 from npad.images.errors import ImageError
 from npad.images.pillow import BAND, ORDINARY
+from npad.images.rows import rows_of
 from npad.images.samples import Array, Reading, Samples
 
 __all__ = ["as_pixels", "is_constant", "resized", "size_of", "white_level"]
@@ -113,7 +114,7 @@ def _rows(values: Image.Image | Array, first: int, last: int) -> Array:
     if not isinstance(values, Image.Image):
         return values[first:last]
     whole = last - first == values.height
-    return np.asarray(values if whole else values.crop((0, first, values.width, last)))
+    return np.asarray(values if whole else rows_of(values, first, last))
 
 
 def _band(values: Image.Image | Array) -> int:

@@ -7,14 +7,13 @@ does not depend on the batch size or on the number of workers.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, single_image, split_images
-from npad.images.decoding import Loaded, load
-from npad.images.depth import check_depth
+from npad.images.decoding import LARGE, Loaded, load
+from npad.images.depth import check_bits, check_depth
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
-from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath
+from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath, TooLargeError
 
 __all__ = ["Batch", "ImageSource"]
 
@@ -96,6 +95,8 @@ class ImageSource:
     darkest : float
         The largest value, 0 to 1, that every image of a model reaches. An image is refused that comes
         up to it only by another bit depth.
+    n_bits : int, optional
+        Bits that every image of a model uses of 16. A brighter image is refused.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
 
@@ -109,9 +110,9 @@ class ImageSource:
         Whether `batches` takes indices: True for paths and arrays, False for an iterable.
     skipped : list of (name, reason)
         The images left out so far.
-    brightest : int or None
-        The largest value so far of images whose values have 16 bits and that do not say how many of
-        them the camera fills; None if there was no such image.
+    undeclared : dict of position to largest value
+        The images so far whose values have 16 bits and that do not say how many of them the camera
+        fills.
 
     Raises
     ------
@@ -132,7 +133,7 @@ class ImageSource:
     reiterable: bool
     random_access: bool
     skipped: list[tuple[str, str]]
-    brightest: int | None
+    undeclared: dict[int, int]
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class ImageSource:
         page_locked: bool = False,
         reading: Reading = AS_IT_SAYS,
         darkest: float = 0.0,
+        n_bits: int | None = None,
         keep_pixels: bool = False,
     ) -> None:
         if workers is None:
@@ -160,9 +162,10 @@ class ImageSource:
         self.page_locked = page_locked
         self.reading = reading
         self.darkest = darkest
+        self.n_bits = n_bits
         self.keep_pixels = keep_pixels
         self.skipped = []
-        self.brightest = None
+        self.undeclared = {}
         self._constant: set[int] = set()  # positions of images that were named
         self._told_of_pages = False
         self._entries: Sequence[Entry] = ()  # images, or
@@ -223,7 +226,7 @@ class ImageSource:
             if self._used_up:
                 raise ValueError("the source is an iterator that is used up: pass a list instead")
             self._used_up = not self.reiterable
-            return self._run(_stream_tasks(self._stream))
+            return self._run(_stream_tasks(self._stream, _in_batches(self._stream)))
         entries = self._entries
         if indices is None:
             indices = range(len(entries))
@@ -237,16 +240,28 @@ class ImageSource:
         try:
             for tasks in groups:
                 good = self._good(self._ahead(pool, tasks))
-                while rows := list(islice(good, self.batch_size)):
-                    yield Batch(
-                        images=self._stack([image.tensor for _, image in rows]),
-                        sizes=[image.size for _, image in rows],
-                        names=[name for (_, name, _), _ in rows],
-                        indices=[index for (index, _, _), _ in rows],
-                        pixels=[i.pixels for _, i in rows if i.pixels is not None],
-                    )
+                while batch := self._batch(good):
+                    yield batch
+                    del batch  # the consumer may let go of its pixels
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _batch(self, good: Iterator[tuple[Task, Loaded]]) -> Batch | None:
+        """The next images; fewer than `batch_size` where there are many pixels to hand out."""
+        rows: list[tuple[Task, Loaded]] = []
+        n_pixels = 0
+        while len(rows) < self.batch_size and n_pixels < LARGE and (row := next(good, None)):
+            rows.append(row)
+            n_pixels += 0 if row[1].pixels is None else math.prod(row[1].size)
+        if not rows:
+            return None
+        return Batch(
+            images=self._stack([image.tensor for _, image in rows]),
+            sizes=[image.size for _, image in rows],
+            names=[name for (_, name, _), _ in rows],
+            indices=[index for (index, _, _), _ in rows],
+            pixels=[i.pixels for _, i in rows if i.pixels is not None],
+        )
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         shape = len(images), *images[0].shape
@@ -257,27 +272,41 @@ class ImageSource:
         self, pool: ThreadPoolExecutor, tasks: Iterable[Task]
     ) -> Iterator[tuple[Task, Future[Loaded]]]:
         """Results in order, the next batch being decoded while the consumer holds this one."""
-        decode = partial(
-            load,
-            image_size=self.image_size,
-            reading=self.reading,
-            keep_pixels=self.keep_pixels,
-        )
+        max_pixels = self.reading.max_pixels
+        if self.keep_pixels:
+            max_pixels = min(max_pixels, LARGE)
         pending: deque[tuple[Task, Future[Loaded]]] = deque()
         for task in tasks:
             _, name, entry = task
-            pending.append((task, pool.submit(decode, entry, name)))
+            pending.append((task, pool.submit(self._load, entry, name, max_pixels)))
             if len(pending) > self.batch_size + self.workers:
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
+
+    def _load(self, entry: Entry, name: str, max_pixels: int) -> Loaded:
+        return load(
+            entry,
+            name,
+            image_size=self.image_size,
+            reading=replace(self.reading, max_pixels=max_pixels),
+            keep_pixels=self.keep_pixels,
+        )
+
+    def _result(self, task: Task, future: Future[Loaded]) -> Loaded:
+        """What was loaded ahead, or a large image now: the pixels of several would pile up."""
+        try:
+            return future.result()
+        except TooLargeError:
+            _, name, entry = task
+            return self._load(entry, name, self.reading.max_pixels)
 
     def _good(
         self, results: Iterable[tuple[Task, Future[Loaded]]]
     ) -> Iterator[tuple[Task, Loaded]]:
         for task, future in results:
             try:
-                loaded = future.result()
+                loaded = self._result(task, future)
                 self._look_at(loaded, task)
             except ImageError as error:
                 if not self.skip_bad:
@@ -286,13 +315,16 @@ class ImageSource:
                     self.skipped.append((error.path, error.reason))
             else:
                 yield task, loaded
+                del loaded  # its pixels may be large
 
     def _look_at(self, image: Loaded, task: Task) -> None:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
         if image.undeclared is not None:
-            self.brightest = max(self.brightest or 0, image.undeclared)
+            self.undeclared[index] = image.undeclared
             check_depth(image.undeclared, name, self.reading.bit_depth, self.darkest)
+        if self.n_bits is not None:
+            check_bits(float(image.tensor.max()), name, self.n_bits)
         if image.n_pages > 1 and not self._told_of_pages:
             self._told_of_pages = True
             _warn(f"{name} has {image.n_pages} pages: the first is read, of every such file")
@@ -329,11 +361,18 @@ def _files(path: StrPath) -> Sequence[StrPath]:
     return find_images(path) if Path(path).is_dir() else [path]
 
 
-def _stream_tasks(stream: Iterable[object]) -> Iterator[list[Task]]:
+def _in_batches(stream: object) -> bool:
+    """Whether each item is known to be a batch, so that three axes are not those of one image."""
+    if not isinstance(stream, DataLoader):
+        return False
+    return stream.batch_sampler is not None and stream.batch_size != 1
+
+
+def _stream_tasks(stream: Iterable[object], batched: bool) -> Iterator[list[Task]]:
     """Tasks of one given batch after the other; no look-ahead, which would delay a camera."""
     start = 0
     for number, item in enumerate(stream):
-        images = item_images(item, number)
+        images = item_images(item, number, batched=batched)
         yield [(start + i, _name(start + i, image), image) for i, image in enumerate(images)]
         start += len(images)
     if start == 0:

@@ -13,6 +13,7 @@ from npad.images.samples import Array, Reading, check_size
 from npad.images.tiff.directory import Directory, Tag
 
 __all__ = [
+    "ALPHA",
     "CMYK",
     "DECOMPRESS",
     "FAX",
@@ -20,6 +21,7 @@ __all__ = [
     "JPEG",
     "OPTIONAL",
     "PALETTE",
+    "PREMULTIPLIED",
     "RGB",
     "STORED",
     "WHITE_IS_ZERO",
@@ -89,7 +91,7 @@ class Layout:
     photometric, format, compression, predictor : as TIFF numbers them
     n_colours : samples of a pixel that are colour
     n_samples : all samples of a pixel
-    premultiplied : colours are multiplied by the sample behind them
+    extra : kind of the sample behind the colours; None where there is none
     bits : of a sample
     stored_bits : that a sample takes in the file
     planar : each sample has its own strips or tiles
@@ -105,7 +107,7 @@ class Layout:
     predictor: int
     n_colours: int
     n_samples: int
-    premultiplied: bool
+    extra: int | None
     bits: int
     stored_bits: int
     planar: bool
@@ -177,7 +179,7 @@ def read_layout(page: Directory, name: str, reading: Reading) -> Layout:
         kind = FORMATS.get(format_, "undefined")
         raise ImageError(name, f"{colour} of {bits}-bit {kind} samples is not read: {SAVE}")
     n_colours = max((n for n in numbers if n <= n_samples), default=numbers[0])
-    premultiplied = _extra(page, photometric, n_samples, n_colours, name) == PREMULTIPLIED
+    extra = _extra(page, photometric, n_samples, n_colours, name)
     _check_colours(page, photometric, name)
 
     tiled = Tag.TILE_WIDTH in page
@@ -198,7 +200,7 @@ def read_layout(page: Directory, name: str, reading: Reading) -> Layout:
         predictor=page.value(Tag.PREDICTOR, 1),
         n_colours=n_colours,
         n_samples=n_samples,
-        premultiplied=premultiplied,
+        extra=extra,
         bits=bits,
         stored_bits=bits,
         planar=page.value(Tag.PLANAR, 1) == 2 and n_samples > 1,

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from npad.images.rows import rows_of
 from npad.images.samples import Array
 from npad.images.tiff.directory import Directory, Tag
 from npad.images.tiff.layout import FAX, JPEG, STORED, YCBCR, Layout
@@ -112,10 +113,8 @@ class Plane:
                             int(self.offsets[piece]) + row * layout.row_bytes, n_bytes
                         )
                     else:
-                        # `crop` asks whether the limit of the process allows it.
-                        part = Image.new(image.mode, (image.width, n_rows), None)
-                        part.paste(image, (0, -(piece - first) * layout.piece_height - row))
-                        data = part.tobytes()
+                        top = (piece - first) * layout.piece_height + row
+                        data = rows_of(image, top, top + n_rows).tobytes()
                     yield x, y + row, np.frombuffer(data, np.uint8).reshape(n_rows, -1)
 
     def _read(self, offset: int, n_bytes: int) -> bytes:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from npad.images.errors import ImageError
-from npad.images.orientation import upright, xmp_orientation
+from npad.images.orientation import xmp_orientation
 from npad.images.samples import Array, Reading, Samples
+from npad.images.stored import Stored
 from npad.images.tiff.directory import Directory, Tag, full_pages
 from npad.images.tiff.layout import (
+    ALPHA,
     CMYK,
     DECOMPRESS,
     FLOAT,
     JPEG,
     OPTIONAL,
     PALETTE,
+    PREMULTIPLIED,
     RGB,
     WHITE_IS_ZERO,
     YCBCR,
@@ -33,11 +37,11 @@ __all__ = ["read_tiff"]
 DIFFERENCES, FLOAT_DIFFERENCES = 2, 3  # predictors
 WHOLE = (1, 2, 4, 8)  # bits of which 255 is a multiple of white
 # The largest value that a file states is that of the camera where it is all ones; else it is that
-# of the one picture.
-CAMERAS = {2**n - 1 for n in range(8, 17)}
+# of the one picture. All 16 ones are the default: they say no more than if they were missing.
+CAMERAS = {2**n - 1 for n in range(8, 16)}
 
 
-def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Samples:
+def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Stored:
     """Read the first page of a TIFF file that is a picture of its own.
 
     The tags alone decide what is read. Samples come out as they are stored: integers of their
@@ -64,10 +68,22 @@ def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Samples:
     page = pages[0]
     layout = read_layout(page, name, reading)
     colour = _Colour.of(page, layout, name, reading)
+    turned = page.value(Tag.ORIENTATION, 0) or xmp_orientation(page.values(Tag.XMP).tobytes()) or 1
+    return Stored(
+        (layout.height, layout.width),
+        lambda: Samples(_image(page, layout, name, colour), colour.white),
+        turned if 1 <= turned <= 8 else 1,
+        len(pages),
+        partial(_image, page, layout, name, colour.alpha) if layout.extra == ALPHA else None,
+    )
+
+
+def _image(page: Directory, layout: Layout, name: str, of: Callable[[Array], Array]) -> Array:
+    """The image that is made of a block of samples at a time."""
     values: Array | None = None
     try:
         for x, y, samples in _samples(page, layout):
-            block = colour(samples[:, : layout.width - x])
+            block = of(samples[:, : layout.width - x])
             if values is None:
                 values = np.empty((layout.height, layout.width, *block.shape[2:]), block.dtype)
             values[y : y + block.shape[0], x : x + block.shape[1]] = block
@@ -77,9 +93,7 @@ def read_tiff(file: BinaryIO, name: str, reading: Reading) -> Samples:
         lacks = f"damaged, cut short, or Pillow lacks {OPTIONAL[layout.compression]} here"
         raise ImageError(name, f"{lacks}: {DECOMPRESS}") from error
     assert values is not None  # there is a pixel
-    turned = page.value(Tag.ORIENTATION, 0) or xmp_orientation(page.values(Tag.XMP).tobytes())
-    upright_values = upright(values, turned if turned in range(1, 9) else None)
-    return Samples(upright_values, colour.white, len(pages))
+    return values
 
 
 def _samples(page: Directory, layout: Layout) -> Iterator[tuple[int, int, Array]]:
@@ -150,7 +164,7 @@ class _Colour:
     def __call__(self, samples: Array) -> Array:
         """(H, W) or (H, W, 3) of (H, W, samples)."""
         layout, n = self.layout, self.layout.n_colours
-        if layout.premultiplied:
+        if layout.extra == PREMULTIPLIED:
             self._check_alpha(samples[:, :, n])
         samples = samples[:, :, 0] if n == 1 else samples[:, :, :n]
         if self.palette is not None:
@@ -173,9 +187,17 @@ class _Colour:
             samples = self.top - samples
         return samples * (255 // self.top) if whole and layout.bits < 8 else samples
 
+    @property
+    def _opaque(self) -> int:
+        return 1 if self.layout.format == FLOAT else 2**self.layout.bits - 1
+
+    def alpha(self, samples: Array) -> Array:
+        """Alpha of 8 bits of (H, W, samples)."""
+        fractions = samples[:, :, self.layout.n_colours] / self._opaque
+        return np.rint(np.nan_to_num(fractions).clip(0, 1) * 255).astype(np.uint8)
+
     def _check_alpha(self, alpha: Array) -> None:
-        opaque = 1 if self.layout.format == FLOAT else 2**self.layout.bits - 1
-        if (alpha != opaque).any():
+        if (alpha != self._opaque).any():
             raise ImageError(
                 self.name,
                 "its colours are multiplied by an alpha that is not opaque: "
