@@ -17,6 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Final
 
+from npad.file_names import shown
 from npad.nominal_methods import METHODS
 
 __all__ = [
@@ -208,7 +209,7 @@ def _parse_nominal_set(text: str) -> str | None:
 
 def _parse_file(text: str) -> str:
     if not Path(text).is_file():
-        raise FileNotFoundError(f"there is no file {text!r}")
+        raise FileNotFoundError(f"there is no file {shown(text)}")
     return text
 
 

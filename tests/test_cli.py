@@ -354,6 +354,14 @@ def test_what_is_left_out_is_a_warning(category, tmp_path):
 
 
 @pytest.mark.filterwarnings("always")
+def test_what_several_fits_meet_is_told_once(category, tmp_path):
+    root = shutil.copytree(category, tmp_path / "nut")
+    black = save_image(root / "train/good/black.png", np.zeros((64, 64), np.uint8))
+    said = succeed("evaluate", root, "-o", tmp_path / "out", *SMALL, "--seeds", "0,1,2")
+    assert said.err.count(f"npad: warning: {black}: every pixel is equal") == 1
+
+
+@pytest.mark.filterwarnings("always")
 def test_warnings_speak_of_options(tmp_path):
     """But leave alone what is part of a path."""
     folder = tmp_path / "bit_depth=12"
@@ -465,12 +473,12 @@ def test_quiet(category, model, tmp_path):
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "2,a"), "'--layers'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "layer2,layer3"), "here 2,3"),
         (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "1x2x3"), "'--image-size'"),
-        (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "0"), "image_size must be"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--image-size", "0"), "--image-size must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--fusion", "max"), "fusion must be one of"),
-        (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "2"), "fusion_weight must be"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "2"), "--fusion-weight must be"),
         (("fit", "{train}", "-o", "{tmp}/m", "--fusion-weight", "x"), "'--fusion-weight'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--eps", "-1"), "eps must be"),
-        (("fit", "{train}", "-o", "{tmp}/m", "--weights", "none.pt"), "'none.pt'"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--weights", "none.pt"), "there is no file none.pt"),
         (("fit", "{train}", "-o", "{tmp}/m", "--device", "abacus"), "such as 'cpu' or"),
         (("fit", "{train}", "-o", "{tmp}/m", "--device", "cuda:99"), "--device 'cuda:99' cannot"),
         (("fit", "{train}", "-o", "{tmp}/m", "--threads", "0"), "'--threads'"),
@@ -478,7 +486,10 @@ def test_quiet(category, model, tmp_path):
         (("predict", "{model}", "-o", "{tmp}/out"), "PATH"),
         (("predict", "{model}", "{tmp}/none", "-o", "{tmp}/out"), "none"),
         (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--color-range", "2,1"), "LOW,HIGH"),
-        (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--max-pixels", "0"), "max_pixels"),
+        (
+            ("predict", "{model}", "{train}", "-o", "{tmp}/out", "--max-pixels", "0"),
+            "--max-pixels must",
+        ),
         (("predict", "{model}", "{train}", "-o", "{tmp}/out", "--batch-size", "x"), "--batch-size"),
         (
             ("predict", "{model}", "{train}", "-o", "{tmp}/out", "--device", "cuda:99"),
@@ -486,13 +497,33 @@ def test_quiet(category, model, tmp_path):
         ),
         (("evaluate", "{root}", "-o", "{tmp}/out", "--seeds", "1,1"), "'--seeds'"),
         (("evaluate", "{root}", "-o", "{tmp}/out", "--seeds", "1", "--seed", "1"), "exclude"),
-        (("evaluate", "{root}", "-o", "{tmp}/out", "--score-window", "2"), "score_window must"),
+        (("evaluate", "{root}", "-o", "{tmp}/out", "--score-window", "2"), "--score-window must"),
     ],
 )
 def test_usage(args, says, category, model, tmp_path):
     names = {"root": category, "train": category / "train/good", "tmp": tmp_path, "model": model}
     fail(2, *(arg.format(**names) for arg in args), says=[says])
     assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("NPad: window must be odd", "--window must be odd"),
+        ("weights: the bank takes none", "--weights: the bank takes none"),
+        ("layers [0, 9]: no such", "--layers [0, 9]: no such"),
+        (
+            "npad: not finite with eps=0; use eps='auto'",
+            "not finite with --eps 0; use --eps 'auto'",
+        ),
+        ("a file (with weights=)", "a file (with --weights)"),
+        ("give weights= where it is", "give --weights where it is"),
+        ("pass skip_bad=True to go on", "pass --skip-bad to go on"),
+        ("weights hold NaN", "weights hold NaN"),
+    ],
+)
+def test_arguments_are_told_as_options(text, told):
+    assert program.with_options(text) == told
 
 
 def test_a_package_that_is_missing_is_told_before_the_work(category, tmp_path, monkeypatch):

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 from image_files import make_category, save_image, smooth_pixels
 
-from npad.evaluation.datasets import DatasetError, Sample, find_categories, find_good, looks_good
+from npad.evaluation.datasets import (
+    DatasetError,
+    Sample,
+    find_categories,
+    find_good,
+    looks_good,
+    refuse_masks,
+)
 from npad.evaluation.masks import read_mask
 from npad.images import read_image
+from npad.images.folders import list_images
 
 
 @pytest.fixture
@@ -244,6 +252,11 @@ def test_the_good_folder_may_be_named(root, good, bad):
         assert len(category.train) == 3
 
 
+def test_a_name_of_the_good_folder_that_is_nowhere(root):
+    with pytest.raises(DatasetError, match="no folder of good images is called okay"):
+        find_categories(root, good="okay")
+
+
 def test_good_in_one_part_and_another_name_in_the_other(root):
     (root / "test/good").rename(root / "test/ok")
     assert kinds(find_categories(root, good="ok")[0]) == ["hole", "hole", "good", "good"]
@@ -388,6 +401,12 @@ def test_linked_types(root):
         find_categories(root)
 
 
+def test_a_link_in_a_circle(root):
+    (root / "test/circle").symlink_to("circle")
+    with pytest.warns(UserWarning, match="1 linked to nothing"):
+        assert len(find_categories(root)[0].test) == 4
+
+
 @pytest.mark.parametrize("ending", ["_mask", "_GT", "_label", "-gt", "_mask_1"])
 @pytest.mark.parametrize("folder", ["train/good", "test/hole"])
 def test_masks_among_the_images_are_asked_about(root, folder, ending):
@@ -399,7 +418,7 @@ def test_masks_among_the_images_are_asked_about(root, folder, ending):
     assert caught.value.path == mask
 
 
-@pytest.mark.parametrize("name", ["masks", "GT", "labels"])
+@pytest.mark.parametrize("name", ["masks", "GT", "labels", "segmentation", "ground_truths"])
 def test_masks_in_another_folder_are_told(root, name):
     (root / "ground_truth").rename(root / name)
     with pytest.warns(UserWarning, match=f"{name}: not read; masks are looked for in ground_truth"):
@@ -413,6 +432,14 @@ def test_no_masks(root, empty):
     if empty:
         (root / "ground_truth/hole").mkdir(parents=True)
     assert not find_categories(root)[0].has_masks
+
+
+def test_masks_in_files_that_are_not_read_are_told(root):
+    for mask in (root / "ground_truth/hole").iterdir():
+        mask.rename(mask.with_suffix(".json"))
+    with pytest.warns(UserWarning, match="no masks, since the folder holds no images .*2 .json"):
+        (category,) = find_categories(root)
+    assert not category.has_masks
 
 
 def test_several_masks_of_one_image(root):
@@ -460,20 +487,51 @@ def test_images_in_subfolders_of_a_type_have_their_masks_there(root):
 @pytest.mark.parametrize("name", ["good", "OK", "normal"])
 def test_find_good(root, folder, good, name):
     rename(root, good=name)
-    found = find_good((root / folder.replace("good", name)).resolve())
+    place = (root / folder.replace("good", name)).resolve()
+    found = find_good(place, list_images(place))
     assert found == (good and root / good.replace("good", name))
 
 
 def test_find_good_without_one(root):
     rename(root, good="muster")
-    assert find_good(root) == root / "train"
-    assert find_good(root / "test") is None  # nothing tells
+    assert find_good(root, list_images(root)) == root / "train"
+    assert find_good(root / "test", list_images(root / "test")) is None  # nothing tells
 
 
 def test_several_good_folders_may_be_fitted(root):
     shutil.copytree(root / "train/good", root / "train/good_2")
     (root / "train/notes").mkdir()
-    assert find_good(root / "train") is None
+    assert find_good(root / "train", list_images(root / "train")) is None
+
+
+def test_good_images_are_found_at_any_depth(tmp_path):
+    for place in ("candle/Data/Images/Normal", "candle/Data/Images/Anomaly", "candle/Data/Masks"):
+        save_image(tmp_path / "VisA" / place / "001.png", np.zeros((20, 24), np.uint8))
+    good = tmp_path / "VisA/candle/Data/Images/Normal"
+    for folder in (tmp_path, *good.parents[:4]):
+        assert find_good(folder, list_images(folder)) == good
+    assert find_good(good, list_images(good)) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "at_fault"),
+    [
+        ("001_label.bmp", "001_label.bmp"),
+        ("masks/001.png", "masks"),
+        ("part/Ground Truth/1/001.png", "part/Ground Truth"),
+    ],
+)
+def test_masks_beside_images_to_fit_are_asked_about(root, mask, at_fault):
+    folder = root / "train/good"
+    save_image(folder / mask, np.zeros((20, 24), np.uint8))
+    images = list_images(folder)
+    with pytest.raises(DatasetError, match="go into ground_truth") as caught:
+        refuse_masks(folder, images, images)
+    assert caught.value.path == folder / at_fault
+    with pytest.raises(DatasetError, match="go into ground_truth"):
+        find_categories(root)
+    masks = folder / mask
+    refuse_masks(masks.parent, [masks], [masks])  # what is named itself is what is meant
 
 
 # --- real data ---

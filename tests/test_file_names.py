@@ -211,7 +211,13 @@ def test_messages_hold_the_name_as_it_is(category: Path, tmp_path: Path) -> None
         path.unlink()
     nowhere = tmp_path / os.fsdecode(b"no\xff\n")
     fail(2, "fit", nowhere, "-o", tmp_path / "m", says=["does not exist"])
-    fail(2, "fit", category / "train/good", "-o", nowhere / "m", says=[rf"{tmp_path}/no\xff\n is"])
+    train = category / "train/good"
+    fail(2, "fit", train, "-o", nowhere / "m", says=[rf"{tmp_path}/no\xff\n is"])
+    fail(2, "fit", train, "-o", "m", "--weights", nowhere, says=[rf"no file {tmp_path}/no\xff\n ("])
+    fail(2, nowhere.name, says=[r"'no\xff\n'"])  # as Python quotes it
+    root = tmp_path / "with good=1"  # in an error of usage, too
+    root.symlink_to(category)
+    fail(2, "fit", root, "-o", tmp_path / "m", says=[f"{root} seems", f"give {root}/train/good,"])
 
 
 def test_names_of_weights_stand_in_the_model_file(category: Path, tmp_path: Path) -> None:

@@ -230,6 +230,19 @@ def test_smoothed_edges_are_cut_at_half_of_the_maximum(tmp_path, kind):
         np.testing.assert_array_equal(mask.marked, DEFECT)
 
 
+LOSSES = [("WEBP", 10), ("WEBP", 80), ("JPEG", 20), ("JPEG", 50), ("JPEG", 75), ("JPEG", 95)]
+
+
+@pytest.mark.parametrize(("image_format", "quality"), LOSSES)
+@pytest.mark.parametrize("bright", [127, 255])
+def test_what_loss_leaves_in_flat_places_is_no_class(tmp_path, image_format, quality, bright):
+    large = Image.new("L", (1024, 1024))
+    ImageDraw.Draw(large).rectangle((170, 170, 512, 341), fill=bright)
+    image = again(large, image_format=image_format, quality=quality)
+    mask = load_mask(save_image(tmp_path / "mask.png", np.asarray(image)))
+    assert np.mean(mask.marked != (np.asarray(large) > 0)) < 0.001
+
+
 def test_smoothed_alpha_and_floats_are_cut(tmp_path):
     soft = np.asarray(reduced(HOW.BOX))
     expected = soft >= soft.max() / 2

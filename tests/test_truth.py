@@ -155,7 +155,7 @@ def test_smoothed_masks_are_counted(root, n):
         Image.open(path).filter(ImageFilter.GaussianBlur(1)).save(path)
     (note,) = notes(root)
     assert note.startswith(f"{n} mask{'s' if n > 1 else ''} had grey values")
-    assert "half of their maximum" in note
+    assert f"half of {'their' if n > 1 else 'its'} maximum" in note
     assert note in measure.evaluate(FakeModel(), category(root)).notes
 
 

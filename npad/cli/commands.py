@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from npad._version import __version__
+from npad.atomic_file import naming
 from npad.cli.output_folder import alone_in
 from npad.cli.program import (
     Arguments,
@@ -94,14 +95,17 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a model on a folder of images without defects."""
-    from npad.evaluation.datasets import find_good  # noqa: PLC0415
+    from npad.evaluation.datasets import find_good, refuse_masks  # noqa: PLC0415
+    from npad.images.folders import search  # noqa: PLC0415
 
-    good = find_good(folder)
+    images = search(folder).images
+    good = find_good(folder, images)
     if good is not None:
         raise UsageError(
             f"{shown(folder)} seems to hold images with defects: give {shown(good)}, or use npad "
             "evaluate"
         )
+    refuse_masks(folder, images, images)
     _check_can_be_written(output)
     _set_threads(threads)
     model = new_model(arguments, progress=_progress(quiet))
@@ -296,7 +300,10 @@ def demo(
     data = output / f"data-seed{seed}"
     with alone_in(output):
         if not data.exists():
-            with tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished:
+            with (
+                naming(data),
+                tempfile.TemporaryDirectory(dir=output, prefix=".npad-") as unfinished,
+            ):
                 make_dataset(Path(unfinished) / "data" / "woven", seed)
                 (Path(unfinished) / "data").rename(data)  # a data set that is there is whole
         categories = _categories(data, None, makers[0]().max_pixels)

@@ -69,7 +69,7 @@ def _options(overrides: Arguments) -> list[inspect.Parameter]:
 
 def _option(argument: Argument, parser: Callable[[str], Any], default: str) -> Any:
     return typer.Option(
-        "--" + argument.name.replace("_", "-"),
+        _option_name(argument.name),
         parser=parser,
         metavar=argument.values,
         help=f"{argument.help} [default: {default}]",
@@ -87,7 +87,7 @@ def model_option(name: str) -> Any:
         try:
             Settings(**{name: given})
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(with_options(str(error))) from error
         return given
 
     return _option(argument, value, "the model's" if argument.kept else argument.default_text)
@@ -124,7 +124,7 @@ def new_model(arguments: Arguments, **more: Any) -> Any:
         if nominal_set is not None:
             METHODS[nominal_set].load()  # whose package may be missing
     except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(with_options(str(error))) from error
     return model
 
 
@@ -135,7 +135,7 @@ def check_device(name: Any) -> None:
     try:
         devices.resolve(name)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(with_options(str(error))) from error
 
 
 def command(
@@ -222,7 +222,9 @@ def _message(error: Exception) -> str:
             f"{named}{error.strerror.lower()}; check the path, its permissions and the space "
             "on its disk"
         )
-    elif isinstance(error, (UsageError, *REPORTED)):
+    elif isinstance(error, UsageError):
+        return str(error)
+    elif isinstance(error, REPORTED):
         text = str(error) or type(error).__name__
     else:
         text = f"internal error: {type(error).__name__}: {error}; please report it with --debug"
@@ -231,18 +233,25 @@ def _message(error: Exception) -> str:
 
 
 def with_options(text: str) -> str:
-    """A message of the library's, with options of the command line for arguments."""
-    arguments = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
+    """A message with options in the place of arguments: `seed must be`, `seed=3`, `skip_bad=True`."""
+    names = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
+    text = re.sub(r"^(NPad(\.\w+)?|npad): ", "", text)
+    text = re.sub(rf"^({names})(?=:| must| \[| ')", lambda m: _option_name(m[1]), text)
     return re.sub(
-        rf"(?<![^\s(])({arguments})=(True\b ?)?",  # not what is part of a path
-        lambda m: f"--{m[1].replace('_', '-')} ",
-        re.sub(r"^NPad(\.\w+)?: ", "", text),
+        rf"(?<![^\s(])({names})=(?:True\b)?(?=([^\s`),;])?)",
+        lambda m: _option_name(m[1]) + (" " if m[2] else ""),  # but leave what is part of a path
+        text,
     )
+
+
+def _option_name(argument: str) -> str:
+    return "--" + argument.replace("_", "-")
 
 
 def tell(kind: str, text: str) -> None:
     """Write one line on standard error."""
     one_line = re.sub(r"\s*[\n\r]\s*", " ", text.strip())  # names may hold other spaces
+    one_line = re.sub(r"\\udc([89a-f][\da-f])", r"\\x\1", one_line)  # a byte, as Python quotes it
     print(f"npad: {kind}: {shown(one_line)}", file=sys.stderr)
 
 
@@ -275,7 +284,14 @@ def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 141 (closed pipe)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupt)
-    warnings.showwarning = lambda message, *_, **__: tell("warning", with_options(str(message)))
+    told: set[str] = set()  # a fit with each seed meets the same images
+
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in told:
+            tell("warning", with_options(str(message)))
+        told.add(str(message))
+
+    warnings.showwarning = warn
     sys.unraisablehook = _again
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

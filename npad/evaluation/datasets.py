@@ -18,14 +18,22 @@ import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from npad.file_names import shown
 from npad.images.folders import is_litter, search, warn_of_left_out
 
-__all__ = ["Category", "DatasetError", "Sample", "find_categories", "find_good", "looks_good"]
+__all__ = [
+    "Category",
+    "DatasetError",
+    "Sample",
+    "find_categories",
+    "find_good",
+    "looks_good",
+    "refuse_masks",
+]
 
 GOOD = "good"
 TRAIN, TEST, GROUND_TRUTH = PARTS = ("train", "test", "ground_truth")
@@ -56,7 +64,19 @@ _GOOD_NAMES = frozenset(
             "gutteil",
             "gutteile",
         ),
-        *("bon", "bons", "conforme", "conformes", "buono", "bueno", "正常", "合格", "良品"),
+        *("fehlerfrei", "fehlerlos", "einwandfrei", "unbeschädigt", "nodefauts", "sansdefaut"),
+        *(
+            "bon",
+            "bons",
+            "conforme",
+            "conformes",
+            "buono",
+            "bueno",
+            "正常",
+            "合格",
+            "合格品",
+            "良品",
+        ),
     }
 )
 _WITHOUT_DEFECT = re.compile(
@@ -64,11 +84,11 @@ _WITHOUT_DEFECT = re.compile(
     r"|(defect|anomaly|fault|flaw|damage|error)s?(free|less)"
 )
 _NEUTRAL = re.compile(
-    r"(image|img|picture|photo|sample|part|piece|product|item|class|label|surface)s?"
+    r"(image|img|picture|photo|sample|part|piece|product|item|class|label|surface|teil|bild)(e?s?|er)"
     "|all|new|old|data|set|the|train|test|only"
 )
 _MASK_NAME = re.compile(r"(.+)[-_. ](mask|gt|groundtruth|ground_truth|label|seg)s?[-_]?\d*", re.I)
-_TRUTH_NAMES = frozenset({"gt", "mask", "masks", "label", "labels", "annotation", "annotations"})
+_MASK_FOLDER = re.compile(r"gt|((gt|binary|defect|segmentation|truth)?masks?)|groundtruths?")
 
 
 class DatasetError(ValueError):
@@ -168,14 +188,15 @@ def find_categories(root: str | os.PathLike[str], good: str | None = None) -> li
     ------
     DatasetError
         No category is there; no ``train/good`` or ``test``, or no images in them; a folder that seems
-        to hold good images and has another name; a mask without its image, among the images, for some
-        of the defects only, or of the name of another.
+        to hold good images and has another name, or none of the name that is given; a mask
+        without its image, among the images, for some of the defects only, or of the name of another.
 
     Warns
     -----
     UserWarning
-        Files were left out that may be images; the test images are all good or all defective; a folder
-        beside ``test`` that seems to hold masks is not read.
+        Files were left out that may be images; the test images are all good or all defective;
+        ``ground_truth`` holds other files alone, or is not there while another folder beside ``test``
+        holds images.
     """
     root = Path(root)
     if not root.is_dir():
@@ -187,33 +208,82 @@ def find_categories(root: str | os.PathLike[str], good: str | None = None) -> li
             root, "no data set here: expected train/good and test, in it or in its subfolders"
         )
     categories = [layout.read() for layout in found]
+    if good and not any(layout.found_named for layout in found):
+        raise DatasetError(
+            root, f"no folder of good images is called {good}: give another good=NAME"
+        )
     warn_of_left_out(root, sum((layout.left_out for layout in found), Counter()))
     return categories
 
 
-def find_good(folder: Path) -> Path | None:
+def find_good(folder: Path, images: Iterable[Path]) -> Path | None:
     """The folder of good images, in a folder that seems to hold images of defects, too.
 
-    Looks for data sets, and for parts of one, down to three levels: more than a folder of many has.
+    Looks for data sets, and for parts of one, at any depth.
+
+    Parameters
+    ----------
+    folder : to be fitted
+    images : those in it
 
     Returns
     -------
     None, if all that is there may be good
     """
-    places = [folder]
-    for _ in range(3):
-        inside = {place: _folders(place) for place in places}
-        for place, children in inside.items():
-            parts = {_plain(part) for part in PARTS} & {_plain(child.name) for child in children}
-            trains = [child for child in children if _plain(child.name) == TRAIN]
-            goods = [g for train in trains for g in _folders(train) if looks_good(g.name)]
-            if goods or len(parts) > 1:
-                return goods[0] if goods else place / TRAIN
-            goods = [child for child in children if looks_good(child.name)]
-            if goods and any(search(child).images for child in children if child not in goods):
-                return goods[0]
-        places = [child for children in inside.values() for child in children]
+    inside: dict[Path, list[Path]] = defaultdict(list)  # folders that hold images, in their folder
+    for child in sorted(_between(folder, images)):
+        inside[child.parent].append(child)
+    for place in sorted(inside, key=lambda place: (len(place.parts), place)):
+        children = inside[place]
+        parts = {_plain(part) for part in PARTS} & {_plain(child.name) for child in children}
+        trains = [child for child in children if _plain(child.name) == TRAIN]
+        goods = [g for train in trains for g in inside.get(train, []) if looks_good(g.name)]
+        if goods or len(parts) > 1:
+            return goods[0] if goods else place / TRAIN
+        goods = [child for child in children if looks_good(child.name)]
+        if goods and len(goods) < len(children):
+            return goods[0]
     return None
+
+
+def refuse_masks(folder: Path, images: Collection[Path], unmasked: Collection[Path]) -> None:
+    """Ask about what is called a mask, and lies where images are looked for.
+
+    Parameters
+    ----------
+    folder : that was searched
+    images : those in it
+    unmasked : those of them that have no mask themselves
+
+    Raises
+    ------
+    DatasetError
+        An image is named as the mask of the one beside it, or lies in a folder that is called masks.
+    """
+    for place in sorted(_between(folder, unmasked)):
+        if _MASK_FOLDER.fullmatch(_plain(place.name)):
+            raise DatasetError(
+                place,
+                f"does this folder hold masks? They go into {GROUND_TRUTH}, beside {TRAIN} and {TEST};"
+                " if these are images, rename it",
+            )
+    there = {path.with_suffix("") for path in images}
+    for path in sorted(unmasked):
+        name = _MASK_NAME.fullmatch(path.stem)
+        if name and path.with_name(name[1]) in there:
+            raise DatasetError(
+                path,
+                f"is this the mask of {name[1]}, which lies beside it? Masks go into {GROUND_TRUTH};"
+                " if it is an image, rename it",
+            )
+
+
+def _between(folder: Path, images: Iterable[Path]) -> set[Path]:
+    """The folders below a folder that hold images, themselves or in their subfolders."""
+    own = {path.parent for path in images}
+    return {
+        place for parent in own for place in (parent, *parent.parents) if folder in place.parents
+    }
 
 
 def looks_good(name: str) -> bool:
@@ -232,7 +302,8 @@ def looks_good(name: str) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if not is_litter(e.name) and e.is_dir())
+        found = [Path(entry.path) for entry in entries if not is_litter(entry.name)]
+    return sorted(path for path in found if os.path.isdir(path))  # noqa: PTH112  (never raises)
 
 
 def _named(folder: Path, name: str) -> list[Path]:
@@ -254,10 +325,12 @@ class _Layout:
     Attributes
     ----------
     left_out : as `npad.images.folders.Found`, of all its folders
+    found_named : whether a folder of good images has the name that was given
     """
 
     def __init__(self, root: Path, good: str | None) -> None:
         self.left_out: Counter[str] = Counter()
+        self.found_named = False
         self._root = root
         self._good = good
         self._names = {GOOD, (good or GOOD).casefold()}
@@ -290,6 +363,7 @@ class _Layout:
                 found[1], f"holds good images, as does {found[0].name}: put them in one folder"
             )
         if self._good and found and found[0].name.casefold() == self._good.casefold():
+            self.found_named = True
             return found[0]
         for folder in folders:
             if folder not in found and looks_good(folder.name):
@@ -302,7 +376,11 @@ class _Layout:
 
     def _images(self, folder: Path) -> list[Path]:
         if not folder.is_dir():
-            raise DatasetError(folder, "no such folder: the MVTec AD layout needs it")
+            raise DatasetError(
+                folder,
+                "no such folder: the MVTec AD layout needs it; there are "
+                + ", ".join(child.name for child in _folders(folder.parent)),
+            )
         found = search(folder)
         if not found.images:
             raise DatasetError(folder, found.nothing())
@@ -319,7 +397,7 @@ class _Layout:
                 + (f"; if it is one of {there}, name that, as in good=NAME" if there else ""),
             )
         images = self._images(folder)
-        _refuse_masks(images, {*images})
+        refuse_masks(folder, images, images)
         return images
 
     def _test(self, root: Path, truth_root: Path) -> list[Sample]:
@@ -339,9 +417,8 @@ class _Layout:
                 raise DatasetError(root / name, linked if held.images else held.nothing())
         by_stem = _by_stem(images, root, good)
         masks = self._masks(truth_root, by_stem, good)
-        _refuse_masks(
-            images, {p for stem, paths in by_stem.items() if stem not in masks for p in paths}
-        )
+        unmasked = {p for stem, paths in by_stem.items() if stem not in masks for p in paths}
+        refuse_masks(root, images, unmasked)
         return [
             Sample(path, PurePath(stem).parts[0], masks.get(stem))
             for stem, paths in by_stem.items()
@@ -354,10 +431,13 @@ class _Layout:
         """The mask of each image that has one, both by the image's stem."""
         if not root.is_dir():
             for folder in _folders(self._root):
-                if _plain(folder.name) in _TRUTH_NAMES:
+                if _plain(folder.name) not in PARTS and search(folder).images:
                     _warn(f"{folder}: not read; masks are looked for in {GROUND_TRUTH}")
             return {}
         files = search(root)
+        if files.left_out and not files.images:
+            _warn(f"{root}: no masks, since {files.nothing()}")
+            return {}
         self.left_out += files.left_out
         left = _by_stem(files.images, root, good)
         found = {stem: left.pop(f"{stem}_mask", []) + left.pop(stem, []) for stem in images}
@@ -394,19 +474,6 @@ def _by_stem(paths: list[Path], root: Path, good: Path | None) -> dict[str, list
         kind = GOOD if kind.casefold() in goods else kind
         stems[PurePath(kind, *rest).as_posix()].append(path)
     return stems
-
-
-def _refuse_masks(images: list[Path], unmasked: set[Path]) -> None:
-    """Ask about an image that is named as the mask of the one beside it, and has no mask itself."""
-    there = {path.with_suffix("") for path in images}
-    for path in images:
-        name = _MASK_NAME.fullmatch(path.stem)
-        if name and path in unmasked and path.with_name(name[1]) in there:
-            raise DatasetError(
-                path,
-                f"is this the mask of {name[1]}, which lies beside it? Masks go into {GROUND_TRUTH};"
-                " if it is an image, rename it",
-            )
 
 
 def _warn(text: str) -> None:

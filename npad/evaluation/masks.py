@@ -21,7 +21,9 @@ from npad.settings import MAX_PIXELS
 __all__ = ["Mask", "load_mask", "read_header", "read_mask", "resample_mask"]
 
 # Steps of uint8 or uint16 up to which values are numbers of classes and no grey levels.
-CLASSES = 32
+CLASSES = 63
+# Share of the maximum that values beside the background lose or gain where an image is saved with loss.
+LOSS = 1 / 16
 # Share of the pixels between background and maximum that lie beside a brighter one. Where edges were
 # smoothed, by drawing, resizing or compressing, it is at least 0.36; between classes, at most 0.15.
 SMOOTHED = 0.25
@@ -161,11 +163,13 @@ def _is_smoothed(pixels: Array, levels: Array, between: NDArray[np.bool_]) -> bo
     """Whether values lead from the background to the maximum, and do not number classes."""
     low, high = float(levels.min()), float(levels.max())
     steps = 1 if levels.dtype == np.uint8 else 65535
-    if (
-        high * steps <= CLASSES or levels[between].max() < high / 2
-    ):  # a few classes, and what is void
-        return False
     level = levels[between].astype(np.float32)
+    if high * steps <= CLASSES or level.max() < high / 2:  # a few classes, and what is void
+        return False
+    if (
+        level.min() - low <= high * LOSS
+    ):  # from there up to the maximum: loss leaves values everywhere
+        return True
     beside_brighter = ndimage.maximum_filter(levels, 3)[between] > level
     brightest = pixels[np.unravel_index(levels.argmax(), levels.shape)] / high
     other_colour = np.abs(pixels[between] - level[:, None] * brightest).max(axis=1) > level / 2

@@ -94,7 +94,7 @@ def wrong_size(
     )
     if mask_size != size[::-1]:
         return ValueError(f"{text} a mask must have the size of its image")
-    if orientation > 1:
+    if orientation > 4:  # those that swap height and width
         why = "the image is turned by its EXIF orientation, the mask is not"
     else:
         why = "one of them was turned, by its EXIF orientation or otherwise"
@@ -142,7 +142,8 @@ def read_truth(category: Category, size: tuple[int, int], max_pixels: int = MAX_
     if n_cut:
         truth.notes.append(
             f"{_of(n_cut, 'mask')} had grey values between background and defect, as drawing with"
-            " smooth edges or JPEG leaves them, and were cut at half of their maximum."
+            f" smooth edges or JPEG leaves them, and {'was' if n_cut == 1 else 'were'} cut at half of"
+            f" {'its' if n_cut == 1 else 'their'} maximum."
         )
     if category.has_masks and 2 * n_inverted > n_defects:
         truth.notes.append(
