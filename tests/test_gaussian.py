@@ -1,12 +1,15 @@
 """NeighborhoodGaussian: fit, merge, choice of eps, factors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from fitted import SINGULAR, singular
+from image_files import smooth_pixels
 from torch import Tensor
 
-from npad import ops
+from npad import NPad, ops
 from npad.ops import reference
 from npad.statistics.gaussian import NeighborhoodGaussian
 
@@ -190,3 +193,38 @@ def test_float16_overflow_names_the_remedy() -> None:
 def test_too_few_samples() -> None:
     with pytest.raises(ValueError, match="each window needs at least two samples"):
         fit(torch.randn(1, *GRID, 4), window=1).finalize(0.1)
+
+
+@pytest.mark.parametrize("n_images", [10, 30, 300])
+@pytest.mark.parametrize("n_constant", [2, 8, 36])
+def test_positions_where_nothing_varies_do_not_choose_eps(n_images: int, n_constant: int) -> None:
+    """A third to nine tenths of the grid: a background that is saturated, or holds a little noise."""
+    torch.manual_seed(0)
+    mix = torch.randn(12, 12) / 3
+    varied = torch.randn(n_images + 8, 4, 1, 12) @ mix
+    for noise in (0.0, 1e-4, 1e-2):
+        rest = 1 + noise * torch.randn(n_images + 8, n_constant, 1, 12)
+        chosen = []
+        for x in (varied, torch.cat([rest, varied], 1)):
+            gaussian = NeighborhoodGaussian((x.shape[1], 1), 12, window=1).update(x[:n_images])
+            chosen.append(gaussian.choose_eps(x[n_images:]))
+        assert abs(math.log10(chosen[1] / chosen[0])) < 0.01
+
+
+@pytest.mark.parametrize("fraction", [1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_a_constant_border_moves_eps_by_less_than_half_a_decade(
+    fraction: float, value: int
+) -> None:
+    """As an object does that does not fill the image, whose size is the same on the grid."""
+    side = 96
+    outer = round(side / math.sqrt(1 - fraction) / 2) * 2
+    images = np.stack([smooth_pixels(side, side, seed=i) for i in range(20)])
+    edge = (outer - side) // 2
+    framed = np.full((20, outer, outer, 3), value, np.uint8)
+    framed[:, edge : edge + side, edge : edge + side] = images
+    eps = [
+        NPad("filterbank", image_size=x.shape[1], n_centroids=16, progress=False).fit(x).eps_
+        for x in (images, framed)
+    ]
+    assert abs(math.log10(eps[1] / eps[0])) < 0.5

@@ -22,6 +22,9 @@ CHUNK_SHARE = 1 / 6
 EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64, device="cpu")
 EPS_STEP = 4  # half a decade
 
+# Of the typical variance. Positions that vary less have no part in the choice of eps: their density
+# rises without end as eps falls, and would outvote all others.
+VARIED = 0.1
 # Of the mean square of the features. Less variance is the rounding of float32: all images are the same.
 NO_VARIANCE = 1e-12
 
@@ -94,6 +97,14 @@ class NeighborhoodGaussian:
         squares = (self.count[:, None] * self.mean.double().square()).sum()
         return bool(spread > NO_VARIANCE * squares)
 
+    def _varied(self) -> Tensor:
+        """Positions, in order, whose variance is not far below that where most of the variance is."""
+        samples = (self.count - 1).clamp(min=1)
+        variance = (self.scatter[:, self._diagonal()].sum(1, dtype=torch.float64) / samples).cpu()
+        # Weighted by itself, so that any number of positions where nothing varies changes nothing.
+        typical = variance.square().sum() / variance.sum()
+        return (~(variance < VARIED * typical)).nonzero().flatten()
+
     def _diagonal(self) -> Tensor:
         """Places of the diagonal in a packed triangle."""
         row, column = packed_layout(self.channels)
@@ -152,18 +163,20 @@ class NeighborhoodGaussian:
         -----
         With W the inverse Cholesky factor of Sigma + eps I, in float32,
         log p(x) = sum_j log W_jj - 1/2 || W (x - mu) ||^2 + const, each x at its own position, summed
-        over an even sample of positions, fewer where there are more channels. An eps with which one of
+        over an even sample of the positions that vary (see `VARIED`), fewer where there are more
+        channels. An eps with which one of
         them cannot be factored is not taken. Along each principal axis the likelihood is a smooth
         function of log eps, so candidates half a decade apart show its peaks, of which there may be
         several, and those around them settle the rest. Taken is the largest eps within one standard
         error, over the held-out images, of the best (the rule of Breiman et al., *Classification and
         Regression Trees*, 1984): of choices that the data cannot tell apart, the most regular.
         """
-        positions, channels = self.mean.shape
+        channels = self.channels
+        varied = self._varied()
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
-        steps = min(n_sample, positions)
-        places = torch.linspace(0, positions - 1, steps, dtype=torch.float32, device="cpu")
-        sample = places.round().long().unique()
+        steps = min(n_sample, len(varied))
+        places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
+        sample = varied[places.round().long().unique()]
         windows = [self._window(p, p + 1) for p in sample.tolist()]
         mean, covariance = (torch.cat(parts) for parts in zip(*windows, strict=True))
         x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
