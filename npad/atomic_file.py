@@ -78,16 +78,17 @@ def _replacing(path: str | os.PathLike[str], one_of_many: bool) -> Iterator[Buff
     mode = _mode(target)
     if not one_of_many:
         remove_leftovers(target.parent)
-    temporary, descriptor = _open_temporary(target.parent, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    temporary = target.parent / _TEMPORARY.format(secrets.token_hex(8))
+    try:  # an interrupt may come as soon as the file is there
+        with os.fdopen(_open_temporary(temporary, mode), "wb") as file:
             yield file
             file.flush()
             if not one_of_many:
                 os.fsync(file.fileno())
             temporary.replace(target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
     if one_of_many:
         return
@@ -109,15 +110,14 @@ def _mode(target: Path) -> int:
         return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
 
-def _open_temporary(folder: Path, mode: int) -> tuple[Path, int]:
-    """Path and descriptor of a new file, locked to tell other writers that it is no leftover."""
+def _open_temporary(path: Path, mode: int) -> int:
+    """Descriptor of a new file, locked to tell other writers that it is no leftover."""
     while True:
-        path = folder / _TEMPORARY.format(secrets.token_hex(8))
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
         with suppress(OSError):  # some file systems have no locks; there, leftovers stay
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if path.exists():
-            return path, descriptor
+            return descriptor
         os.close(descriptor)  # another writer removed it before it was locked
 
 

@@ -266,8 +266,9 @@ def test_no_source(source):
 def test_even_window(name, value, folder, tmp_path):
     with pytest.raises(ValueError, match=rf"{name} must be an odd .* got {value}"):
         small(**{name: value}).fit(folder)
-    option = f"--{name.replace('_', '-')}={value}"
-    fail(2, "fit", folder, "-o", tmp_path / "m", *SMALL, option, says=[name, "odd", value])
+    option = f"--{name.replace('_', '-')}"
+    given = f"{option}={value}"
+    fail(2, "fit", folder, "-o", tmp_path / "m", *SMALL, given, says=[option, "odd", value])
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x", "", None, 1.5])

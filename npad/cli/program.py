@@ -303,7 +303,9 @@ def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
         code = _pipe_closed()
     if code == INTERRUPTED or _interrupt.seen:
         code = INTERRUPTED
-        print("npad: interrupted", file=sys.stderr)
+        # A bar that tqdm has just drawn, and does not know of yet, stays unless its line is erased.
+        erased = "\r\x1b[K" if sys.stderr.isatty() else ""
+        print(f"{erased}npad: interrupted", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the outcome stands
     sys.exit(code)
 
