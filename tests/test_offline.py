@@ -213,6 +213,12 @@ def test_what_is_missing_is_named(name: str) -> None:
         Backbone(name)
 
 
+def test_what_is_installed_is_not_advised(install: Install) -> None:
+    install({})
+    with pytest.raises(BackboneError, match=rf"use backbone '{NAME}', whose weights are installed"):
+        Backbone("resnet18")
+
+
 def test_a_tag_means_the_file_of_timm(install: Install, packed: State) -> None:
     install(packed)
     with pytest.raises(BackboneError, match="the network is down"):

