@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from npad import NPad
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.measure import evaluate
 
+METRICS = "auroc", "pixel_auroc", "aupro"
 ROUNDS, IMAGES = 3, 64
 
 
@@ -52,7 +54,7 @@ def main() -> None:
         result = evaluate(model, category)
         models[name] = model
         rows[name] = {
-            **{key: result.metrics.get(key) for key in ("auroc", "pixel_auroc", "aupro")},
+            **{key: result.metrics[key] for key in METRICS if not isnan(result.metrics[key])},
             "fit_cpu_seconds": model.fit_seconds_,
             "predict_cpu_ms": float("inf"),
             "megabytes": model.nbytes / 1e6,
@@ -64,7 +66,7 @@ def main() -> None:
             spent = 1e3 * (time.process_time() - start) / len(images)
             rows[name]["predict_cpu_ms"] = min(rows[name]["predict_cpu_ms"], spent)
     for name, row in rows.items():
-        print(name, *(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
+        print(name, *(f"{key} {value:.4g}" for key, value in row.items()))
     if args.out:
         about = provenance() | {"data": args.category.name, "threads": args.threads}
         args.out.write_text(json.dumps(about | {"networks": rows}, indent=1))
