@@ -322,7 +322,7 @@ class Settings:
         "FILE",
         _or_none(_path),
         _parse_file,
-        unset="timm downloads them",
+        unset="those of npad[offline], or timm downloads them",
         live=True,  # the file may have moved; other weights are refused by their hash
     )
     window: int = _argument(

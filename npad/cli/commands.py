@@ -1,4 +1,4 @@
-"""The command line: fit, predict, evaluate, demo, info."""
+"""The command line: fit, predict, evaluate, demo, backbones, fetch, info."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from npad.cli.program import (
     with_options,
 )
 from npad.file_names import shown
+from npad.settings import Settings
 
 if TYPE_CHECKING:  # it imports libraries
     from npad.evaluation.datasets import Category
@@ -352,6 +353,56 @@ def _evaluate(
     if not quiet:
         print_table(rows)
         print(shown(output / REPORT))
+
+
+# --- backbones and fetch ---
+
+
+@command(app, "npad.cli.backbones")
+def backbones(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time one image through each, on the CPU.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    threads: Threads = None,
+) -> None:
+    """List the networks that can be used here now.
+
+    Shows where their weights come from, and the channels and grid of their default layers at 256 x
+    256 pixels. Asks no network: any other model of timm is a download.
+    """
+    from npad.cli.backbones import available, print_backbones  # noqa: PLC0415
+
+    _set_threads(threads)
+    rows = list(available(measure))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_backbones(rows)
+
+
+@command(app, "npad.cli.backbones")
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of timm.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Safetensors file to write.")
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Write the weights of a network to a file.
+
+    For a machine without a network: carry the file there and give it as --weights. It holds all
+    weights, and in its metadata their source and licence.
+    """
+    from npad.cli.backbones import write_weights  # noqa: PLC0415
+
+    name = Settings(backbone=name).backbone
+    if name == "filterbank":
+        raise UsageError("filterbank has no weights: it needs no file")
+    _check_can_be_written(output)
+    digest = write_weights(name, output)
+    if not quiet:
+        print(f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
 
 
 # --- info ---

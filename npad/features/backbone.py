@@ -17,13 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from npad import devices, ops
+from npad.features import offline
 from npad.features.batch_norm import fold_batch_norm
 from npad.features.building import building
-from npad.features.checkpoints import first_line
+from npad.features.checkpoints import UnfitError, first_line, read_tensors
 from npad.features.filter_bank import N_LEVELS, FilterBank
 from npad.features.weights import BackboneError, load_weights, weights_hash
 
-__all__ = ["Backbone", "BackboneError", "embed_in_parts", "shared_backbone"]
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "cached",
+    "embed_in_parts",
+    "fetch",
+    "shared_backbone",
+    "sketch",
+]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
 _REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
@@ -31,6 +40,7 @@ _REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and 
 # memory that the system hands out, and clears, anew for every layer of every batch. As measured on two
 # cores with images of 256 x 256.
 _PIXELS_AT_ONCE: Final = 4 * 256**2
+_HUB_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -51,8 +61,9 @@ class Backbone(nn.Module):
         quarters of the depth; levels 1, 2 and 3 of the filter bank.
     weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
         timm checkpoint of the whole model or a state dict of its ``features_only`` form, by itself
-        or as a part of something larger. Default: timm's own pre-trained weights, from its cache or
-        downloaded.
+        or as a part of something larger. Default: for ``"tf_efficientnet_lite0"`` those of the extra
+        ``npad[offline]`` where it is installed; else timm's own pre-trained weights, from its cache
+        or downloaded.
     dtype : float32, float16 or bfloat16: in which the network computes. The filter bank, whose
         variances float16 would not hold, stays in float32.
     compile : run the network through ``torch.compile``, which compiles at the first batch of each
@@ -120,9 +131,10 @@ class Backbone(nn.Module):
             config = outline.pretrained_cfg
             chosen = _default_layers(reductions) if layers is None else layers
             self.layers = _checked_layers(name, chosen, reductions)
-            net = _timm_features(name, config, self.layers, pretrained=weights is None)
-            if weights is not None:
-                load_weights(net, name, Path(weights), lambda: _whole_model_keys(name))
+            file = _installed(name) if weights is None else Path(weights)
+            net = _timm_features(name, config, self.layers, pretrained=file is None)
+            if file is not None:
+                load_weights(net, name, file, lambda: _whole_model_keys(name))
             self.net, self._reductions = net, net.feature_info.reduction()
             self.channels = sum(net.feature_info.channels())
             mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
@@ -449,9 +461,9 @@ def _timm_features(
     options: dict[str, Any] = {"features_only": True, "out_indices": layers}
     if config.get("fixed_input_size"):
         options["dynamic_img_size"] = True  # a transformer then takes other sizes than its own
-    if pretrained:
-        _check_download(name, config)
     try:
+        if pretrained:
+            _check_download(name, config)
         with building():
             try:
                 net: Any = _timm().create_model(name, pretrained=pretrained, **options)
@@ -459,7 +471,7 @@ def _timm_features(
                 del options["dynamic_img_size"]
                 net = _timm().create_model(name, pretrained=pretrained, **options)
     except Exception as error:
-        if not pretrained:
+        if not pretrained or isinstance(error, BackboneError):
             raise
         raise _no_download(name, error) from error
     deepest = net.feature_info.get_dicts()[-1]
@@ -474,8 +486,15 @@ def _whole_model_keys(name: str) -> list[str]:
     return [key for net in nets for key in net.state_dict()]
 
 
+def _installed(name: str) -> Path | None:
+    try:
+        return offline.find(name)
+    except UnfitError as unfit:
+        raise BackboneError(str(unfit)) from unfit
+
+
 def _check_download(name: str, config: dict[str, Any]) -> None:
-    """Fail in seconds where timm would go on retrying for most of a minute."""
+    """Fail in seconds, with any exception, where timm would retry for most of a minute."""
     import huggingface_hub as hub  # noqa: PLC0415
 
     repository = config.get("hf_hub_id")
@@ -483,19 +502,114 @@ def _check_download(name: str, config: dict[str, Any]) -> None:
         if not config.get("url"):
             raise BackboneError(f"backbone {name!r}: timm has no weights for it; pass weights=")
         return  # a plain address: torch.hub does not retry
-    files = ("model.safetensors", "pytorch_model.bin")
-    if any(isinstance(hub.try_to_load_from_cache(repository, file), str) for file in files):
+    if _is_cached(repository):
         return
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, files[0]), timeout=10)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, _HUB_FILES[0]), timeout=10)
     except hub.errors.EntryNotFoundError:
         return  # the hub answers; the weights have another name
-    except Exception as error:
-        raise _no_download(name, error) from error
+
+
+def _is_cached(repository: str) -> bool:
+    import huggingface_hub as hub  # noqa: PLC0415
+
+    return any(isinstance(hub.try_to_load_from_cache(repository, f), str) for f in _HUB_FILES)
 
 
 def _no_download(name: str, error: Exception) -> BackboneError:
     return BackboneError(
         f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
-        "pass weights= with a file of them, or use backbone 'filterbank', which needs none"
+        "pass weights= with a file of them (`npad fetch` makes one where there is a network), or "
+        f"{_without_download(name)}, or use backbone 'filterbank', which needs none"
     )
+
+
+def _without_download(name: str) -> str:
+    """What to do for a network that needs none, and has not been done."""
+    if name == offline.NETWORK:
+        return f"{offline.INSTALL}, which brings them"
+    have = "are installed" if offline.version() else f"{offline.INSTALL} brings"
+    return f"use backbone {offline.NETWORK!r}, whose weights {have}"
+
+
+# --- what there is ---
+
+
+def sketch(name: str, image_size: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+    """Channels and grid of a backbone with its default layers. Loads no weights.
+
+    Returns
+    -------
+    channels : int
+    grid : (h, w), or None where the network does not take images of this size
+
+    Raises
+    ------
+    BackboneError
+        An unknown name.
+    """
+    if name == "filterbank":
+        bank = Backbone(name)
+        return bank.channels, bank.grid(image_size)
+    outline = _timm_outline(name)
+    layers = _default_layers([int(level["reduction"]) for level in outline.feature_info.info])
+    net = _timm_features(name, outline.pretrained_cfg, layers, pretrained=False).to("meta")
+    channels = sum(net.feature_info.channels())
+    try:
+        shape = net(torch.empty(1, 3, *image_size, device="meta"))[0].shape
+    except (RuntimeError, AssertionError, ValueError):
+        return channels, None
+    height, width = (
+        shape[1:3] if str(getattr(net, "output_fmt", "")) == "Format.NHWC" else shape[2:]
+    )
+    return channels, (int(height), int(width))
+
+
+def cached() -> list[str]:
+    """Names of timm's pre-trained networks whose weights are in the local cache of the hub."""
+    repositories = {
+        name: _timm().get_pretrained_cfg(name).hf_hub_id
+        for name in _timm().list_models(pretrained=True)
+    }
+    return [
+        name for name, repository in repositories.items() if repository and _is_cached(repository)
+    ]
+
+
+def fetch(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All pre-trained weights of a network, under timm's names, and what is to be known of them.
+
+    They come from where `Backbone` has them from: an installed package, a local cache, the network.
+
+    Returns
+    -------
+    weights : dict of str to Tensor
+    about : dict with the keys backbone, source, license
+
+    Raises
+    ------
+    BackboneError
+        An unknown name, or no download.
+    """
+    outline = _timm_outline(name)
+    file = _installed(name)
+    if file is not None:
+        source = f"https://pypi.org/project/{offline.PACKAGE}/{offline.version()}/"
+        about = {"backbone": name, "source": source, "license": offline.license_text()}
+        return offline.timm_names(read_tensors(file)), about
+    config = outline.pretrained_cfg
+    try:
+        _check_download(name, config)
+        with building():
+            net = _timm().create_model(name, pretrained=True)
+    except BackboneError:
+        raise
+    except Exception as error:
+        raise BackboneError(
+            f"{name}: its pre-trained weights cannot be downloaded ({first_line(error)}); run this "
+            f"where there is a network, or {_without_download(name)}"
+        ) from error
+    repository = config.get("hf_hub_id")
+    source = f"https://huggingface.co/{repository}" if repository else config["url"]
+    about = {"backbone": name, "source": source, "license": config.get("license") or "not stated"}
+    return net.state_dict(), about

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from npad.features.checkpoints import UnfitError, read_tensors
+from npad.features.offline import timm_names
 
 __all__ = ["BackboneError", "load_weights", "places", "weights_hash"]
 
@@ -40,7 +41,7 @@ def load_weights(
         The file cannot be read, or names, shapes or values do not fit.
     """
     try:
-        given = read_tensors(path)
+        given = timm_names(read_tensors(path))
         wanted = _Wanted(name, net.state_dict(), whole_model)
         net.load_state_dict(wanted.found_in(given), strict=False)
     except UnfitError as unfit:
