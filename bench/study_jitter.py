@@ -214,10 +214,10 @@ def tables(name: str, rows: dict[str, dict[str, list[Figures]]]) -> Iterable[str
     for metric in METRICS:
         if metric not in next(iter(rows.values()))[jitters[0]][0]:
             continue  # there are no masks
-        lines = [[f"{name}: {metric}", *jitters], ["---"] * (1 + len(jitters))]
+        lines = [[f"{name}: {metric}", "seeds", *jitters], ["---"] * (2 + len(jitters))]
         for row, at in rows.items():
             values = [[run[metric] for run in at[jitter]] for jitter in jitters]
-            lines.append([row, *map(cell, values)])
+            lines.append([row, str(len(values[0])), *map(cell, values)])
         yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
