@@ -24,7 +24,7 @@ class EmbeddedCategory:
 
     Parameters
     ----------
-    category : from `npad.evaluation.datasets.find_categories`, with masks
+    category : from `npad.evaluation.datasets.find_categories`
     model : not fitted; its backbone and image size are used
     folder : holds the files for as long as this is in use
 
@@ -35,21 +35,21 @@ class EmbeddedCategory:
     """
 
     def __init__(self, category: Category, model: NPad, folder: Path) -> None:
-        if not category.has_masks:
-            raise ValueError(f"{category.name}: the studies measure pixels, and there are no masks")
         height, width = model.settings()["image_size"]
         self.size = height, width
         self.labels = np.array([sample.is_anomalous for sample in category.test])
-        self.masks = [self._mask(sample.mask_path) for sample in category.test]
+        masked = category.test if category.has_masks else []
+        self.masks = [self._mask(sample.mask_path) for sample in masked]
         self.train = _embedded(model, category.train, folder / "train.float32")
         paths = [sample.path for sample in category.test]
         self.test = _embedded(model, paths, folder / "test.float32")
 
     def measure(self, scores: Tensor, maps: Tensor) -> dict[str, float]:
-        """`METRICS` of scores (N,) and maps (N, H, W) of the test images."""
+        """`METRICS` of scores (N,) and maps (N, H, W) of the test images, as far as there are masks."""
         found = image_metrics(self.labels, scores.double().numpy())
-        found |= pixel_metrics(self.masks, maps.numpy())
-        return {name: found[name] for name in METRICS}
+        if self.masks:
+            found |= pixel_metrics(self.masks, maps.numpy())
+        return {name: found[name] for name in METRICS if name in found}
 
     def _mask(self, path: Path | None) -> NDArray[np.bool_]:
         if path is None:

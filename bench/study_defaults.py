@@ -117,7 +117,10 @@ def study(data: str, args: argparse.Namespace, folder: Path) -> None:
             evaluate(Settings(**common, **VARIANTS[variant], seed=seed), embedded, network)
             for seed in map(int, args.seeds.split(","))
         ]
-        means = [f"{fmean(run[metric] for run in runs):.4f}" for metric in METRICS]
+        means = [
+            f"{fmean(run[metric] for run in runs):.4f}" if metric in runs[0] else "no masks"
+            for metric in METRICS
+        ]
         eps = "none" if runs[0]["eps"] is None else f"{fmean(run['eps'] for run in runs):.1e}"
         size = f"{runs[0]['model_mb']:.0f}"
         print("| " + " | ".join([variant, *means, eps, size]) + " |", flush=True)
