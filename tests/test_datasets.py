@@ -5,16 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import SMALL, fail
 from image_files import make_category, save_image, smooth_pixels
 
 from npad.evaluation.datasets import (
     DatasetError,
     Sample,
+    find_bad,
     find_categories,
     find_good,
-    looks_good,
     refuse_masks,
 )
+from npad.evaluation.folder_names import looks_bad, looks_good
 from npad.evaluation.masks import read_mask
 from npad.images import read_image
 from npad.images.folders import list_images
@@ -554,3 +556,24 @@ def test_magnetic_tiles():
     assert sum(not mask.any() for mask in masks) == 4
     for sample, mask in list(zip(defects, masks, strict=True))[::20]:
         assert read_image(sample.path).shape[:2] == mask.shape
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NG", "ng", "KO", "NOK", "not_ok", "n.i.O.", "Bad", "bad_parts", "defects", "01_Defective"],
+)
+def test_folders_of_defects_are_not_fitted(root, name):
+    """Good images lie loose, and the folder beside them."""
+    assert looks_bad(name)
+    place = root / "train/good" / name
+    shutil.copytree(root / "test/hole", place)
+    assert find_bad(root / "train/good", list_images(root / "train/good")) == place
+    fail(2, "fit", root / "train/good", "-o", root / "m", *SMALL, says=[place, "defects", "move"])
+
+
+@pytest.mark.parametrize(
+    "name", ["no_defects", "non-defective", "lot7", "Bad Aibling", "scratch", "NG_2_OK"]
+)
+def test_other_folders_are(root, name):
+    (root / "train/good").rename(root / "train" / name)
+    assert find_bad(root / "train", list_images(root / "train")) is None

@@ -96,7 +96,7 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a model on a folder of images without defects."""
-    from npad.evaluation.datasets import find_good, refuse_masks  # noqa: PLC0415
+    from npad.evaluation.datasets import find_bad, find_good, refuse_masks  # noqa: PLC0415
     from npad.images.folders import search  # noqa: PLC0415
 
     images = search(folder).images
@@ -105,6 +105,12 @@ def fit(
         raise UsageError(
             f"{shown(folder)} seems to hold images with defects: give {shown(good)}, or use npad "
             "evaluate"
+        )
+    bad = find_bad(folder, images)
+    if bad is not None:
+        raise UsageError(
+            f"{shown(bad)} seems to hold images with defects, which would be fitted: move it out of "
+            f"{shown(folder)}, or rename it if they are good"
         )
     refuse_masks(folder, images, images)
     _check_can_be_written(output)

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from npad.evaluation.folder_names import looks_bad, looks_good
 from npad.file_names import shown
 from npad.images.folders import is_litter, search, warn_of_left_out
 
@@ -29,9 +30,9 @@ __all__ = [
     "Category",
     "DatasetError",
     "Sample",
+    "find_bad",
     "find_categories",
     "find_good",
-    "looks_good",
     "refuse_masks",
 ]
 
@@ -39,54 +40,6 @@ GOOD = "good"
 TRAIN, TEST, GROUND_TRUTH = PARTS = ("train", "test", "ground_truth")
 _NAMED = 3  # of the images without a mask that an error lists
 
-# Names of folders that are nobody's defect: people have these for `good`.
-_GOOD_NAMES = frozenset(
-    {
-        *("good", "goods", "ok", "okay", "oks", "normal", "normals", "nominal", "pass", "passed"),
-        *("fine", "clean", "healthy", "intact", "perfect", "correct", "accept", "accepted"),
-        *(
-            "acceptable",
-            "conform",
-            "conforming",
-            "conformant",
-            "flawless",
-            "faultless",
-            "undamaged",
-        ),
-        *(
-            "negative",
-            "negatives",
-            "neg",
-            "golden",
-            "io",
-            "inordnung",
-            "gut",
-            "gutteil",
-            "gutteile",
-        ),
-        *("fehlerfrei", "fehlerlos", "einwandfrei", "unbeschädigt", "nodefauts", "sansdefaut"),
-        *(
-            "bon",
-            "bons",
-            "conforme",
-            "conformes",
-            "buono",
-            "bueno",
-            "正常",
-            "合格",
-            "合格品",
-            "良品",
-        ),
-    }
-)
-_WITHOUT_DEFECT = re.compile(
-    r"(no|non|not|without|zero|un)(a|any)?(defect|anomal|fault|flaw|damage|error)\w*"
-    r"|(defect|anomaly|fault|flaw|damage|error)s?(free|less)"
-)
-_NEUTRAL = re.compile(
-    r"(image|img|picture|photo|sample|part|piece|product|item|class|label|surface|teil|bild)(e?s?|er)"
-    "|all|new|old|data|set|the|train|test|only"
-)
 _MASK_NAME = re.compile(r"(.+)[-_. ](mask|gt|groundtruth|ground_truth|label|seg)s?[-_]?\d*", re.I)
 _MASK_FOLDER = re.compile(r"gt|((gt|binary|defect|segmentation|truth)?masks?)|groundtruths?")
 
@@ -246,6 +199,19 @@ def find_good(folder: Path, images: Iterable[Path]) -> Path | None:
     return None
 
 
+def find_bad(folder: Path, images: Iterable[Path]) -> Path | None:
+    """A folder whose name says that its images show defects.
+
+    Parameters
+    ----------
+    folder : to be fitted
+    images : those in it
+    """
+    return next(
+        (place for place in sorted(_between(folder, images)) if looks_bad(place.name)), None
+    )
+
+
 def refuse_masks(folder: Path, images: Collection[Path], unmasked: Collection[Path]) -> None:
     """Ask about what is called a mask, and lies where images are looked for.
 
@@ -284,20 +250,6 @@ def _between(folder: Path, images: Iterable[Path]) -> set[Path]:
     return {
         place for parent in own for place in (parent, *parent.parents) if folder in place.parents
     }
-
-
-def looks_good(name: str) -> bool:
-    """Whether images in a folder of this name are without defects, as most would call it.
-
-    Told by whole words: ``OK``, ``ok_images``, ``0_normal`` and ``no-defect``, but not ``fine_scratch``
-    nor ``not_ok``.
-    """
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
-    words = [
-        word for word in re.findall(r"[^\W\d_]+", spaced.lower()) if not _NEUTRAL.fullmatch(word)
-    ]
-    joined = "".join(words)
-    return joined in _GOOD_NAMES or words[:1] == [GOOD] or bool(_WITHOUT_DEFECT.fullmatch(joined))
 
 
 def _folders(folder: Path) -> list[Path]:
