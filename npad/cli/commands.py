@@ -97,9 +97,9 @@ def fit(
 ) -> None:
     """Fit a model on a folder of images without defects."""
     from npad.evaluation.datasets import find_bad, find_good, refuse_masks  # noqa: PLC0415
-    from npad.images.folders import search  # noqa: PLC0415
+    from npad.images.folders import find_images  # noqa: PLC0415
 
-    images = search(folder).images
+    images = find_images(folder)
     good = find_good(folder, images)
     if good is not None:
         raise UsageError(
@@ -116,7 +116,7 @@ def fit(
     _check_can_be_written(output)
     _set_threads(threads)
     model = new_model(arguments, progress=_progress(quiet))
-    model.fit(folder, skip_bad=skip_bad)
+    model.fit(images, skip_bad=skip_bad)  # those that were looked at
     model.save(output)
     _list_skipped(model.skipped_)
     if not quiet:
@@ -210,10 +210,8 @@ def predict(
     progress = _progress(quiet)
     inputs = find_inputs(paths, output)
     model = NPad.load(model_file, device=device, weights=weights, progress=progress)
-    model.set_params(
-        **({} if batch_size is None else {"batch_size": batch_size}),
-        **({} if max_pixels is None else {"max_pixels": max_pixels}),
-    )
+    given = {"batch_size": batch_size, "max_pixels": max_pixels}
+    model.set_params(**{name: value for name, value in given.items() if value is not None})
     files = PredictionFiles(
         output, inputs, maps=maps, overlays=overlays, color_range=color_range, progress=progress
     )

@@ -166,14 +166,11 @@ def _is_smoothed(pixels: Array, levels: Array, between: NDArray[np.bool_]) -> bo
     level = levels[between].astype(np.float32)
     if high * steps <= CLASSES or level.max() < high / 2:  # a few classes, and what is void
         return False
-    if (
-        level.min() - low <= high * LOSS
-    ):  # from there up to the maximum: loss leaves values everywhere
+    if level.min() - low <= high * LOSS:  # up to the maximum: loss leaves values everywhere
         return True
     beside_brighter = ndimage.maximum_filter(levels, 3)[between] > level
     brightest = pixels[np.unravel_index(levels.argmax(), levels.shape)] / high
     other_colour = np.abs(pixels[between] - level[:, None] * brightest).max(axis=1) > level / 2
-    weights = (
-        np.minimum(level - low, high - level) ** 2
-    )  # what loss leaves in flat places is little
+    # What loss leaves in flat places is little.
+    weights = np.minimum(level - low, high - level) ** 2
     return bool(np.average(beside_brighter & ~other_colour, weights=weights) > SMOOTHED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from npad.images.errors import ImageError
 
 __all__ = ["Range", "least_depth"]
@@ -55,12 +57,12 @@ class Range:
                     f"bit_depth={depth}",
                 )
 
-    def check_bright(self, brightest: float, name: str) -> None:
+    def check_bright(self, image: Tensor, name: str) -> None:
         """Refuse an image brighter than what the camera can give that gave those.
 
         Parameters
         ----------
-        brightest : the image's largest value, 0 to 1
+        image : values from 0 to 1
         name : of the image
 
         Raises
@@ -68,7 +70,7 @@ class Range:
         ImageError
             The image is of another depth.
         """
-        if self.n_bits is not None and brightest * 65535 > 2**self.n_bits:
+        if self.n_bits is not None and float(image.max()) * 65535 > 2**self.n_bits:
             raise ImageError(
                 name,
                 f"it is brighter than the images fitted can be, which use {self.n_bits} of the 16 bits "

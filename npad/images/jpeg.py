@@ -63,9 +63,8 @@ def read_jpeg(file: BinaryIO, name: str, reading: Reading) -> Stored:
         image = Image.frombytes(mode, size, file.read(), "jpeg", stored, "", reduction, 0)
         if mode == "CMYK":
             image = image.convert("RGB")
-        if (
-            width % reduction or height % reduction
-        ):  # the last pixels are not filled: stretch the rest
+        if width % reduction or height % reduction:
+            # The last pixels are not filled: the rest is stretched.
             size = (width // reduction, height // reduction)
             box = (0, 0, width / reduction, height / reduction)
             image = image.resize(size, Image.Resampling.BILINEAR, box)

@@ -317,7 +317,7 @@ class ImageSource:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
         if self.fitted is not None:
-            self.fitted.check_bright(float(image.tensor.max()), name)
+            self.fitted.check_bright(image.tensor, name)
             if image.undeclared is not None:
                 self.fitted.check_dark(image.undeclared, name, self.reading.bit_depth)
         elif image.undeclared is not None:
