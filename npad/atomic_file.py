@@ -126,4 +126,5 @@ def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(_TEMPORARY.format("*")):
         with suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+            if os.path.samestat(os.fstat(file.fileno()), leftover.stat()):  # not a new file's name
+                leftover.unlink()

@@ -310,6 +310,20 @@ def test_writers_do_not_take_each_others_files_for_leftovers(tmp_path):
         assert len(set(content)) == 1
 
 
+def test_a_name_that_was_taken_anew_is_no_leftover(tmp_path, monkeypatch):
+    """Another writer removes the leftover, and its owner opens the name again, before the lock."""
+    leftover = tmp_path / ".npad-0.tmp"
+    leftover.touch()
+
+    def taken_anew(file, operation):
+        leftover.unlink()
+        leftover.write_bytes(b"new")
+
+    monkeypatch.setattr(atomic_file.fcntl, "flock", taken_anew)
+    atomic_file.remove_leftovers(tmp_path)
+    assert leftover.read_bytes() == b"new"
+
+
 def test_one_of_many_files_waits_for_nothing(tmp_path, monkeypatch):
     """Nor does it look through its folder, which would take longer with every file."""
     monkeypatch.setattr(os, "fsync", None)
