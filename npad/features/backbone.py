@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -28,8 +28,8 @@ __all__ = [
     "Backbone",
     "BackboneError",
     "cached",
-    "embed_in_parts",
     "fetch",
+    "levels_in_parts",
     "shared_backbone",
     "sketch",
 ]
@@ -59,6 +59,8 @@ class Backbone(nn.Module):
         reductions 8 and 16, which are layer2 and layer3 of a ResNet; where every level has the
         same reduction, as in a plain vision transformer, the blocks that end half and three
         quarters of the depth; levels 1, 2 and 3 of the filter bank.
+    map_layers : levels that are also wanted; None: ``layers``, and the level before them if there is
+        one of half their least reduction.
     weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
         timm checkpoint of the whole model or a state dict of its ``features_only`` form, by itself
         or as a part of something larger. Default: for ``"tf_efficientnet_lite0"`` those of the extra
@@ -71,8 +73,9 @@ class Backbone(nn.Module):
 
     Attributes
     ----------
-    name, layers : as chosen; layers in increasing order.
-    channels : channels of the embedding, all layers together.
+    name, layers, map_layers : as chosen; layers in increasing order.
+    channels : channels of the embedding, all of ``layers`` together.
+    level_channels : channels of each level that `levels` gives, by its number.
     weights_hash : SHA-256 in hex over name, dtype, shape and bytes of all weights in use, as they
         were loaded; it does not depend on the file they came from.
 
@@ -98,10 +101,11 @@ class Backbone(nn.Module):
         weights: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,  # noqa: A002
+        map_layers: Sequence[int] | None = (),
     ) -> None:
         super().__init__()
         with devices.plain(torch.device("cpu")):
-            self._build(name, layers, weights, dtype)
+            self._build(name, layers, map_layers, weights, dtype)
         self._compiles = compile
         self._compile_features()
 
@@ -109,6 +113,7 @@ class Backbone(nn.Module):
         self,
         name: str,
         layers: Sequence[int] | None,
+        map_layers: Sequence[int] | None,
         weights: str | Path | None,
         dtype: torch.dtype,
     ) -> None:
@@ -119,10 +124,10 @@ class Backbone(nn.Module):
                 raise ValueError("weights: the filter bank is fixed and takes none")
             levels = [2 ** (level + 1) for level in range(N_LEVELS + 1)]
             chosen = _FILTER_BANK_LAYERS if layers is None else layers
-            self.layers = _checked_layers(name, chosen, levels, first=1)
-            bank = FilterBank(self.layers)
+            self._choose(chosen, map_layers, levels, first=1)
+            bank = FilterBank(self._taken)
             self.net, self._reductions = bank, bank.reductions
-            self.channels = bank.n_channels * len(self.layers)
+            channels = [bank.n_channels] * len(self._taken)
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
             dtype = torch.float32
         else:
@@ -130,25 +135,45 @@ class Backbone(nn.Module):
             reductions = [int(level["reduction"]) for level in outline.feature_info.info]
             config = outline.pretrained_cfg
             chosen = _default_layers(reductions) if layers is None else layers
-            self.layers = _checked_layers(name, chosen, reductions)
+            self._choose(chosen, map_layers, reductions)
             file = _installed(name) if weights is None else Path(weights)
-            net = _timm_features(name, config, self.layers, pretrained=file is None)
+            net = _timm_features(name, config, self._taken, pretrained=file is None)
             if file is not None:
                 load_weights(net, name, file, lambda: _whole_model_keys(name))
             self.net, self._reductions = net, net.feature_info.reduction()
-            self.channels = sum(net.feature_info.channels())
+            channels = net.feature_info.channels()
             mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
+        self.level_channels = dict(zip(self._taken, map(int, channels), strict=True))
+        self.channels = sum(self.level_channels[level] for level in self.layers)
         self._channels_last_output = str(getattr(self.net, "output_fmt", "")) == "Format.NHWC"
         # Not persistent: they belong to the name, not to the weights.
         self.register_buffer("mean", _of_channels(mean), persistent=False)
         self.register_buffer("std", _of_channels(std), persistent=False)
-        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        self._grids: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
         self.weights_hash = weights_hash(self.net.state_dict())
         self.requires_grad_(False)
         self.eval()
         fold_batch_norm(self.net)
         self.net.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
+
+    def _choose(
+        self,
+        layers: Sequence[int],
+        map_layers: Sequence[int] | None,
+        reductions: Sequence[int],
+        first: int = 0,
+    ) -> None:
+        """Check the levels that are wanted, and what of the network is needed for them."""
+        self.layers = _checked("layers", self.name, layers, reductions, first)
+        if map_layers is None:
+            least = self.layers[0]
+            finer = least > first and 2 * reductions[least - 1] == reductions[least]
+            self.map_layers = (least - 1, *self.layers) if finer else self.layers
+        else:
+            chosen = map_layers or self.layers
+            self.map_layers = _checked("map_layers", self.name, chosen, reductions, first)
+        self._taken = tuple(sorted({*self.layers, *self.map_layers}))
 
     def _compile_features(self) -> None:
         # A function, not a module: that would be a second entry for the same weights.
@@ -175,8 +200,10 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: the backbone is frozen."""
         return super().train(False)
 
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, image_size: tuple[int, int], own_of: int | None = None) -> tuple[int, int]:
         """Grid (h, w) of the embeddings of images of this size (H, W).
+
+        That of the first of ``layers``; or a level's own, where it is coarser.
 
         Raises
         ------
@@ -185,8 +212,8 @@ class Backbone(nn.Module):
             that the network does not take.
         """
         if image_size not in self._grids:
-            self._grids[image_size] = self._dry_grid(image_size)
-        return self._grids[image_size]
+            self._grids[image_size] = self._dry_grids(image_size)
+        return self._grid_of(self._grids[image_size], own_of)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of a batch, in one piece (see `embed_in_parts`).
@@ -198,7 +225,8 @@ class Backbone(nn.Module):
 
         Returns
         -------
-        (B, h, w, C) float32, contiguous; (h, w) is ``grid((H, W))`` and C is ``channels``.
+        (B, h, w, C) float32, contiguous, of ``layers``; (h, w) is ``grid((H, W))`` and C is
+        ``channels``.
 
         Raises
         ------
@@ -207,10 +235,40 @@ class Backbone(nn.Module):
         ValueError
             Another shape, or a size that `grid` refuses.
         """
-        return _combined(self.levels(images))
+        return self.combined(self.levels(images), self.layers)
+
+    def combined(
+        self,
+        features: Sequence[Tensor],
+        levels: Sequence[int],
+        *,
+        own_grid: bool = False,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Some levels of what `levels` gave, in this order, as embeddings (B, h, w, C).
+
+        Their grid is that of the first of ``layers``, if none is given; with ``own_grid`` that of the
+        first of these levels, where it is coarser.
+        """
+        by_level = dict(zip(self._taken, features, strict=True))
+        if grid is None:
+            sides = {level: x.shape[2:] for level, x in by_level.items()}
+            grid = self._grid_of(sides, levels[0] if own_grid else None)
+        return ops.embed([by_level[level] for level in levels], grid)
+
+    def _grid_of(self, sides: Mapping[int, Sequence[int]], level: int | None) -> tuple[int, int]:
+        height, width = sides[self.layers[0]]
+        if level is None:
+            return height, width
+        return min(height, sides[level][0]), min(width, sides[level][1])
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Features of a batch at the chosen layers: one (B, channels, height, width) for each.
+        """Features of a batch at ``layers`` and ``map_layers``, in increasing order of the levels.
+
+        Returns
+        -------
+        one (B, channels, height, width) for each
+
 
         Takes and raises what `forward` does.
         """
@@ -228,38 +286,38 @@ class Backbone(nn.Module):
         features: list[Tensor] = self.net(x)
         return [f.permute(0, 3, 1, 2) for f in features] if self._channels_last_output else features
 
-    def _dry_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def _dry_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
         try:
-            grid = self._meta_grid(image_size)
+            grids = self._meta_grids(image_size)
         except (RuntimeError, AssertionError, ValueError) as error:
             grid, reason = (0, 0), f": {error}"
         else:
+            grid = grids[self.layers[0]]
             reason = f": the embedding grid would be {grid[0]} x {grid[1]}"
         stride = max(self._reductions)
         if min(image_size) < stride:
             reason = f": it is smaller than the stride {stride} of layer {self.layers[-1]}"
         elif min(grid) >= 2:
-            return grid
+            return grids
         raise ValueError(
             f"image_size {image_size} does not work with backbone {self.name!r}{reason}; "
             f"{self._least_size()}"
         )
 
-    def _meta_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def _meta_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
         """Run a copy on tensors without data: only shapes are computed."""
         state = [*self.net.parameters(), *self.net.buffers()]
         # A copy, since other threads and models may be running the network itself.
         net = copy.deepcopy(self.net, {id(value): value.to("meta") for value in state})
         features = net(torch.empty(1, 3, *image_size, device="meta", dtype=self.dtype))
-        height, width = (
-            features[0].shape[1:3] if self._channels_last_output else features[0].shape[2:]
-        )
-        return int(height), int(width)
+        shapes = [x.shape[1:3] if self._channels_last_output else x.shape[2:] for x in features]
+        sides = [(int(height), int(width)) for height, width in shapes]
+        return dict(zip(self._taken, sides, strict=True))
 
     def _least_size(self) -> str:
         for side in range(max(self._reductions), 1025):
             try:
-                if min(self._meta_grid((side, side))) >= 2:
+                if min(self._meta_grids((side, side))[self.layers[0]]) >= 2:
                     return f"the least that works is {side} x {side}"
             except (RuntimeError, AssertionError, ValueError):
                 continue
@@ -277,23 +335,17 @@ def _of_channels(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 
-def _combined(levels: list[Tensor]) -> Tensor:
-    """Levels (B, channels, height, width) -> embeddings on the grid of the first: (B, h, w, C)."""
-    height, width = levels[0].shape[2:]
-    return ops.embed(levels, (height, width))
-
-
-def embed_in_parts(network: Backbone, images: Tensor) -> Tensor:
-    """What ``network(images)`` gives; on a CPU the network sees a few images at a time.
+def levels_in_parts(network: Backbone, images: Tensor) -> list[Tensor]:
+    """What ``network.levels(images)`` gives; on a CPU the network sees a few images at a time.
 
     Takes and raises what `Backbone.forward` does.
     """
     _check(images)
     at_once = max(1, _PIXELS_AT_ONCE // max(1, images.shape[2] * images.shape[3]))
     if images.device.type != "cpu" or len(images) <= at_once:
-        return network(images)
+        return network.levels(images)
     parts = [network.levels(part) for part in images.tensor_split(-(-len(images) // at_once))]
-    return _combined([torch.cat(level) for level in zip(*parts, strict=True)])
+    return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 
 _lock = threading.Lock()  # of the two below; never held for long
@@ -308,6 +360,7 @@ def shared_backbone(
     dtype: torch.dtype,
     compile: bool,  # noqa: A002
     device: torch.device,
+    map_layers: Sequence[int] | None = (),
 ) -> Backbone:
     """A backbone on a device, the same object for the same arguments as long as one is in use.
 
@@ -326,7 +379,8 @@ def shared_backbone(
     if weights is not None and Path(weights).exists():
         state = Path(weights).stat()
         file = Path(weights).resolve(), state.st_mtime_ns, state.st_size
-    key = name, tuple(layers) if layers is not None else None, file, dtype, compile, device
+    chosen = [None if given is None else tuple(given) for given in (layers, map_layers)]
+    key = name, *chosen, file, dtype, compile, device
     with _lock:
         turn = _turns.setdefault(key, threading.Lock())
     with turn:
@@ -334,7 +388,7 @@ def shared_backbone(
             backbone = _backbones.get(key)
         if backbone is None:  # downloads, reads and builds: minutes, perhaps
             with devices.plain(device):
-                backbone = Backbone(name, layers, weights, dtype, compile).to(device)
+                backbone = Backbone(name, layers, weights, dtype, compile, map_layers).to(device)
             with _lock:
                 _backbones[key] = backbone
     return backbone
@@ -382,16 +436,16 @@ def _exact_convolutions() -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def _checked_layers(
-    name: str, layers: Sequence[int], reductions: Sequence[int], first: int = 0
+def _checked(
+    argument: str, name: str, layers: Sequence[int], reductions: Sequence[int], first: int
 ) -> tuple[int, ...]:
     chosen = tuple(sorted(set(layers)))
     if not chosen or len(chosen) != len(layers):
-        raise ValueError(f"layers must be one or more different levels, got {list(layers)}")
+        raise ValueError(f"{argument} must be one or more different levels, got {list(layers)}")
     if chosen[0] < first or chosen[-1] >= len(reductions):
         levels = ", ".join(f"{i} (1/{r})" for i, r in enumerate(reductions) if i >= first)
         raise ValueError(
-            f"layers {list(layers)}: backbone {name!r} has levels {levels}, by their reduction"
+            f"{argument} {list(layers)}: backbone {name!r} has levels {levels}, by their reduction"
         )
     return chosen
 
