@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from npad import ops
 from npad.learned import Standardization
-from npad.settings import FUSIONS, uses_gaussians, uses_nominal_set
+from npad.members import Member
+from npad.settings import FUSIONS, Settings, uses_gaussians, uses_nominal_set
+
+MAHALANOBIS, PREFIX, EUCLIDEAN = "mahalanobis", "mahalanobis_prefix", "euclidean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,37 @@ def fusion_arguments(
     (m, a, c), (e, b, d) = (_standardized(distances) for distances in (mahalanobis, euclidean))
     m, e = _on_one_grid([m, e])
     return m, e, False, (weight * a, (1 - weight) * b, weight * c + (1 - weight) * d)
+
+
+def scores_and_maps(
+    found: Sequence[tuple[Member, Mapping[str, Distance]]], settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """What the distances of all members come to.
+
+    Parameters
+    ----------
+    found : each member and its distances, by the names `MAHALANOBIS`, `PREFIX` and `EUCLIDEAN`
+    settings : image size, fusion and weights
+
+    Returns
+    -------
+    scores (B,) and maps (B, H, W)
+    """
+    euclidean = [d[EUCLIDEAN] for _, d in found if EUCLIDEAN in d]
+    gaussians = [(member, d) for member, d in found if MAHALANOBIS in d]
+    of_score = [d.get(PREFIX, d[MAHALANOBIS]) for member, d in gaussians if member.in_score]
+    of_map = [d[MAHALANOBIS] for member, d in gaussians if member.in_map]
+    size, sigma = settings.image_size, smoothing_sigma(settings.image_size)
+
+    def fused(mahalanobis: Sequence[Distance], weight: float) -> tuple[Tensor, Tensor]:
+        terms = fusion_arguments(mahalanobis, euclidean, settings.fusion, weight)
+        return ops.anomaly_map(*terms, size, sigma)
+
+    maps, scores = fused(of_map, settings.map_weight)
+    weighed = bool(euclidean and gaussians)
+    if of_score != of_map or (weighed and settings.map_weight != settings.fusion_weight):
+        _, scores = fused(of_score, settings.fusion_weight)
+    return scores, maps
 
 
 def _on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:

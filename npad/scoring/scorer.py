@@ -14,14 +14,12 @@ from npad import devices, ops
 from npad.features.backbone import Backbone
 from npad.learned import TENSORS, Learned, LearnedMember
 from npad.members import Member
-from npad.scoring.fusion import Distance, fusion_arguments, smoothing_sigma
+from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, Distance, scores_and_maps
 from npad.settings import Settings
 
 __all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "reduce"]
 
 M = TypeVar("M", bound=nn.Module)
-
-MAHALANOBIS, PREFIX, EUCLIDEAN = "mahalanobis", "mahalanobis_prefix", "euclidean"
 
 
 def embeddings(
@@ -143,10 +141,7 @@ class Scorer(nn.Module):
         self.members: Modules[MemberScorer] = Modules(
             MemberScorer(m, settings.score_window) for m in used
         )
-        self.image_size = settings.image_size
-        self.fusion = settings.fusion
-        self.fusion_weight = settings.fusion_weight
-        self.map_weight = settings.map_weight
+        self.settings = settings
 
     def levels(self, images: Tensor) -> list[list[Tensor]]:
         """Features of images at the levels of each network."""
@@ -158,24 +153,8 @@ class Scorer(nn.Module):
 
     def score(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Embeddings, for each member (B, h, w, D) -> scores (B,) and maps (B, H, W)."""
-        found: list[tuple[Member, dict[str, Distance]]] = [
-            (m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)
-        ]
-        euclidean = [d[EUCLIDEAN] for _, d in found if EUCLIDEAN in d]
-        gaussians = [(member, d) for member, d in found if MAHALANOBIS in d]
-        of_score = [d.get(PREFIX, d[MAHALANOBIS]) for member, d in gaussians if member.in_score]
-        of_map = [d[MAHALANOBIS] for member, d in gaussians if member.in_map]
-        maps, scores = self._fused(of_map, euclidean, self.map_weight)
-        weighed = bool(euclidean and gaussians)
-        if of_score != of_map or (weighed and self.map_weight != self.fusion_weight):
-            _, scores = self._fused(of_score, euclidean, self.fusion_weight)
-        return scores, maps
-
-    def _fused(
-        self, mahalanobis: Sequence[Distance], euclidean: Sequence[Distance], weight: float
-    ) -> tuple[Tensor, Tensor]:
-        terms = fusion_arguments(mahalanobis, euclidean, self.fusion, weight)
-        return ops.anomaly_map(*terms, self.image_size, smoothing_sigma(self.image_size))
+        found = [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
+        return scores_and_maps(found, self.settings)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
