@@ -92,7 +92,7 @@ class NPad:
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
         weights: str | Path | Sequence[str | Path | None] | None = None,
-        window: int = 3,
+        window: int | str = "auto",
         score_window: int = 1,
         eps: float | str = "auto",
         nominal_set: str | None = "kcenter",

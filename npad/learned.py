@@ -93,7 +93,7 @@ def _standardization(value: Any) -> dict[str, Standardization] | None:
     return {name: Standardization(**moments) for name, moments in value.items()} if value else None
 
 
-def _n_bits(value: Any) -> int | None:
+def _count_or_none(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
@@ -115,6 +115,7 @@ class LearnedMember:
     channels: int = _value("of the embedding, as its levels give them", int)
     grid: tuple[int, int] = _value("(H, W) of the embeddings", _grid)
     eps: float | None = _value("the eps in use; None where no Gaussian is", _eps)
+    window: int | None = _value("the training window in use; as eps", _count_or_none)
     standardization: dict[str, Standardization] | None = _value(
         'mean and standard deviation of each distance, for the fusion "sum"', _standardization
     )
@@ -152,7 +153,8 @@ class LearnedMember:
         of = "layer" if len(self.member.levels) == 1 else "layers"
         found = []
         if self.member.gaussian:
-            found.append(f"{self.grid[0]} x {self.grid[1]} Gaussians, eps {self.eps:.3g}")
+            height, width = self.grid
+            found.append(f"{height} x {width} Gaussians, window {self.window}, eps {self.eps:.3g}")
         if self.centroids is not None:
             found.append(f"{self.n_centroids} centroids")
         levels = ", ".join(map(str, self.member.levels))
@@ -174,6 +176,7 @@ class LearnedMember:
             "channels": self.channels,
             "grid": list(self.grid),
             "eps": self.eps,
+            "window": self.window,
             "standardization": moments and {name: asdict(m) for name, m in moments.items()},
             "n_centroids": self.n_centroids,
         }
@@ -213,7 +216,7 @@ class Learned:
     )
     n_bits: int | None = _value(
         "bits that the images fitted use, where they are fewer than the 16 that they are read as",
-        _n_bits,
+        _count_or_none,
         default=None,
     )
 

@@ -18,7 +18,7 @@ from npad.members import Member
 from npad.ops.axes import random_axes
 from npad.scoring.scorer import distances, reduce
 from npad.settings import Settings
-from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError
+from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_images
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
@@ -179,7 +179,13 @@ class MemberFit:
             f"a Gaussian of {channels} channels at each of {positions} positions",
             "give gaussians='per_layer', a lower n_features or image_size, or fewer layers",
         )
-        return NeighborhoodGaussian(grid, channels, window=self.settings.window, device=x.device)
+        window = self.settings.windows[-1]
+        return NeighborhoodGaussian(grid, channels, window=window, device=x.device)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether the Gaussians are chosen on images held out."""
+        return self.settings.eps == "auto" or len(self.settings.windows) > 1
 
     # ----------------------------------------------------------------------------------------------
     # Other fits.
@@ -256,7 +262,8 @@ class MemberFit:
             member=self.member,
             channels=self._n_channels,
             grid=self._grid,
-            eps=self._eps,
+            eps=self._eps if self._gaussian is not None else None,
+            window=None if self._gaussian is None else self._gaussian.window,
             standardization=standardization,
             projection=self.projection,
             mean=mean,
@@ -270,8 +277,9 @@ class MemberFit:
             return self._standardization
         self._leave_enough()
         x = torch.stack(self._held_out.kept)
-        if self._gaussian is not None and self.settings.eps == "auto":
-            self._eps = self._gaussian.choose_eps(x)
+        if self._gaussian is not None and self._chooses:
+            eps = None if self.settings.eps == "auto" else float(self.settings.eps)
+            _, self._eps = self._gaussian.choose(x, self.settings.windows, eps)
         if self.settings.fusion == "sum":
             self._standardization = self._standardize(x)
         self._held_out.kept.clear()
@@ -280,14 +288,13 @@ class MemberFit:
 
     def _leave_enough(self) -> None:
         """Give back to the fit what it needs of a few images that have nearly all been held out."""
-        chooses_eps = self.settings.eps == "auto"
-        if self._gaussian is None or not (chooses_eps or self.settings.fusion == "sum"):
+        if self._gaussian is None or not (self._chooses or self.settings.fusion == "sum"):
             return
-        kept, needed = self._held_out.kept, self._gaussian.least_images
+        kept, needed = self._held_out.kept, least_images(max(self.settings.windows))
         while len(kept) > 1 and self.n_images - len(kept) < needed:
             self._add(kept.pop()[None])
         if self.n_images - len(kept) < needed:
-            what = "eps='auto'" if chooses_eps else "fusion='sum'"
+            what = "eps='auto'" if self.settings.eps == "auto" else "fusion='sum'"
             raise ValueError(
                 f"NPad.fit: {self.n_images} images are too few for window=1 with {what}, which holds "
                 f"one of them out; fit {needed + 1} or more, or use window=3"

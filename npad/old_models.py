@@ -42,6 +42,7 @@ def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
     kinds = ("mahalanobis", "euclidean")
     learned = {
         "member": member.to_json(),
+        "window": settings["window"] if member.gaussian else None,
         "standardization": moments
         and {k: {f: moments[f"{k}_{f}"] for f in ("mean", "std")} for k in kinds},
         **{name: header[name] for name in ("channels", "grid", "eps", "n_centroids")},

@@ -34,6 +34,7 @@ FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
 GAUSSIANS: Final = ("per_layer", "joint")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 REDUCTIONS: Final = ("pca", "random")
+WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
 
 
@@ -186,6 +187,12 @@ def _eps(value: Any) -> float | str:
     return _number("'auto' or a number of at least 0", lambda n: 0 <= n < math.inf)(value)
 
 
+def _window(value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    return _int("'auto' or an odd int of at least 1", lambda n: n >= 1 and n % 2 == 1)(value)
+
+
 def _device(value: Any) -> Any:
     """Whether it is there, only PyTorch can say: see `npad.devices.resolve`."""
     return value
@@ -240,6 +247,10 @@ def _parse_number(text: str) -> float:
 
 def _parse_eps(text: str) -> float | str:
     return text if text == "auto" else float(text)
+
+
+def _parse_window(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _parse_nominal_set(text: str) -> str | None:
@@ -383,8 +394,13 @@ class Settings:
         unset="those of npad[offline], or timm downloads them",
         live=True,  # the file may have moved; other weights are refused by their hash
     )
-    window: int = _argument(
-        3, "Side of the training window, in positions of the grid.", "ODD", _odd, int
+    window: int | str = _argument(
+        "auto",
+        "Side of the training window, in positions of the grid; auto is the one of 1, 3 and 5 that "
+        "makes held-out nominal embeddings most likely, and 3 where none are held out.",
+        "auto|ODD",
+        _window,
+        _parse_window,
     )
     score_window: int = _argument(
         1, "Side of the evaluation window, in positions of the grid.", "ODD", _odd, int, live=True
@@ -571,6 +587,13 @@ class Settings:
     def chooses_eps(self) -> bool:
         """Whether eps is chosen on held-out images."""
         return self.eps == "auto" and uses_gaussians(self.fusion)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Training windows to choose from."""
+        if self.window == "auto":
+            return WINDOWS if self.holdout else WINDOWS[1:2]
+        return (int(self.window),)
 
     @property
     def chooses_axes(self) -> bool:
