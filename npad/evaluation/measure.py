@@ -166,7 +166,7 @@ def _score(
         model_bytes=getattr(model, "nbytes", None),
         settings=model.settings(),
         fitted={
-            name: value
+            name: "; ".join(map(str, value)) if isinstance(value, tuple) else value
             for name, value in sorted(vars(model).items())
             if name.endswith("_") and isinstance(value, int | float | str | tuple)
         },
