@@ -177,7 +177,8 @@ class MemberFit:
             x.device,
             "NPad.fit",
             f"a Gaussian of {channels} channels at each of {positions} positions",
-            "give gaussians='per_layer', a lower n_features or image_size, or fewer layers",
+            ("" if self.member.own_grid else "use gaussians='per_layer', or ")
+            + "lower n_features or image_size, or choose fewer layers",
         )
         window = self.settings.windows[-1]
         return NeighborhoodGaussian(grid, channels, window=window, device=x.device)

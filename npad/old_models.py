@@ -47,7 +47,7 @@ def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
         and {k: {f: moments[f"{k}_{f}"] for f in ("mean", "std")} for k in kinds},
         **{name: header[name] for name in ("channels", "grid", "eps", "n_centroids")},
     }
-    new = {"gaussians": "joint", "map_layers": [], "map_weight": settings["fusion_weight"]}
+    new = {"gaussians": "joint", "map_layers": [], "map_weight": settings.get("fusion_weight", 0.4)}
     kept = {name: header[name] for name in ("n_images", "darkest", "n_bits") if name in header}
     return {
         "npad_version": header["npad_version"],

@@ -316,7 +316,7 @@ def test_a_fetched_file_is_all_that_another_machine_needs(
         save_image(tmp_path / f"images/{i}.png", smooth_pixels(32, 32, seed=i))
     options = (*SMALL[2:], "--backbone", NAME, "--weights", file)
     succeed("fit", tmp_path / "images", "-o", tmp_path / "model", *options)
-    assert NPad.load(tmp_path / "model").backbone_["weights_hash"] == here
+    assert NPad.load(tmp_path / "model").backbones_[0]["weights_hash"] == here
 
 
 def test_fetch_from_the_cache(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@
 // embedding. Products and squares are summed in float32 in a fixed order; the minimum is taken
 // atomically on integers that order like the distances, so neither threads nor their timing change
 // the result.
+//
+// The first rows of W_q are the factor of the Gaussian of the first channels: with a prefix, the sum
+// of squares up to that row is the distance there, on the way to that of all channels.
 #include <cmath>
 
 #include "../packed.h"
@@ -57,10 +60,25 @@ inline void multiply(const T* const* panel, const int64_t* step, const float* z,
     }
 }
 
-// squares[e] += the squares of the group's rows of W z_e, for kTile embeddings.
+// Where the rows of a prefix end: in one group of panels, of which some lanes belong to it.
+struct Cut {
+    int64_t group = -1;  // its first panel; none without a prefix
+    Vec share[kGroupVectors] = {};  // ones and zeros
+
+    Cut(const PackedLayout& layout, int64_t prefix) {
+        if (prefix == 0) return;
+        group = (prefix + layout.pad) / kPanel / kGroupPanels * kGroupPanels;
+        for (int v = 0; v < kGroupVectors; ++v)
+            for (int lane = 0; lane < kLanes; ++lane)
+                share[v][lane] = layout.first_row(group) + v * kLanes + lane < prefix;
+    }
+};
+
+// squares[e] += the squares of the group's rows of W z_e, for kTile embeddings; and, where there is
+// a cut in the group, below[e] += those of the prefix.
 template <int kTile, class T>
 void apply_group(const T* factor, const PackedLayout& layout, int64_t p0, const float* z,
-                 int64_t stride, float* squares) {
+                 int64_t stride, float* squares, const Cut* cut, float* below) {
     static constexpr T kZeros[kPanel] = {};
     Vec acc[kTile][kGroupVectors] = {};
     const T* panel[kGroupPanels];
@@ -82,10 +100,17 @@ void apply_group(const T* factor, const PackedLayout& layout, int64_t p0, const 
             float* s = squares + e * kLanes;
             store(s, load(s) + acc[e][v] * acc[e][v]);
         }
+    if (cut == nullptr) return;
+    for (int e = 0; e < kTile; ++e)
+        for (int v = 0; v < kGroupVectors; ++v) {
+            float* s = below + e * kLanes;
+            store(s, load(s) + acc[e][v] * acc[e][v] * cut->share[v]);
+        }
 }
 
 template <class T>
-using ApplyGroup = void(const T*, const PackedLayout&, int64_t, const float*, int64_t, float*);
+using ApplyGroup = void(const T*, const PackedLayout&, int64_t, const float*, int64_t, float*,
+                        const Cut*, float*);
 
 template <class T, int... kTiles>
 struct Tiles {
@@ -101,11 +126,15 @@ ApplyGroup<T>* apply_for(int64_t embeddings) {
 
 template <class T>
 void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-         const float* mean, const T* factor, int64_t window, float* distance, int threads) {
+         const float* mean, const T* factor, int64_t window, int64_t prefix, float* distance,
+         int threads) {
     const PackedLayout layout(channels);
-    const int64_t positions = height * width;
-    auto* keys = reinterpret_cast<uint32_t*>(distance);
-    for (int64_t i = 0; i < batch * positions; ++i) keys[i] = kNotWritten;
+    const Cut cut(layout, prefix);
+    const int64_t positions = height * width, n_below = prefix == 0 ? 0 : batch * positions;
+    const int64_t n_distances = n_below + batch * positions;
+    auto* keys_below = reinterpret_cast<uint32_t*>(distance);
+    auto* keys = keys_below + n_below;
+    for (int64_t i = 0; i < n_distances; ++i) keys_below[i] = kNotWritten;
 
     const int64_t side_y = window < 2 * height ? window : 2 * height;
     const int64_t side_x = window < 2 * width ? window : 2 * width;
@@ -115,19 +144,30 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
 #pragma omp parallel num_threads(threads)
     {
         Buffer<float> z(capacity * channels), squares(capacity * kLanes);
+        Buffer<float> below(prefix == 0 ? 0 : capacity * kLanes);
         Buffer<int64_t> owner(capacity);
 
         const auto flush = [&](const T* factor_q, int64_t held) {
             std::memset(squares.data(), 0, static_cast<size_t>(held * kLanes) * sizeof(float));
             const int64_t tiles = (held + kMaxTile - 1) / kMaxTile;
-            for (int64_t p0 = 0; p0 < layout.panels; p0 += kGroupPanels)
+            for (int64_t p0 = 0; p0 < layout.panels; p0 += kGroupPanels) {
+                const Cut* here = p0 == cut.group ? &cut : nullptr;
+                if (here != nullptr)
+                    std::memcpy(below.data(), squares.data(),
+                                static_cast<size_t>(held * kLanes) * sizeof(float));
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t begin = held * t / tiles, end = held * (t + 1) / tiles;
                     apply_for<T>(end - begin)(factor_q, layout, p0, z.data() + begin * channels,
-                                              channels, squares.data() + begin * kLanes);
+                                              channels, squares.data() + begin * kLanes, here,
+                                              below.data() + begin * kLanes);
                 }
-            for (int64_t e = 0; e < held; ++e)
-                atomic_min(keys + owner[e], encode(sum(load(squares.data() + e * kLanes))));
+            }
+            const auto take = [&](uint32_t* target, Buffer<float>& sums) {
+                for (int64_t e = 0; e < held; ++e)
+                    atomic_min(target + owner[e], encode(sum(load(sums.data() + e * kLanes))));
+            };
+            take(keys, squares);
+            if (prefix != 0) take(keys_below, below);
         };
 
 #pragma omp for schedule(static)
@@ -152,24 +192,24 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
             if (held > 0) flush(factor_q, held);
         }
     }
-    for (int64_t i = 0; i < batch * positions; ++i) distance[i] = std::sqrt(decode(keys[i]));
+    for (int64_t i = 0; i < n_distances; ++i) distance[i] = std::sqrt(decode(keys_below[i]));
 }
 
 }  // namespace
 
 void mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
                  const float* mean, const void* factor, FloatType type, int64_t window,
-                 float* distance, int threads) {
+                 int64_t prefix, float* distance, int threads) {
     switch (type) {
         case FloatType::kFloat32:
             return run(x, batch, height, width, channels, mean, static_cast<const float*>(factor),
-                       window, distance, threads);
+                       window, prefix, distance, threads);
         case FloatType::kFloat16:
             return run(x, batch, height, width, channels, mean, static_cast<const Float16*>(factor),
-                       window, distance, threads);
+                       window, prefix, distance, threads);
         case FloatType::kBFloat16:
             return run(x, batch, height, width, channels, mean,
-                       static_cast<const BFloat16*>(factor), window, distance, threads);
+                       static_cast<const BFloat16*>(factor), window, prefix, distance, threads);
     }
 }
 

@@ -54,9 +54,7 @@ def distances(
     found = {}
     if mean is not None and factor is not None:
         grid = x.shape[1], x.shape[2]
-        found[MAHALANOBIS] = ops.mahalanobis(
-            x, mean, factor, grid, score_window, *(() if prefix is None else (prefix,))
-        )
+        found[MAHALANOBIS] = ops.mahalanobis(x, mean, factor, grid, score_window, prefix)
         if prefix is not None:
             found[PREFIX], found[MAHALANOBIS] = found[MAHALANOBIS].unbind()
     if centroids is not None:
