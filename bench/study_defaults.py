@@ -1,15 +1,16 @@
 """The study behind NPad's defaults: one factor at a time around them, on every data set and network.
 
-    python bench/study_defaults.py DIR framed:DIR synthetic --networks resnet18=FILE tf_efficientnet_lite0 \
-        --together resnet18,tf_efficientnet_lite0 --out bench/results
+    python bench/study_defaults.py DIR framed:DIR synthetic --networks resnet18=FILE \
+        tf_efficientnet_lite0 --together resnet18,tf_efficientnet_lite0 --out bench/results
 
 DIR is an MVTec AD category, with masks or without; "framed:DIR" has its images at 0.6 of their size on
 a white ground that never changes; "synthetic" is aligned woven texture. The backbones run once per
 image, and what two configurations share is fitted once: embeddings wait in files below TMPDIR (2 MB an
 image with ResNet-18). Prints a table for each network, and for all of them together; those of
-docs/method.md. All figures go to study_defaults.json as they come: each metric with its 95 % interval
+docs/method.md. All figures are kept: each metric with its 95 % interval
 over the test images (see `bootstrap`), its difference to the defaults on the same draws, megabytes, and
 milliseconds for one image, from its pixels to its map. Joint Gaussians beyond MOST_BYTES are left out.
+Each network has a file of its own, study_defaults_<network>.json.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def too_large(settings: Settings, networks: Sequence[Backbone]) -> bool:
     """Whether its statistics are beyond what is tried here; or there are no features to leave out."""
     wanted = levels_of(networks[0], settings)
     channels = sum(wanted.level_channels[level] for level in wanted.map_layers)
-    if settings.n_features is not None and settings.gaussians == "joint":
+    if settings.n_features is not None:
         return settings.n_features >= networks[0].channels
     if settings.gaussians != "joint":
         return False
@@ -315,11 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     given = (network.partition("=") for network in args.networks)
     files = {name: file or None for name, _, file in given}
-    report: dict[str, Any] = {
+    about: dict[str, Any] = {
         "provenance": provenance(),
         "settings": {"image_size": args.image_size, "seed": args.seed},
         "variants": VARIANTS,
-        "rows": {},
     }
     tables = []
     for names in [[name] for name in files] + [text.split(",") for text in args.together]:
@@ -334,8 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if variant in variants
         }
         title = " + ".join(names)
-        report["rows"][title] = {variant: row.to_json() for variant, row in rows.items()}
-        (args.out / "study_defaults.json").write_text(json.dumps(report, indent=1) + "\n")
+        report = about | {"rows": {variant: row.to_json() for variant, row in rows.items()}}
+        file = args.out / f"study_defaults_{'_'.join(names)}.json"
+        file.write_text(json.dumps(report, indent=1) + "\n")
         tables.append(table(title, list(found), rows))
     print("\n\n".join(tables))
 
