@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint, 384 features": {"gaussians": "joint", "n_features": 384},
     "map of layers": {"map_layers": ()},
     "window 1": {"window": 1},
+    "window 3": {"window": 3},
     "window 5": {"window": 5},
     "evaluation window 3": {"score_window": 3},
     "eps 0.0001": {"eps": 1e-4},
