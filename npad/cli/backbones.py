@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save
 
 from npad.atomic_file import replacing
-from npad.features import backbone, offline
+from npad.features import catalog, offline, timm_models
+from npad.features.backbone import Backbone, BackboneError
 from npad.settings import Settings
 
 __all__ = ["available", "print_backbones", "write_weights"]
@@ -39,11 +40,11 @@ def available(measure: bool = False) -> Iterator[Row]:
     row : dict with the keys name, weights, channels, grid and, with `measure`, milliseconds
     """
     here = {"filterbank": "none needed", offline.NETWORK: _of_the_package()}
-    here |= dict.fromkeys(backbone.cached(), "local cache")
+    here |= dict.fromkeys(timm_models.cached(), "local cache")
     for name, weights in {**here, str(Settings().backbone): DOWNLOAD, **here}.items():
         try:
-            channels, grid = backbone.sketch(name, SIZE)
-        except backbone.BackboneError:
+            channels, grid = catalog.sketch(name, SIZE)
+        except BackboneError:
             continue  # in the cache, but of no use: it has no inner features
         row: Row = {"name": name, "weights": weights, "channels": channels, "grid": grid}
         if measure:
@@ -59,7 +60,7 @@ def _of_the_package() -> str:
 
 def _milliseconds(name: str) -> float:
     """Median time from one image to its embeddings, on the threads that are set."""
-    network = backbone.Backbone(name)
+    network = Backbone(name)
     image = torch.rand(1, 3, *SIZE)
     times = []
     for _ in range(RUNS + 2):  # the first two find their memory
@@ -101,7 +102,7 @@ def write_weights(name: str, path: Path) -> str:
     BackboneError
         An unknown name, or no download.
     """
-    weights, about = backbone.fetch(name)
+    weights, about = catalog.fetch(name)
     content = save({key: value.contiguous() for key, value in weights.items()}, about)
     with replacing(path) as file:
         file.write(content)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import math
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,30 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from npad import devices, ops
-from npad.features import offline
+from npad.features import timm_models
 from npad.features.batch_norm import fold_batch_norm
-from npad.features.building import building
-from npad.features.checkpoints import UnfitError, first_line, read_tensors
+from npad.features.defaults import default_layers, default_map_layers
 from npad.features.filter_bank import N_LEVELS, FilterBank
 from npad.features.weights import BackboneError, load_weights, weights_hash
 
-__all__ = [
-    "Backbone",
-    "BackboneError",
-    "cached",
-    "fetch",
-    "levels_in_parts",
-    "shared_backbone",
-    "sketch",
-]
+__all__ = ["Backbone", "BackboneError", "levels_in_parts", "shared_backbone"]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
-_REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
 # On a CPU a larger batch goes through the network in parts: an activation of more than 32 MB would be
 # memory that the system hands out, and clears, anew for every layer of every batch. As measured on two
 # cores with images of 256 x 256.
 _PIXELS_AT_ONCE: Final = 4 * 256**2
-_HUB_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -131,15 +117,15 @@ class Backbone(nn.Module):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
             dtype = torch.float32
         else:
-            outline = _timm_outline(name)
+            outline = timm_models.outline(name)
             reductions = [int(level["reduction"]) for level in outline.feature_info.info]
             config = outline.pretrained_cfg
-            chosen = _default_layers(reductions) if layers is None else layers
+            chosen = default_layers(reductions) if layers is None else layers
             self._choose(chosen, map_layers, reductions)
-            file = _installed(name) if weights is None else Path(weights)
-            net = _timm_features(name, config, self._taken, pretrained=file is None)
+            file = timm_models.installed(name) if weights is None else Path(weights)
+            net = timm_models.features(name, config, self._taken, pretrained=file is None)
             if file is not None:
-                load_weights(net, name, file, lambda: _whole_model_keys(name))
+                load_weights(net, name, file, lambda: timm_models.whole_model_keys(name))
             self.net, self._reductions = net, net.feature_info.reduction()
             channels = net.feature_info.channels()
             mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
@@ -167,12 +153,9 @@ class Backbone(nn.Module):
         """Check the levels that are wanted, and what of the network is needed for them."""
         self.layers = _checked("layers", self.name, layers, reductions, first)
         if map_layers is None:
-            least = self.layers[0]
-            finer = least > first and 2 * reductions[least - 1] == reductions[least]
-            self.map_layers = (least - 1, *self.layers) if finer else self.layers
-        else:
-            chosen = map_layers or self.layers
-            self.map_layers = _checked("map_layers", self.name, chosen, reductions, first)
+            map_layers = default_map_layers(self.layers, reductions, first)
+        chosen = map_layers or self.layers
+        self.map_layers = _checked("map_layers", self.name, chosen, reductions, first)
         self._taken = tuple(sorted({*self.layers, *self.map_layers}))
 
     def _compile_features(self) -> None:
@@ -448,222 +431,3 @@ def _checked(
             f"{argument} {list(layers)}: backbone {name!r} has levels {levels}, by their reduction"
         )
     return chosen
-
-
-def _default_layers(reductions: Sequence[int]) -> tuple[int, ...]:
-    if len(set(reductions)) == 1:
-        return tuple(sorted({len(reductions) // 2 - 1, 3 * len(reductions) // 4 - 1}))
-    chosen: list[int] = []
-    for target in _REDUCTIONS:
-        deeper = range(chosen[-1] + 1 if chosen else 0, len(reductions))
-        distance = {i: abs(math.log2(reductions[i] / target)) for i in deeper}
-        chosen += sorted(distance, key=lambda i: distance[i])[:1]
-    return tuple(chosen)
-
-
-def _timm() -> Any:
-    """Import timm when it is first needed: it takes seconds, and the filter bank does without."""
-    import timm  # noqa: PLC0415
-
-    return timm
-
-
-def _timm_outline(name: str) -> Any:
-    """All levels of a timm model, without data: its reductions and configuration can be read."""
-    if not _timm().is_model(name):
-        raise _unknown(name)
-    try:
-        with torch.device("meta"):
-            return _timm().create_model(name, features_only=True)
-    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
-        if "pretrained tag" in str(error):
-            known = _timm().list_models(f"{name.partition('.')[0]}.*", pretrained=True)
-            raise BackboneError(
-                f"backbone {name!r}: timm {_timm().__version__} has no weights of this name, but "
-                f"{', '.join(known) or 'none at all'}"
-            ) from error
-        raise BackboneError(
-            f"backbone {name!r}: timm cannot return its inner features ({error}); "
-            "choose a model that has features_only"
-        ) from error
-
-
-def _unknown(name: str) -> BackboneError:
-    """Names of timm that differ in case and punctuation alone, else those that are spelled alike."""
-    origin, _, own = name.rpartition("/")
-    known = ["filterbank", *_timm().list_models()]
-    architecture = own.partition(".")[0]
-    close = [one for one in known if _letters(one) == _letters(architecture)]
-    if origin == "torchvision":  # whose weights timm has under a tag
-        tagged = [_timm().list_models(f"{one}.tv_*", pretrained=True) for one in close]
-        close = [one for tags in tagged for one in tags] or close
-    close = close or difflib.get_close_matches(architecture.lower(), known, n=5)
-    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
-    if origin:
-        hint += " (weights from elsewhere are given as a file, with weights=)"
-    return BackboneError(f"backbone {name!r} is no model of timm {_timm().__version__}: {hint}")
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def _timm_features(
-    name: str, config: dict[str, Any], layers: tuple[int, ...], pretrained: bool
-) -> Any:
-    """The chosen levels of a timm model, and no part of it beyond the deepest."""
-    options: dict[str, Any] = {"features_only": True, "out_indices": layers}
-    if config.get("fixed_input_size"):
-        options["dynamic_img_size"] = True  # a transformer then takes other sizes than its own
-    try:
-        if pretrained:
-            _check_download(name, config)
-        with building():
-            try:
-                net: Any = _timm().create_model(name, pretrained=pretrained, **options)
-            except TypeError:  # not every architecture knows dynamic_img_size
-                del options["dynamic_img_size"]
-                net = _timm().create_model(name, pretrained=pretrained, **options)
-    except Exception as error:
-        if not pretrained or isinstance(error, BackboneError):
-            raise
-        raise _no_download(name, error) from error
-    deepest = net.feature_info.get_dicts()[-1]
-    if "stage" in deepest and hasattr(net, "blocks"):
-        net.blocks = net.blocks[: deepest["stage"]]  # timm's EfficientNets would run every block
-    return net
-
-
-def _whole_model_keys(name: str) -> list[str]:
-    with torch.device("meta"):
-        nets = [_timm().create_model(name), _timm().create_model(name, features_only=True)]
-    return [key for net in nets for key in net.state_dict()]
-
-
-def _installed(name: str) -> Path | None:
-    try:
-        return offline.find(name)
-    except UnfitError as unfit:
-        raise BackboneError(str(unfit)) from unfit
-
-
-def _check_download(name: str, config: dict[str, Any]) -> None:
-    """Fail in seconds, with any exception, where timm would retry for most of a minute."""
-    import huggingface_hub as hub  # noqa: PLC0415
-
-    repository = config.get("hf_hub_id")
-    if not repository:
-        if not config.get("url"):
-            raise BackboneError(f"backbone {name!r}: timm has no weights for it; pass weights=")
-        return  # a plain address: torch.hub does not retry
-    if _is_cached(repository):
-        return
-    try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, _HUB_FILES[0]), timeout=10)
-    except hub.errors.EntryNotFoundError:
-        return  # the hub answers; the weights have another name
-
-
-def _is_cached(repository: str) -> bool:
-    import huggingface_hub as hub  # noqa: PLC0415
-
-    return any(isinstance(hub.try_to_load_from_cache(repository, f), str) for f in _HUB_FILES)
-
-
-def _no_download(name: str, error: Exception) -> BackboneError:
-    return BackboneError(
-        f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
-        "pass weights= with a file of them (`npad fetch` makes one where there is a network), or "
-        f"{_without_download(name)}, or use backbone 'filterbank', which needs none"
-    )
-
-
-def _without_download(name: str) -> str:
-    """What to do for a network that needs none, and has not been done."""
-    if name == offline.NETWORK:
-        return f"{offline.INSTALL}, which brings them"
-    have = "are installed" if offline.version() else f"{offline.INSTALL} brings"
-    return f"use backbone {offline.NETWORK!r}, whose weights {have}"
-
-
-# --- what there is ---
-
-
-def sketch(name: str, image_size: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    """Channels and grid of a backbone with its default layers. Loads no weights.
-
-    Returns
-    -------
-    channels : int
-    grid : (h, w), or None where the network does not take images of this size
-
-    Raises
-    ------
-    BackboneError
-        An unknown name.
-    """
-    if name == "filterbank":
-        bank = Backbone(name)
-        return bank.channels, bank.grid(image_size)
-    outline = _timm_outline(name)
-    layers = _default_layers([int(level["reduction"]) for level in outline.feature_info.info])
-    net = _timm_features(name, outline.pretrained_cfg, layers, pretrained=False).to("meta")
-    channels = sum(net.feature_info.channels())
-    try:
-        shape = net(torch.empty(1, 3, *image_size, device="meta"))[0].shape
-    except (RuntimeError, AssertionError, ValueError):
-        return channels, None
-    height, width = (
-        shape[1:3] if str(getattr(net, "output_fmt", "")) == "Format.NHWC" else shape[2:]
-    )
-    return channels, (int(height), int(width))
-
-
-def cached() -> list[str]:
-    """Names of timm's pre-trained networks whose weights are in the local cache of the hub."""
-    repositories = {
-        name: _timm().get_pretrained_cfg(name).hf_hub_id
-        for name in _timm().list_models(pretrained=True)
-    }
-    return [
-        name for name, repository in repositories.items() if repository and _is_cached(repository)
-    ]
-
-
-def fetch(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All pre-trained weights of a network, under timm's names, and what is to be known of them.
-
-    They come from where `Backbone` has them from: an installed package, a local cache, the network.
-
-    Returns
-    -------
-    weights : dict of str to Tensor
-    about : dict with the keys backbone, source, license
-
-    Raises
-    ------
-    BackboneError
-        An unknown name, or no download.
-    """
-    outline = _timm_outline(name)
-    file = _installed(name)
-    if file is not None:
-        source = f"https://pypi.org/project/{offline.PACKAGE}/{offline.version()}/"
-        about = {"backbone": name, "source": source, "license": offline.license_text()}
-        return offline.timm_names(read_tensors(file)), about
-    config = outline.pretrained_cfg
-    try:
-        _check_download(name, config)
-        with building():
-            net = _timm().create_model(name, pretrained=True)
-    except BackboneError:
-        raise
-    except Exception as error:
-        raise BackboneError(
-            f"{name}: its pre-trained weights cannot be downloaded ({first_line(error)}); run this "
-            f"where there is a network, or {_without_download(name)}"
-        ) from error
-    repository = config.get("hf_hub_id")
-    source = f"https://huggingface.co/{repository}" if repository else config["url"]
-    about = {"backbone": name, "source": source, "license": config.get("license") or "not stated"}
-    return net.state_dict(), about
