@@ -59,6 +59,7 @@ class EmbeddedCategory:
 
     Attributes
     ----------
+    layers : of the first network
     labels : (N,) whether a test image is defective
     masks : of the test images, at `size`; empty where there are none
     """
@@ -75,6 +76,7 @@ class EmbeddedCategory:
         masked = category.test if category.has_masks else []
         self.masks = [self._mask(sample.mask_path) for sample in masked]
         self._networks = networks
+        self.layers = networks[0].layers
         self._train = self._embedded(category.train, folder / "train")
         self._test = self._embedded([sample.path for sample in category.test], folder / "test")
 
