@@ -35,8 +35,7 @@ class EmbeddedCategory:
     """
 
     def __init__(self, category: Category, model: NPad, folder: Path) -> None:
-        height, width = model.settings()["image_size"]
-        self.size = height, width
+        self.size = model.input_size()
         self.labels = np.array([sample.is_anomalous for sample in category.test])
         masked = category.test if category.has_masks else []
         self.masks = [self._mask(sample.mask_path) for sample in masked]

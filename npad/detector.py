@@ -80,7 +80,7 @@ class NPad:
         backbone: str = "wide_resnet50_2",
         *,
         layers: Sequence[int] | None = None,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | None = None,
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
         weights: str | Path | None = None,
@@ -175,6 +175,20 @@ class NPad:
         """
         return self._settings().to_json()
 
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) to which images are resized: ``image_size``, else the backbone's own.
+
+        Raises
+        ------
+        BackboneError
+            The backbone, which is made for this, cannot be had.
+        """
+        settings = self._settings()
+        if settings.image_size is None:
+            device = devices.resolve(settings.device)
+            settings = _sized(settings, self._own_network(settings, device, fitting=True))
+        return settings.size
+
     def _settings(self) -> Settings:
         """The arguments in force; made again when one of them is another object."""
         fitted = self.settings_ if self._is_fitted else None
@@ -238,7 +252,8 @@ class NPad:
             METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
         with devices.explained("NPad.fit", device), devices.plain(device):
             network = self._network(settings, device, fitting=True, kept=False)
-            network.grid(settings.image_size)  # a size that does not work is told before the work
+            settings = _sized(settings, network)
+            network.grid(settings.size)  # a size that does not work is told before the work
             images = _open(source, settings, device, skip_bad)
             learned = fit_images(settings, embedder(network, device, "NPad.fit"), images)
         _tell_of_depth(images, settings)
@@ -289,6 +304,7 @@ class NPad:
         projection = self._learned(device).projection if self._is_fitted else None
         network = self._own_network(settings, device, fitting=True)
         embed = embedder(network, device, "NPad.embed")
+        settings = _sized(settings, network)
         images = _open(source, settings, device, skip_bad, fitted=Range())
 
         return embeddings(images, embed, projection, device, "NPad.embed")
@@ -394,7 +410,7 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        height, width = settings.image_size
+        height, width = settings.size
         if images.dtype != torch.float32:
             raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
@@ -515,6 +531,7 @@ class NPad:
             settings = Settings(**given)
             learned = Learned.of(header, settings)
             channels, n_centroids = int(header["channels"]), int(header["n_centroids"] or 0)
+            image_size = settings.size
             sizes = _sizes(settings, learned.grid, channels, n_centroids)
             backbone = {key: str(header["backbone"][key]) for key in ("name", "weights_hash")}
         except (KeyError, TypeError, ValueError) as error:
@@ -526,11 +543,11 @@ class NPad:
         model_file.check_tensors(path, tensors, Learned.expected(settings, sizes))
         where = places(settings.weights, Path(path)) if weights is None else [settings.weights]
         network, settings = model._network_of_file(path, settings, found, backbone, where)
-        if network.grid(settings.image_size) != learned.grid:
+        if network.grid(image_size) != learned.grid:
             raise ModelFileError(
                 path,
                 f"has grid {learned.grid}, which its backbone does not make of images of "
-                f"{settings.image_size}; fit and save the model again",
+                f"{image_size}; fit and save the model again",
             )
         model._adopt(settings, learned.having(tensors).to(found), network)
         model.skipped_ = []
@@ -669,7 +686,7 @@ class NPad:
         """Made when it is first used, and again when something that it depends on is another."""
         learned, network = self._learned_for(settings, device), self._own_network(settings, device)
         parts = network, *learned.tensors().values()  # kept by the scorer: no other gets their ids
-        live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
+        live = settings.size, settings.score_window, settings.fusion, settings.fusion_weight
         key = *map(id, parts), *live, learned.standardization
         kept = self._scoring
         if kept is None or kept[0] != key:
@@ -701,6 +718,13 @@ class NPad:
 _CACHES = ("_networks", "_scoring", "_graphs", "_in_force")
 
 
+def _sized(settings: Settings, network: Backbone) -> Settings:
+    """These, with the network's own size of images where none is given."""
+    if settings.image_size is not None:
+        return settings
+    return replace(settings, image_size=network.default_size)
+
+
 def _open(
     source: Any,
     settings: Settings,
@@ -712,7 +736,7 @@ def _open(
 ) -> ImageSource:
     return ImageSource(
         source,
-        image_size=settings.image_size,
+        image_size=settings.size,
         batch_size=settings.batch_size,
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",

@@ -290,14 +290,15 @@ class Settings:
         "I,J",
         _or_none(_levels),
         _parse_levels,
-        unset="strides 8 and 16",
+        unset="strides 8 and 16; half and three quarters of a transformer's blocks",
     )
-    image_size: tuple[int, int] = _argument(
-        256,
+    image_size: tuple[int, int] | None = _argument(
+        None,
         "Pixels to which images are resized, height x width; nothing is cropped.",
         "N|HxW",
-        _height_width,
+        _or_none(_height_width),
         _parse_size,
+        unset="256; 224 to 512 for a transformer, by its cost",
     )
     bit_depth: int | None = _argument(
         None,
@@ -464,6 +465,19 @@ class Settings:
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
                 "use holdout > 0, or a number for eps and another fusion"
             )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`image_size` once it is known: a fit takes the backbone's where none is given.
+
+        Raises
+        ------
+        ValueError
+            It is not known.
+        """
+        if self.image_size is None:
+            raise ValueError("image_size is None, which only a fit may be given")
+        return self.image_size
 
     @property
     def chooses_eps(self) -> bool:

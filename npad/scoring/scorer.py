@@ -75,7 +75,7 @@ class Scorer(nn.Module):
         self.register_buffer("index", None, persistent=False)
         self._make_index()
         self.standardization = learned.standardization
-        self.image_size = settings.image_size
+        self.image_size = settings.size
         self.score_window = settings.score_window
         self.fusion = settings.fusion
         self.fusion_weight = settings.fusion_weight
