@@ -88,7 +88,7 @@ class NPad:
         layers: Sequence[int] | None = None,
         map_layers: Sequence[int] | None = None,
         gaussians: str = "per_layer",
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | None = None,
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
         weights: str | Path | Sequence[str | Path | None] | None = None,
@@ -182,6 +182,20 @@ class NPad:
         """
         return self._settings().to_json()
 
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) to which images are resized: ``image_size``, else the backbone's own.
+
+        Raises
+        ------
+        BackboneError
+            The backbone, which is made for this, cannot be had.
+        """
+        settings = self._settings()
+        if settings.image_size is None:
+            device = devices.resolve(settings.device)
+            settings = _sized(settings, self._own_networks(settings, device, fitting=True))
+        return settings.size
+
     def _settings(self) -> Settings:
         """The arguments in force; made again when one of them is another object."""
         fitted = self.settings_ if self._is_fitted else None
@@ -245,8 +259,9 @@ class NPad:
             METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
         with devices.explained("NPad.fit", device), devices.plain(device):
             networks = self._backbones(settings, device, fitting=True, kept=False)
+            settings = _sized(settings, networks)
             for network in networks:
-                network.grid(settings.image_size)  # what does not work is told before the work
+                network.grid(settings.size)  # what does not work is told before the work
             _check_features(settings, networks)
             members = members_of(settings, networks)
             embed = embedder(networks, partial(embeddings, members, networks), device, "NPad.fit")
@@ -302,7 +317,8 @@ class NPad:
         learned = self._learned(device).members if self._is_fitted else ()
         axes = {m.member.network: m.projection for m in learned if m.centroids is not None}
         networks = self._own_networks(settings, device, fitting=True)
-        grid = networks[0].grid(settings.image_size)
+        settings = _sized(settings, networks)
+        grid = networks[0].grid(settings.size)
 
         def combine(levels: list[list[Tensor]]) -> tuple[Tensor]:
             parts = [
@@ -424,7 +440,7 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        height, width = settings.image_size
+        height, width = settings.size
         if images.dtype != torch.float32:
             raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
@@ -545,6 +561,7 @@ class NPad:
                 {key: str(one[key]) for key in ("name", "weights_hash")}
                 for one in header["backbones"]
             ]
+            image_size = settings.size
             expected = _expected(settings, learned, header["members"])
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -559,11 +576,11 @@ class NPad:
         for member in learned.members:
             of = networks[member.member.network]
             own = member.member.levels[0] if member.member.own_grid else None
-            if of.grid(settings.image_size, own) != member.grid:
+            if of.grid(image_size, own) != member.grid:
                 raise ModelFileError(
                     path,
                     f"has grid {member.grid}, which its backbone does not make of images of "
-                    f"{settings.image_size}; fit and save the model again",
+                    f"{image_size}; fit and save the model again",
                 )
         model._adopt(settings, learned.having(tensors).to(found), networks)
         model.skipped_ = []
@@ -737,12 +754,9 @@ class NPad:
             self._learned_for(settings, device),
             self._own_networks(settings, device),
         )
-        parts = (
-            *networks,
-            *learned.tensors().values(),
-        )  # kept by the scorer: no other gets their ids
+        parts = [*networks, *learned.tensors().values()]  # kept: no others get their ids
         weights = settings.fusion_weight, settings.map_weight
-        key = *map(id, parts), settings.score_window, settings.fusion, *weights
+        key = *map(id, parts), settings.size, settings.score_window, settings.fusion, *weights
         kept = self._scoring
         if kept is None or kept[0] != key:
             kept = self._scoring = key, Scorer(networks, learned, settings)
@@ -773,6 +787,20 @@ class NPad:
 _CACHES = ("_networks", "_scoring", "_graphs", "_in_force")
 
 
+def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
+    """These, with the networks' own size of images where none is given."""
+    if settings.image_size is not None:
+        return settings
+    sizes = {network.name: network.default_size for network in networks}
+    if len(set(sizes.values())) > 1:
+        own = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
+        raise ValueError(
+            f"NPad: by default the backbones see images of different sizes ({own}); give one "
+            "image_size that all of them take"
+        )
+    return replace(settings, image_size=sizes[networks[0].name])
+
+
 def _open(
     source: Any,
     settings: Settings,
@@ -784,7 +812,7 @@ def _open(
 ) -> ImageSource:
     return ImageSource(
         source,
-        image_size=settings.image_size,
+        image_size=settings.size,
         batch_size=settings.batch_size,
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",

@@ -342,7 +342,7 @@ class Settings:
         "I,J",
         _or_none(_levels),
         _parse_levels,
-        unset="strides 8 and 16",
+        unset="strides 8 and 16; half and three quarters of a transformer's blocks",
     )
     map_layers: tuple[int, ...] | None = _argument(
         None,
@@ -360,12 +360,13 @@ class Settings:
         "|".join(GAUSSIANS),
         _one_of(*GAUSSIANS),
     )
-    image_size: tuple[int, int] = _argument(
-        256,
+    image_size: tuple[int, int] | None = _argument(
+        None,
         "Pixels to which images are resized, height x width; nothing is cropped.",
         "N|HxW",
-        _height_width,
+        _or_none(_height_width),
         _parse_size,
+        unset="256; 224 to 512 for a transformer, by its cost",
     )
     bit_depth: int | None = _argument(
         None,
@@ -582,6 +583,19 @@ class Settings:
         """`map_layers` as a backbone takes it: none where no Gaussian uses them."""
         joined = self.gaussians == "joint" and self.n_features is not None
         return () if joined or not uses_gaussians(self.fusion) else self.map_layers
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`image_size` once it is known: a fit takes the backbone's where none is given.
+
+        Raises
+        ------
+        ValueError
+            It is not known.
+        """
+        if self.image_size is None:
+            raise ValueError("image_size is None, which only a fit may be given")
+        return self.image_size
 
     @property
     def chooses_eps(self) -> bool:

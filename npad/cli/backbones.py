@@ -21,7 +21,6 @@ from npad.settings import Settings
 
 __all__ = ["available", "print_backbones", "write_weights"]
 
-SIZE: Final = (256, 256)
 DOWNLOAD: Final = "download"
 RUNS: Final = 10  # of which the median is told
 
@@ -37,18 +36,19 @@ def available(measure: bool = False) -> Iterator[Row]:
 
     Yields
     ------
-    row : dict with the keys name, weights, channels, grid and, with `measure`, milliseconds
+    row : dict with the keys name, weights, channels, image_size, grid and, with `measure`, milliseconds
     """
     here = {"filterbank": "none needed", offline.NETWORK: _of_the_package()}
     here |= dict.fromkeys(timm_models.cached(), "local cache")
     for name, weights in {**here, str(Settings().backbone): DOWNLOAD, **here}.items():
         try:
-            channels, grid = catalog.sketch(name, SIZE)
+            sketch = catalog.sketch(name)
         except BackboneError:
             continue  # in the cache, but of no use: it has no inner features
-        row: Row = {"name": name, "weights": weights, "channels": channels, "grid": grid}
+        row: Row = {"name": name, "weights": weights, "channels": sketch.channels}
+        row |= {"image_size": sketch.image_size, "grid": sketch.grid}
         if measure:
-            ready = grid is not None and not weights.startswith(DOWNLOAD)
+            ready = sketch.grid is not None and not weights.startswith(DOWNLOAD)
             row["milliseconds"] = _milliseconds(name) if ready else None
         yield row
 
@@ -61,7 +61,7 @@ def _of_the_package() -> str:
 def _milliseconds(name: str) -> float:
     """Median time from one image to its embeddings, on the threads that are set."""
     network = Backbone(name)
-    image = torch.rand(1, 3, *SIZE)
+    image = torch.rand(1, 3, *network.default_size)
     times = []
     for _ in range(RUNS + 2):  # the first two find their memory
         start = time.perf_counter()

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from npad import devices, ops
 from npad.features import timm_models
 from npad.features.batch_norm import fold_batch_norm
-from npad.features.defaults import default_layers, default_map_layers
+from npad.features.defaults import (
+    REFUSALS,
+    default_layers,
+    default_map_layers,
+    likely_sizes,
+    size_that_works,
+)
 from npad.features.filter_bank import N_LEVELS, FilterBank
 from npad.features.weights import BackboneError, load_weights, weights_hash
 
@@ -41,12 +47,9 @@ class Backbone(nn.Module):
     Parameters
     ----------
     name : any timm model with ``features_only``, or ``"filterbank"``, which needs no download.
-    layers : levels of the network (timm's ``out_indices``). Default: the two levels nearest to
-        reductions 8 and 16, which are layer2 and layer3 of a ResNet; where every level has the
-        same reduction, as in a plain vision transformer, the blocks that end half and three
-        quarters of the depth; levels 1, 2 and 3 of the filter bank.
-    map_layers : levels that are also wanted; None: ``layers``, and the level before them if there is
-        one of half their least reduction.
+    layers : levels of the network (timm's ``out_indices``). Default: those of
+        `npad.features.defaults`; levels 1, 2 and 3 of the filter bank.
+    map_layers : levels that are also wanted; None: those of `npad.features.defaults`.
     weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
         timm checkpoint of the whole model or a state dict of its ``features_only`` form, by itself
         or as a part of something larger. Default: for ``"tf_efficientnet_lite0"`` those of the extra
@@ -114,14 +117,15 @@ class Backbone(nn.Module):
             bank = FilterBank(self._taken)
             self.net, self._reductions = bank, bank.reductions
             channels = [bank.n_channels] * len(self._taken)
+            self._likely_sizes = likely_sizes()
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
             dtype = torch.float32
         else:
             outline = timm_models.outline(name)
-            reductions = [int(level["reduction"]) for level in outline.feature_info.info]
-            config = outline.pretrained_cfg
+            reductions, config = outline.reductions, outline.config
             chosen = default_layers(reductions) if layers is None else layers
             self._choose(chosen, map_layers, reductions)
+            self._likely_sizes = likely_sizes(reductions, outline.width, config)
             file = timm_models.installed(name) if weights is None else Path(weights)
             net = timm_models.features(name, config, self._taken, pretrained=file is None)
             if file is not None:
@@ -131,7 +135,7 @@ class Backbone(nn.Module):
             mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
         self.level_channels = dict(zip(self._taken, map(int, channels), strict=True))
         self.channels = sum(self.level_channels[level] for level in self.layers)
-        self._channels_last_output = str(getattr(self.net, "output_fmt", "")) == "Format.NHWC"
+        self._channels_last_output = timm_models.is_channels_last(self.net)
         # Not persistent: they belong to the name, not to the weights.
         self.register_buffer("mean", _of_channels(mean), persistent=False)
         self.register_buffer("std", _of_channels(std), persistent=False)
@@ -182,6 +186,11 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen."""
         return super().train(False)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Size (H, W) of images where none is chosen: see `npad.features.defaults`."""
+        return size_that_works(self._likely_sizes, self.grid)
 
     def grid(self, image_size: tuple[int, int], own_of: int | None = None) -> tuple[int, int]:
         """Grid (h, w) of the embeddings of images of this size (H, W).
@@ -272,7 +281,7 @@ class Backbone(nn.Module):
     def _dry_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
         try:
             grids = self._meta_grids(image_size)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except REFUSALS as error:
             grid, reason = (0, 0), f": {error}"
         else:
             grid = grids[self.layers[0]]
@@ -292,17 +301,15 @@ class Backbone(nn.Module):
         state = [*self.net.parameters(), *self.net.buffers()]
         # A copy, since other threads and models may be running the network itself.
         net = copy.deepcopy(self.net, {id(value): value.to("meta") for value in state})
-        features = net(torch.empty(1, 3, *image_size, device="meta", dtype=self.dtype))
-        shapes = [x.shape[1:3] if self._channels_last_output else x.shape[2:] for x in features]
-        sides = [(int(height), int(width)) for height, width in shapes]
-        return dict(zip(self._taken, sides, strict=True))
+        grids = timm_models.grids_of(net, image_size, self.dtype)
+        return dict(zip(self._taken, grids, strict=True))
 
     def _least_size(self) -> str:
         for side in range(max(self._reductions), 1025):
             try:
                 if min(self._meta_grids((side, side))[self.layers[0]]) >= 2:
                     return f"the least that works is {side} x {side}"
-            except (RuntimeError, AssertionError, ValueError):
+            except REFUSALS:
                 continue
         return "no square image of at most 1024 pixels works"
 

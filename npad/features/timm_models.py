@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npad.features import offline
 from npad.features.building import building
 from npad.features.checkpoints import UnfitError, first_line
 from npad.features.weights import BackboneError
 
-__all__ = ["cached", "download", "features", "installed", "outline", "whole_model_keys"]
+__all__ = [
+    "Outline",
+    "cached",
+    "download",
+    "features",
+    "grids_of",
+    "installed",
+    "is_channels_last",
+    "outline",
+    "whole_model_keys",
+]
 
 _HUB_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 
@@ -27,13 +38,35 @@ def _timm() -> Any:
     return timm
 
 
-def outline(name: str) -> Any:
-    """All levels of a timm model, without data: its reductions and configuration can be read."""
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights.
+
+    Attributes
+    ----------
+    reductions : of all its levels
+    width : channels of the deepest
+    config : ``pretrained_cfg``: its own size of images, where its weights are
+    """
+
+    reductions: list[int]
+    width: int
+    config: dict[str, Any]
+
+
+def outline(name: str) -> Outline:
+    """Look at a model that is made without data.
+
+    Raises
+    ------
+    BackboneError
+        An unknown name, or a model without inner features.
+    """
     if not _timm().is_model(name):
         raise _unknown(name)
     try:
         with torch.device("meta"):
-            return _timm().create_model(name, features_only=True)
+            net: Any = _timm().create_model(name, features_only=True)
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         if "pretrained tag" in str(error):
             known = _timm().list_models(f"{name.partition('.')[0]}.*", pretrained=True)
@@ -45,6 +78,9 @@ def outline(name: str) -> Any:
             f"backbone {name!r}: timm cannot return its inner features ({error}); "
             "choose a model that has features_only"
         ) from error
+    levels = net.feature_info.info
+    reductions = [int(level["reduction"]) for level in levels]
+    return Outline(reductions, int(levels[-1]["num_chs"]), net.pretrained_cfg)
 
 
 def _unknown(name: str) -> BackboneError:
@@ -89,6 +125,26 @@ def features(name: str, config: dict[str, Any], layers: tuple[int, ...], pretrai
     if "stage" in deepest and hasattr(net, "blocks"):
         net.blocks = net.blocks[: deepest["stage"]]  # timm's EfficientNets would run every block
     return net
+
+
+def is_channels_last(net: nn.Module) -> bool:
+    """Whether features come out as (B, H, W, C)."""
+    return str(getattr(net, "output_fmt", "")) == "Format.NHWC"
+
+
+def grids_of(
+    net: nn.Module, image_size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> list[tuple[int, int]]:
+    """Grid (h, w) of each level of a network on the meta device, where only shapes are computed.
+
+    Raises
+    ------
+    RuntimeError, AssertionError, ValueError
+        The network does not take this size.
+    """
+    features = net(torch.empty(1, 3, *image_size, device="meta", dtype=dtype))
+    sides = [x.shape[1:3] if is_channels_last(net) else x.shape[2:] for x in features]
+    return [(int(height), int(width)) for height, width in sides]
 
 
 def whole_model_keys(name: str) -> list[str]:

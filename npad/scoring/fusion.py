@@ -91,7 +91,7 @@ def scores_and_maps(
     gaussians = [(member, d) for member, d in found if MAHALANOBIS in d]
     of_score = [d.get(PREFIX, d[MAHALANOBIS]) for member, d in gaussians if member.in_score]
     of_map = [d[MAHALANOBIS] for member, d in gaussians if member.in_map]
-    size, sigma = settings.image_size, smoothing_sigma(settings.image_size)
+    size, sigma = settings.size, smoothing_sigma(settings.size)
 
     def fused(mahalanobis: Sequence[Distance], weight: float) -> tuple[Tensor, Tensor]:
         terms = fusion_arguments(mahalanobis, euclidean, settings.fusion, weight)

@@ -1,0 +1,61 @@
+"""Time from an image to its features, by network and size, on which the default sizes rest.
+
+    python bench/study_sizes.py wide_resnet50_2:256 vit_small_patch16_224:224,384
+
+Random weights, the default layers. One thread: median of the CPU time, which other work on the machine
+changes little. Two threads: the least wall time. Of five runs each, after one that finds its memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from npad.features import timm_models
+from npad.features.defaults import default_layers
+
+RUNS = 5
+
+
+def network(name: str) -> nn.Module:
+    outline = timm_models.outline(name)
+    layers = default_layers(outline.reductions)
+    net: nn.Module = timm_models.features(name, outline.config, layers, pretrained=False)
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return net.eval().to(memory_format=torch.channels_last)
+
+
+def milliseconds(net: nn.Module, image: torch.Tensor, clock: Callable[[], float]) -> list[float]:
+    times = []
+    for _ in range(RUNS + 1):
+        start = clock()
+        net(image)
+        times.append(1e3 * (clock() - start))
+    return times[1:]
+
+
+@torch.no_grad()
+def main() -> None:
+    print("| network | size | grid | 1 thread, ms | 2 threads, ms |\n|---|---|---|---|---|")
+    for argument in sys.argv[1:]:
+        name, _, sizes = argument.partition(":")
+        net = network(name)
+        for side in map(int, sizes.split(",")):
+            image = torch.randn(1, 3, side, side).to(memory_format=torch.channels_last)
+            height, width = net(image)[0].shape[2:]
+            torch.set_num_threads(1)
+            one = statistics.median(milliseconds(net, image, time.process_time))
+            torch.set_num_threads(2)
+            two = min(milliseconds(net, image, time.perf_counter))
+            print(f"| {name} | {side} | {height} x {width} | {one:.0f} | {two:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
