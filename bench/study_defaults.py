@@ -177,7 +177,7 @@ def measured(learned: LearnedMember, settings: Settings, test: Rows) -> dict[str
 def milliseconds(networks: Sequence[Backbone], learned: Learned, settings: Settings) -> float:
     """Median time from the pixels of one image to its map."""
     scorer = Scorer(networks, learned, settings)
-    images, times = torch.rand(1, 3, *settings.image_size), []
+    images, times = torch.rand(1, 3, *settings.size), []
     for _ in range(RUNS + 3):
         start = time.perf_counter()
         scorer(images)
@@ -193,7 +193,7 @@ def too_large(settings: Settings, networks: Sequence[Backbone]) -> bool:
         return settings.n_features >= networks[0].channels
     if settings.gaussians != "joint":
         return False
-    height, width = networks[0].grid(settings.image_size)
+    height, width = networks[0].grid(settings.size)
     return height * width * ops.packed_size(channels) * 6 > MOST_BYTES
 
 
@@ -208,7 +208,7 @@ def study(
         "seed": args.seed,
         "progress": False,
     }
-    size = Settings(**common).image_size
+    size = Settings(**common).size
     networks = [
         Backbone(name, weights=file, map_layers=None)
         for name, file in zip(names, files, strict=True)

@@ -194,7 +194,7 @@ def study(data: str, args: argparse.Namespace) -> None:
                 place = folder / f"{jitter:g}"
                 place.mkdir()
                 there = jittered(category, jitter, seed, place)
-                size = Settings(**common).image_size
+                size = Settings(**common).size
                 embedded = EmbeddedCategory(there, [network], size, place)
                 found = dict(npad_rows(embedded, common, seed))
                 for peer, method in PEERS.items() if seed in args.seeds[: args.peers] else ():
