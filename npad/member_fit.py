@@ -316,8 +316,8 @@ class MemberFit:
         if not all(moments.std > 0 for moments in found.values()):
             raise ValueError(
                 "NPad.fit: fusion='sum' divides by the spread of the distances of the images held out, "
-                "and there is none: the images are identical; fit images of different parts, or use "
-                "fusion='product'"
+                "and there is none: the images are identical, or one is held out whose deepest layer "
+                "is; fit images of different parts, a larger holdout, or use fusion='product'"
             )
         return found
 

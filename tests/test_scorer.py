@@ -81,7 +81,8 @@ def test_moving_it_leaves_the_model_and_others_of_its_backbone(
 
 @pytest.mark.parametrize("fusion", ["product", "sum", "mahalanobis", "euclidean"])
 def test_export_with_a_dynamic_batch(fusion: str, images: np.ndarray, batch: torch.Tensor) -> None:
-    scorer = NPad("filterbank", **SMALL, fusion=fusion, score_window=3).fit(images).scorer()
+    model = NPad("filterbank", **SMALL, fusion=fusion, score_window=3, holdout=0.3)
+    scorer = model.fit(images).scorer()
     exported = torch.export.export(
         scorer, (batch[:3],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
     )

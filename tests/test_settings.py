@@ -198,7 +198,7 @@ def test_help_says_something_about_each() -> None:
     for argument in ARGUMENTS:
         assert argument.help.endswith(".")
         assert f"{argument.name} : {argument.help}" in NPad.__doc__
-    for name in ("grid_", "eps_", "centroids_"):
+    for name in ("members_", "n_images_", "backbones_"):
         assert f"    {name} : " in NPad.__doc__
 
 
@@ -231,7 +231,7 @@ def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
     assert np.array_equal(after.scores, before.scores)
     model.batch_size = 3
     kept = model.settings()
-    assert (kept["window"], kept["image_size"], kept["n_centroids"]) == (3, [32, 32], 20)
+    assert (kept["window"], kept["image_size"], kept["n_centroids"]) == ("auto", [32, 32], 20)
     assert (kept["backbone"], kept["batch_size"]) == ("filterbank", 3)
     model.fusion_weight = 0.9
     assert not np.array_equal(model.predict(images).scores, before.scores)
@@ -247,10 +247,10 @@ def test_a_model_without_centroids_goes_on_without_them(images: np.ndarray) -> N
 @pytest.mark.parametrize(
     ("fitted_with", "then", "lacks"),
     [
-        ("mahalanobis", "product", "centroids"),
-        ("euclidean", "mahalanobis", "mean and factor"),
-        ("product", "sum", "standardization"),
-        ("mahalanobis", "sum", "centroids and standardization"),
+        ("mahalanobis", "product", "a nominal set"),
+        ("euclidean", "mahalanobis", "Gaussians"),
+        ("product", "sum", "a standardization"),
+        ("mahalanobis", "sum", "a nominal set and a standardization"),
     ],
 )
 def test_a_fusion_that_the_fit_did_not_prepare(
