@@ -39,10 +39,10 @@ from npad.evaluation.datasets import find_categories
 from npad.evaluation.synthetic import make_dataset
 from npad.features.backbone import Backbone
 from npad.fitting import axes_sample
-from npad.learned import Learned, LearnedMember
+from npad.learned import Learned, LearnedMember, Standardization
 from npad.member_fit import MemberFit
 from npad.members import Member, members_of
-from npad.scoring.fusion import Distance, scores_and_maps
+from npad.scoring.fusion import joined, scores_and_maps
 from npad.scoring.scorer import MemberScorer, Scorer
 from npad.settings import Settings
 
@@ -84,6 +84,15 @@ RUNS = 15  # of which the median is told
 Figures = dict[str, NDArray[np.float64]]  # of each metric, the value and that of every draw
 
 
+@dataclass(frozen=True)
+class Part:
+    """A member that is fitted, and its distances."""
+
+    learned: LearnedMember
+    held_out: dict[str, Tensor] | None  # for the fusion "sum"
+    test: dict[str, Tensor]
+
+
 @dataclass
 class Study:
     """Configurations of one list of networks on one data set; what they share is fitted once."""
@@ -91,18 +100,22 @@ class Study:
     embedded: EmbeddedCategory
     networks: Sequence[Backbone]
     counts: NDArray[np.float64]  # of the draws
-    found: dict[Any, tuple[LearnedMember, dict[str, Distance]]] = field(default_factory=dict)
+    found: dict[Any, Part] = field(default_factory=dict)
 
     def run(self, settings: Settings) -> tuple[Learned, Tensor, Tensor]:
         """What a fit leaves, and scores and maps of the test images."""
-        pairs: list[tuple[Member, dict[str, Distance]]] = []
-        learned = []
+        parts = []
         for member in members_of(settings, [levels_of(n, settings) for n in self.networks]):
             for part in self._apart(member):
-                found, distances = self._member(settings, part)
-                learned.append(found)
-                pairs.append((part, distances))
-        return Learned(n_images=0, members=tuple(learned)), *scores_and_maps(pairs, settings)
+                parts.append((part, self._member(settings, part)))
+        held_out = [(member, part.held_out) for member, part in parts if part.held_out is not None]
+        learned = Learned(
+            n_images=0,
+            members=tuple(replace(part.learned, member=member) for member, part in parts),
+            standardization={k: Standardization.of(x) for k, x in joined(held_out).items()} or None,
+        )
+        found = [(member, part.test) for member, part in parts]
+        return learned, *scores_and_maps(found, settings, learned.standardization)
 
     def _apart(self, member: Member) -> Iterator[Member]:
         """Its Gaussians and its nominal set, which knows no channels of the map alone."""
@@ -112,17 +125,16 @@ class Study:
             layers = self.networks[member.network].layers
             yield replace(member, gaussian=False, levels=layers, prefix=None)
 
-    def _member(
-        self, settings: Settings, member: Member
-    ) -> tuple[LearnedMember, dict[str, Distance]]:
+    def _member(self, settings: Settings, member: Member) -> Part:
         names = ["n_features", "reduction", "holdout", "seed"]
         names += ["window", "score_window", "eps", "factor_dtype"] if member.gaussian else []
         names += ["nominal_set", "n_centroids"] if member.nominal_set else []
         what = replace(member, in_score=True, in_map=True)
         key = what, settings.fusion == "sum", *(getattr(settings, name) for name in names)
         if key not in self.found:
-            learned = fit(settings, what, self.embedded.train(what))
-            self.found[key] = learned, measured(learned, settings, self.embedded.test(what))
+            learned, held_out = fit(settings, what, self.embedded.train(what))
+            test = measured(learned, settings, self.embedded.test(what))
+            self.found[key] = Part(learned, held_out, test)
         return self.found[key]
 
     def figures(self, scores: Tensor, maps: Tensor) -> Figures:
@@ -153,25 +165,25 @@ def levels_of(network: Backbone, settings: Settings) -> Wanted:
     return Wanted(network.layers, of_map, network.level_channels)
 
 
-def fit(settings: Settings, member: Member, train: Rows) -> LearnedMember:
-    """As `NPad.fit` does from the images of these embeddings."""
+def fit(
+    settings: Settings, member: Member, train: Rows
+) -> tuple[LearnedMember, dict[str, Tensor] | None]:
+    """As `NPad.fit` does from the images of these embeddings; and the distances of those held out."""
     run = MemberFit(settings, member)
     if settings.chooses_axes:
         sample = train[axes_sample(len(train), settings.seed)]
         run.choose_axes(sample.split(settings.batch_size))
     for x in train.split(settings.batch_size):
         run.update(x)
-    return run.finalize()
+    held_out = run.end_holdout()
+    return run.finalize(), held_out
 
 
-def measured(learned: LearnedMember, settings: Settings, test: Rows) -> dict[str, Distance]:
+def measured(learned: LearnedMember, settings: Settings, test: Rows) -> dict[str, Tensor]:
     """The distances of all test images."""
     scorer = MemberScorer(learned, settings.score_window)
     batches = [scorer(x) for x in test.split(settings.batch_size)]
-    return {
-        name: replace(first, map=torch.cat([batch[name].map for batch in batches]))
-        for name, first in batches[0].items()
-    }
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def milliseconds(networks: Sequence[Backbone], learned: Learned, settings: Settings) -> float:

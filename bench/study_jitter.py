@@ -32,6 +32,7 @@ from peer_methods import Anomalib, Clock
 from PIL import Image
 from provenance import provenance
 from study_defaults import fit, measured
+from torch import Tensor
 
 from npad.environment import versions
 from npad.evaluation.datasets import Category, Sample, find_categories
@@ -40,7 +41,7 @@ from npad.evaluation.synthetic import make_dataset
 from npad.features.backbone import Backbone
 from npad.learned import LearnedMember
 from npad.members import Member
-from npad.scoring.fusion import Distance, scores_and_maps
+from npad.scoring.fusion import scores_and_maps
 from npad.settings import Settings
 
 WINDOWS = (1, 3, 5)
@@ -127,12 +128,12 @@ def npad_rows(
     both = Member(0, category.layers)
     train, test = category.train(both), category.test(both)
 
-    def distances(member: Member, **more: int) -> tuple[LearnedMember, dict[str, Distance]]:
+    def distances(member: Member, **more: int) -> tuple[LearnedMember, dict[str, Tensor]]:
         chosen = replace(settings, **more)
-        learned = fit(chosen, member, train)
+        learned, _ = fit(chosen, member, train)
         return learned, measured(learned, chosen, test)
 
-    def figures(fusion: str, *found: dict[str, Distance]) -> Figures:
+    def figures(fusion: str, *found: dict[str, Tensor]) -> Figures:
         members = [(both, one) for one in found]
         return category.measure(*scores_and_maps(members, replace(settings, fusion=fusion)))
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from npad import progress
 from npad.images.depth import least_depth
 from npad.images.source import ImageSource
-from npad.learned import Learned
+from npad.learned import Learned, Standardization
 from npad.member_fit import AXES_IMAGES, MemberFit, under
 from npad.members import Member
+from npad.scoring.fusion import joined
 from npad.settings import Settings
 
 __all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit", "axes_sample", "fit_images"]
@@ -51,6 +52,7 @@ class Fit:
         self.darkest = 1.0
         self.members = [MemberFit(settings, member) for member in members]
         self._embed = embed
+        self._standardization: dict[str, Standardization] | None = None
 
     def update(
         self, images: Tensor | None = None, *, embeddings: Sequence[Tensor] | None = None
@@ -126,6 +128,7 @@ class Fit:
             own.merge(others)
         self.n_images += other.n_images
         self.darkest = min(self.darkest, other.darkest)
+        self._standardization = self._standardization or other._standardization
         return self
 
     def finalize(self) -> Learned:
@@ -143,8 +146,28 @@ class Fit:
                 f"NPad.fit: {self.n_images} image(s) given; at least {MIN_IMAGES} defect-free images "
                 "are needed, and some tens are recommended"
             )
-        members = tuple(member.finalize() for member in self.members)
-        return Learned(n_images=self.n_images, darkest=self.darkest, members=members)
+        self._end_holdout()
+        return Learned(
+            n_images=self.n_images,
+            members=tuple(member.finalize() for member in self.members),
+            darkest=self.darkest,
+            standardization=self._standardization,
+        )
+
+    def _end_holdout(self) -> None:
+        """Fit the images held out, once they have served; all members have held out the same ones."""
+        found = [(member.member, member.end_holdout()) for member in self.members]
+        known = [(member, distances) for member, distances in found if distances is not None]
+        if not known:
+            return
+        moments = {kind: Standardization.of(x) for kind, x in joined(known).items()}
+        if not all(of_kind.std > 0 for of_kind in moments.values()):
+            raise ValueError(
+                "NPad.fit: fusion='sum' divides by the spread of both distances of the images held "
+                "out, and there is none: the images are identical; fit images of different parts, or "
+                "use fusion='product'"
+            )
+        self._standardization = moments
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that the fit is, as JSON types and tensors; `npad.model_file.write_model` takes both.
@@ -156,6 +179,7 @@ class Fit:
             "settings": self.settings.to_json(),
             "n_images": self.n_images,
             "darkest": self.darkest,
+            "standardization": Standardization.to_json(self._standardization),
             "members": [values for values, _ in states],
         }
         tensors = {
@@ -184,6 +208,7 @@ class Fit:
         fit = cls(Settings(**values["settings"]), (), embed)
         fit.n_images = int(values["n_images"])
         fit.darkest = float(values["darkest"])
+        fit._standardization = Standardization.from_json(values["standardization"])
         fit.members = [
             MemberFit.from_state(fit.settings, member, under(str(i), tensors))
             for i, member in enumerate(values["members"])

@@ -41,6 +41,16 @@ class Standardization:
         x = distances.double()
         return cls(float(x.mean()), float(x.std()))
 
+    @staticmethod
+    def to_json(known: Mapping[str, Standardization] | None) -> dict[str, Any] | None:
+        """Those of several kinds, as JSON types."""
+        return {kind: asdict(one) for kind, one in known.items()} if known else None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> dict[str, Standardization] | None:
+        """What `to_json` was given."""
+        return {kind: cls(**one) for kind, one in values.items()} if values else None
+
 
 @dataclass(frozen=True)
 class LearnedTensor:
@@ -89,10 +99,6 @@ def _eps(value: Any) -> float | None:
     raise ValueError(f"eps is {value!r}")
 
 
-def _standardization(value: Any) -> dict[str, Standardization] | None:
-    return {name: Standardization(**moments) for name, moments in value.items()} if value else None
-
-
 def _count_or_none(value: Any) -> int | None:
     return None if value is None else int(value)
 
@@ -116,9 +122,6 @@ class LearnedMember:
     grid: tuple[int, int] = _value("(H, W) of the embeddings", _grid)
     eps: float | None = _value("the eps in use; None where no Gaussian is", _eps)
     window: int | None = _value("the training window in use; as eps", _count_or_none)
-    standardization: dict[str, Standardization] | None = _value(
-        'mean and standard deviation of each distance, for the fusion "sum"', _standardization
-    )
     projection: Tensor | None = _tensor(
         "D, C",
         "float32",
@@ -170,14 +173,12 @@ class LearnedMember:
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
-        moments = self.standardization
         return {
             "member": self.member.to_json(),
             "channels": self.channels,
             "grid": list(self.grid),
             "eps": self.eps,
             "window": self.window,
-            "standardization": moments and {name: asdict(m) for name, m in moments.items()},
             "n_centroids": self.n_centroids,
         }
 
@@ -201,6 +202,12 @@ class LearnedMember:
         }
 
 
+def _n_images(value: Any) -> int:
+    if isinstance(value, int) and value > 0:
+        return value
+    raise ValueError(f"n_images is {value!r}")
+
+
 def _members(values: Any) -> tuple[LearnedMember, ...]:
     return tuple(LearnedMember(**_read(LearnedMember, value)) for value in values)
 
@@ -209,7 +216,7 @@ def _members(values: Any) -> tuple[LearnedMember, ...]:
 class Learned:
     """What a fit has found."""
 
-    n_images: int = _value("images fitted", int)
+    n_images: int = _value("images fitted", _n_images)
     members: tuple[LearnedMember, ...] = _value("what was learned of each embedding", _members)
     darkest: float = _value(
         "the largest value, 0 to 1, that every image fitted reaches", float, default=0.0
@@ -217,6 +224,11 @@ class Learned:
     n_bits: int | None = _value(
         "bits that the images fitted use, where they are fewer than the 16 that they are read as",
         _count_or_none,
+        default=None,
+    )
+    standardization: dict[str, Standardization] | None = _value(
+        'mean and standard deviation of the distances that are fused, for the fusion "sum"',
+        Standardization.from_json,
         default=None,
     )
 
@@ -260,7 +272,7 @@ class Learned:
         needed = {
             "Gaussians": uses_gaussians(settings.fusion) and not self._has("factor"),
             "a nominal set": uses_nominal_set(settings.fusion) and not self._has("centroids"),
-            "a standardization": settings.fusion == "sum" and not self._has("standardization"),
+            "a standardization": settings.fusion == "sum" and not self.standardization,
         }
         return [what for what, is_missing in needed.items() if is_missing]
 
@@ -270,7 +282,10 @@ class Learned:
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"members": [member.to_json() for member in self.members]}
+        return values | {
+            "members": [member.to_json() for member in self.members],
+            "standardization": Standardization.to_json(self.standardization),
+        }
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Learned:

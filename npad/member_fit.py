@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from itertools import chain
 from typing import Any, Final, TypeVar
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.projection import principal_axes
-from npad.learned import LearnedMember, Standardization
+from npad.learned import LearnedMember
 from npad.members import Member
 from npad.ops.axes import random_axes
 from npad.scoring.scorer import distances, reduce
@@ -67,7 +66,6 @@ class MemberFit:
                 settings.nominal_set, settings.n_centroids, seed=settings.seed
             )
         self._eps: float | None = None if settings.eps == "auto" else float(settings.eps)
-        self._standardization: dict[str, Standardization] | None = None
 
     # ----------------------------------------------------------------------------------------------
     # Embeddings.
@@ -214,7 +212,6 @@ class MemberFit:
         self._held_out.merge(other._held_out, self._add)
         if self._eps is None:
             self._eps = other._eps
-        self._standardization = self._standardization or other._standardization
         self.n_images += other.n_images
         self._waiting += other._waiting
         if not self._needs_axes() or self.n_images >= AXES_IMAGES:
@@ -239,7 +236,7 @@ class MemberFit:
     # The end.
 
     def finalize(self) -> LearnedMember:
-        """Choose eps on the images held out, fit them too, and make of it all what a model keeps.
+        """Make of it all what a model keeps, once `end_holdout` has been called.
 
         The fit can go on afterwards; until other images are held out, eps stays.
 
@@ -250,8 +247,6 @@ class MemberFit:
         MemoryError
             As for `update`.
         """
-        self._end_waiting()
-        standardization = self._end_holdout()
         if self._gaussian is not None and not self._gaussian.varies:
             raise ValueError(
                 f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
@@ -265,33 +260,50 @@ class MemberFit:
             grid=self._grid,
             eps=self._eps if self._gaussian is not None else None,
             window=None if self._gaussian is None else self._gaussian.window,
-            standardization=standardization,
             projection=self.projection,
             mean=mean,
             factor=factor,
             centroids=self._centroids(),
         )
 
-    def _end_holdout(self) -> dict[str, Standardization] | None:
-        """What is chosen on the images held out, which are then fitted."""
+    def end_holdout(self) -> dict[str, Tensor] | None:
+        """Choose window and eps on the images held out, which are then fitted.
+
+        Returns
+        -------
+        for the fusion "sum", their distances to what has been fitted before them, by their names; None
+        where no images were held out since the last time
+
+        Raises
+        ------
+        ValueError
+            Too few images.
+        """
+        self._end_waiting()
         if not self._held_out.kept:
-            return self._standardization
+            return None
         self._leave_enough()
         x = torch.stack(self._held_out.kept)
         if self._gaussian is not None and self._chooses:
             eps = None if self.settings.eps == "auto" else float(self.settings.eps)
             _, self._eps = self._gaussian.choose(x, self.settings.windows, eps)
-        if self.settings.fusion == "sum":
-            self._standardization = self._standardize(x)
+        found = self._distances(x) if self.settings.fusion == "sum" else None
         self._held_out.kept.clear()
         self._add(x)
-        return self._standardization
+        return found
+
+    def _distances(self, x: Tensor) -> dict[str, Tensor]:
+        """To what has been fitted so far, which is then let go."""
+        mean, factor = self._gaussians()
+        window, prefix = self.settings.score_window, self.member.prefix
+        return distances(x, mean, factor, self._centroids(), window, prefix)
 
     def _leave_enough(self) -> None:
         """Give back to the fit what it needs of a few images that have nearly all been held out."""
-        if self._gaussian is None or not (self._chooses or self.settings.fusion == "sum"):
+        if not (self.settings.fusion == "sum" or (self.member.gaussian and self._chooses)):
             return
-        kept, needed = self._held_out.kept, least_images(max(self.settings.windows))
+        window = max(self.settings.windows)
+        kept, needed = self._held_out.kept, least_images(window) if self.member.gaussian else 1
         while len(kept) > 1 and self.n_images - len(kept) < needed:
             self._add(kept.pop()[None])
         if self.n_images - len(kept) < needed:
@@ -300,26 +312,6 @@ class MemberFit:
                 f"NPad.fit: {self.n_images} images are too few for window=1 with {what}, which holds "
                 f"one of them out; fit {needed + 1} or more, or use window=3"
             )
-
-    def _standardize(self, held_out: Tensor) -> dict[str, Standardization]:
-        """By the distances to what has been fitted so far, which is then let go."""
-        mean, factor = self._gaussians()
-        maps = distances(
-            held_out,
-            mean,
-            factor,
-            self._centroids(),
-            self.settings.score_window,
-            self.member.prefix,
-        )
-        found = {name: Standardization.of(distance) for name, distance in maps.items()}
-        if not all(moments.std > 0 for moments in found.values()):
-            raise ValueError(
-                "NPad.fit: fusion='sum' divides by the spread of the distances of the images held out, "
-                "and there is none: the images are identical, or one is held out whose deepest layer "
-                "is; fit images of different parts, a larger holdout, or use fusion='product'"
-            )
-        return found
 
     def _gaussians(self) -> tuple[Tensor | None, Tensor | None]:
         """Means and factors."""
@@ -358,7 +350,6 @@ class MemberFit:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As JSON types and tensors, which are the fit's own."""
-        moments = self._standardization
         values: dict[str, Any] = {
             "member": self.member.to_json(),
             "n_images": self.n_images,
@@ -366,7 +357,6 @@ class MemberFit:
             "n_channels": self._n_channels,
             "waiting": [len(x) for x in self._waiting],
             "eps": self._eps,
-            "standardization": moments and {name: asdict(m) for name, m in moments.items()},
         }
         tensors: dict[str, Tensor] = {}
         if self.projection is not None:
@@ -390,9 +380,6 @@ class MemberFit:
             fit._grid = int(height), int(width)
         fit._n_channels = int(values["n_channels"])
         fit._eps = values["eps"]
-        if values["standardization"] is not None:
-            moments = values["standardization"].items()
-            fit._standardization = {name: Standardization(**m) for name, m in moments}
         fit.projection = tensors.get("projection")
         if "waiting" in tensors:
             fit._waiting = list(tensors["waiting"].split(values["waiting"]))

@@ -38,15 +38,14 @@ def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
         gaussian=uses_gaussians(fusion),
         nominal_set=uses_nominal_set(fusion),
     )
-    moments = header["standardization"]
-    kinds = ("mahalanobis", "euclidean")
     learned = {
         "member": member.to_json(),
         "window": settings["window"] if member.gaussian else None,
-        "standardization": moments
-        and {k: {f: moments[f"{k}_{f}"] for f in ("mean", "std")} for k in kinds},
         **{name: header[name] for name in ("channels", "grid", "eps", "n_centroids")},
     }
+    moments = header["standardization"]
+    kinds = {"mahalanobis_score": "mahalanobis", "mahalanobis_map": "mahalanobis"}
+    kinds |= {"euclidean": "euclidean"}
     new = {"gaussians": "joint", "map_layers": [], "map_weight": settings.get("fusion_weight", 0.4)}
     kept = {name: header[name] for name in ("n_images", "darkest", "n_bits") if name in header}
     return {
@@ -54,5 +53,10 @@ def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
         "settings": settings | new,
         "backbones": [header["backbone"]],
         "members": [learned],
+        "standardization": moments
+        and {
+            name: {field: moments[f"{kind}_{field}"] for field in ("mean", "std")}
+            for name, kind in kinds.items()
+        },
         **kept,
     }

@@ -13,12 +13,13 @@ from scipy import ndimage
 from torch import Tensor
 
 from npad import ops
+from npad.members import Member
 from npad.ops import reference
 from npad.scoring.fusion import (
     FUSIONS,
-    Distance,
     Standardization,
     fusion_arguments,
+    joined,
     resized,
     smoothing_sigma,
 )
@@ -40,21 +41,9 @@ def smooth(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     return ops.anomaly_map(maps, None, *ALONE, size, sigma)[0]
 
 
-def known(x: Tensor) -> Distance:
-    """With what it is on average."""
-    return Distance(x, Standardization.of(x))
-
-
-def fuse(m: Tensor | None, e: Tensor | None, fusion: str, weight: float = 0.4) -> Tensor:
+def fuse(*args: object, **kwargs: object) -> Tensor:
     """The fused map itself: neither upsampled nor smoothed."""
-    distances = [[known(x)] if x is not None else [] for x in (m, e)]
-    return fused(*distances, fusion, weight)
-
-
-def fused(
-    mahalanobis: list[Distance], euclidean: list[Distance], fusion: str, weight: float = 0.4
-) -> Tensor:
-    m, e, *fusion = fusion_arguments(mahalanobis, euclidean, fusion, weight)
+    m, e, *fusion = fusion_arguments(*args, **kwargs)
     size = tuple((e if m is None else m).shape[1:])
     return ops.anomaly_map(m, e, *fusion, size, 0.0)[0]
 
@@ -125,12 +114,13 @@ def test_product_is_the_weighted_geometric_mean() -> None:
 
 def test_sum_standardises_both_maps_with_the_nominal_moments() -> None:
     m, e = torch.rand(3, 4, 5) * 7 + 30, torch.rand(3, 4, 5) * 0.1
-    moments = Standardization.of(m)
-    assert moments.mean == pytest.approx(float(m.mean()), rel=1e-6)
-    assert moments.std == pytest.approx(float(m.std()), rel=1e-5)
+    moments = [Standardization.of(x) for x in (m, e)]
+    assert moments[0].mean == pytest.approx(float(m.mean()), rel=1e-6)
+    assert moments[1].std == pytest.approx(float(e.std()), rel=1e-5)
+    fused = fuse(m, e, "sum", weight=0.5, moments=moments)
     expected = ((m - m.mean()) / m.std() + (e - e.mean()) / e.std()) / 2
-    torch.testing.assert_close(fuse(m, e, "sum", weight=0.5), expected, rtol=1e-4, atol=1e-4)
-    only_m = fuse(m, e, "sum", weight=1.0)
+    torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
+    only_m = fuse(m, e, "sum", weight=1.0, moments=moments)
     torch.testing.assert_close(only_m, (m - m.mean()) / m.std(), rtol=1e-4, atol=1e-4)
 
 
@@ -138,50 +128,50 @@ def test_one_map_alone_is_returned_as_it_is() -> None:
     m, e = torch.rand(2, 3, 3), torch.rand(2, 3, 3)
     assert torch.equal(fuse(m, None, "mahalanobis"), m)
     assert torch.equal(fuse(m, e, "euclidean"), e)
-    # What is not used is not read.
-    assert fusion_arguments([Distance(m)], [Distance(e)], "mahalanobis")[1] is None
+    assert fusion_arguments(m, e, "mahalanobis")[1] is None  # what is not used is not read
 
 
 def test_fusion_names_what_is_wrong() -> None:
-    m = [Distance(torch.rand(2, 3, 3))]
+    m = torch.rand(2, 3, 3)
     with pytest.raises(ValueError, match="product, sum, mahalanobis, euclidean, got 'mean'"):
         fusion_arguments(m, m, "mean")
     with pytest.raises(ValueError, match=r"weight must be between 0 and 1, got 1\.5"):
         fusion_arguments(m, m, "product", weight=1.5)
     with pytest.raises(ValueError, match="needs standardization"):
         fusion_arguments(m, m, "sum")
-    flat = [
-        Distance(torch.rand(2, 3, 3), Standardization(1.0, deviation)) for deviation in (0.0, 2.0)
-    ]
-    with pytest.raises(ValueError, match=r"standard deviations above 0, got 0\.0, 2\.0"):
-        fusion_arguments(flat, m, "sum")
-    with pytest.raises(ValueError, match="needs Mahalanobis distances"):
-        fusion_arguments([], m, "product")
+    flat = Standardization(1.0, 0.0), Standardization(1.0, 2.0)
+    with pytest.raises(ValueError, match=r"standard deviations above 0, got 0\.0 and 2\.0"):
+        fusion_arguments(m, m, "sum", moments=flat)
+    with pytest.raises(ValueError, match="needs the Mahalanobis map"):
+        fusion_arguments(None, m, "product")
     for fusion in set(FUSIONS) - {"mahalanobis"}:
         with pytest.raises(ValueError, match="nominal set"):
-            fusion_arguments(m, [], fusion)
+            fusion_arguments(m, None, fusion)
 
 
-def test_several_of_a_kind_count_as_one() -> None:
+def test_several_of_a_kind_come_to_one() -> None:
     """Their geometric mean on the finest grid, which no unit can tilt."""
     fine, coarse, e = 0.5 + torch.rand(2, 6, 4), 0.5 + torch.rand(2, 3, 2), torch.rand(2, 6, 4)
     up = F.interpolate(coarse[:, None], size=(6, 4), mode="bilinear", align_corners=False)[:, 0]
-    expected = (fine * up).sqrt() ** 0.3 * e**0.7
-    found = fused([Distance(coarse), Distance(100 * fine)], [Distance(e)], "product", 0.3)
-    torch.testing.assert_close(found, 100**0.15 * expected, rtol=1e-4, atol=1e-5)
-    alone = fused([Distance(coarse), Distance(fine)], [], "mahalanobis")
-    torch.testing.assert_close(alone, (fine * up).sqrt(), rtol=1e-5, atol=1e-6)
-    coarse_e = fused([Distance(fine)], [Distance(coarse)], "product", 0.3)
-    torch.testing.assert_close(coarse_e, fine**0.3 * up**0.7, rtol=1e-4, atol=1e-5)
-
-
-def test_several_are_standardised_one_by_one() -> None:
-    a, b, e = torch.randn(2, 6, 4) + 9, 5 * torch.rand(2, 3, 2), torch.rand(2, 6, 4)
-    parts = [(x - x.mean()) / x.std() for x in (a, b, e)]
-    up = F.interpolate(parts[1][:, None], size=(6, 4), mode="bilinear", align_corners=False)[:, 0]
-    expected = 0.3 * (parts[0] + up) / 2 + 0.7 * parts[2]
-    found = fused([known(a), known(b)], [known(e)], "sum", 0.3)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    of_map = Member(0, (1,), in_score=False)
+    found = joined(
+        [
+            (Member(0, (2,)), {"mahalanobis": coarse}),
+            (of_map, {"mahalanobis": 100 * fine}),
+            (Member(0, (2, 3)), {"euclidean": e}),
+        ]
+    )
+    assert found["mahalanobis_score"] is coarse
+    torch.testing.assert_close(found["mahalanobis_map"], 10 * (fine * up).sqrt())
+    assert found["euclidean"] is e
+    fused = fuse(found["mahalanobis_score"], e, "product", 0.3)
+    torch.testing.assert_close(fused, up**0.3 * e**0.7, rtol=1e-4, atol=1e-5)
+    prefix = joined([(Member(0, (2, 1), prefix=3), {"mahalanobis_prefix": fine, "mahalanobis": e})])
+    assert (prefix["mahalanobis_score"] is fine) and (prefix["mahalanobis_map"] is e)
+    alone = joined(
+        [(Member(0, (2,)), {"mahalanobis": fine}), (Member(1, (2,)), {"mahalanobis": e})]
+    )
+    assert alone["mahalanobis_score"] is alone["mahalanobis_map"]
 
 
 @pytest.mark.parametrize(("grid", "image_size", "sigma"), SHAPES)

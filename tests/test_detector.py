@@ -146,9 +146,9 @@ def test_fusion_weights_0_and_1_are_one_distance_alone(
     joint = {**SMALL, "gaussians": "joint"}
     standardised = NPad("filterbank", **joint, fusion="sum").fit(cloth / "train/good")
     standardised.save(tmp_path / "sum.npad")
-    (member,) = standardised.members_
     for name, weight in {"mahalanobis": 1, "euclidean": 0}.items():
-        moments = member.standardization[name]
+        kind = "mahalanobis_map" if weight else name
+        moments = standardised.standardization_[kind]
         for fusion, offset, scale in (("product", 0, 1), ("sum", moments.mean, moments.std)):
             path = tmp_path / f"{fusion}.npad"
             fused = maps_of(path, cloth / "test", map_weight=weight)

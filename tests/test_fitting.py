@@ -116,10 +116,11 @@ def test_a_fit_that_is_written_down_goes_on_as_if_it_had_not_stopped(
 
 @pytest.mark.parametrize("n_parts", [2, 5])
 @pytest.mark.parametrize(
-    "arguments", [
+    "arguments",
+    [
         {"eps": 0.01, "window": 3, "holdout": 0.3},
         {"eps": 0.01, "window": 3, "n_features": 4},
-    ]
+    ],
 )
 def test_merged_parts_are_the_whole(arguments: dict[str, object], n_parts: int) -> None:
     """The Gaussians to rounding, whatever was held out where; the nominal set covers all."""

@@ -94,9 +94,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_named(
 
 
 def test_dtypes_and_shapes_come_from_the_settings() -> None:
-    learned = LearnedMember(
-        Member(0, (2, 3)), channels=9, grid=(2, 3), eps=0.1, window=1, standardization=None
-    )
+    learned = LearnedMember(Member(0, (2, 3)), channels=9, grid=(2, 3), eps=0.1, window=1)
     assert learned.expected(Settings(n_features=4, factor_dtype="bfloat16"), 5) == {
         "projection": (torch.float32, (9, 4)),
         "mean": (torch.float32, (6, 4)),

@@ -64,7 +64,7 @@ def test_centroids_of_a_state_dict_are_found_again(model: NPad) -> None:
     projection = state["members.3.projection"] = torch.eye(51, 20)
     twin.load_state_dict(state)
     x = torch.rand(2, *model.members_[3].grid, len(projection)) + 5
-    found = twin.members[3](x)["euclidean"].map
+    found = twin.members[3](x)["euclidean"]
     expected, _ = ops.nearest_centroid(x.flatten(0, 2)[:, :20].contiguous(), centroids)
     assert torch.equal(found.flatten(), expected)
 

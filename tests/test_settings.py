@@ -256,7 +256,7 @@ def test_a_model_without_centroids_goes_on_without_them(images: np.ndarray) -> N
 def test_a_fusion_that_the_fit_did_not_prepare(
     fitted_with: str, then: str, lacks: str, images: np.ndarray, tmp_path: Path
 ) -> None:
-    model = NPad("filterbank", image_size=32, n_centroids=20, fusion=fitted_with, progress=False)
+    model = NPad("filterbank", image_size=64, n_centroids=20, fusion=fitted_with, progress=False)
     model.fit(images).fusion = then
     message = f"^NPad: fusion='{then}' needs {lacks}, which a fit with fusion='{fitted_with}' does"
     for use in (model.predict, model.predict_batches, lambda _: model.save(tmp_path / "model")):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
-from operator import add, mul
+from operator import mul
 
 import numpy as np
 import torch.nn.functional as F  # noqa: N812
@@ -18,90 +17,121 @@ from npad.learned import Standardization
 from npad.members import Member
 from npad.settings import FUSIONS, Settings, uses_gaussians, uses_nominal_set
 
+# Distances of a member, and of all of them: OF_SCORE and OF_MAP are Mahalanobis distances.
 MAHALANOBIS, PREFIX, EUCLIDEAN = "mahalanobis", "mahalanobis_prefix", "euclidean"
-
-
-@dataclass(frozen=True, eq=False)
-class Distance:
-    """Distances (N, h, w) of one kind, and what they are on nominal images, for the fusion "sum"."""
-
-    map: Tensor
-    standardization: Standardization | None = None
+OF_SCORE, OF_MAP = "mahalanobis_score", "mahalanobis_map"
 
 
 def fusion_arguments(
-    mahalanobis: Sequence[Distance],
-    euclidean: Sequence[Distance],
+    mahalanobis: Tensor | None,
+    euclidean: Tensor | None,
     fusion: str,
     weight: float = 0.4,
+    moments: Sequence[Standardization] = (),
 ) -> tuple[Tensor | None, Tensor | None, bool, tuple[float, float, float]]:
-    """The first four arguments of ``ops.anomaly_map`` that fuse distances in a given way.
-
-    Several of a kind count alike, and together as much as one would: in "sum" by their mean once
-    standardised, else by their geometric mean, which no unit of theirs can tilt.
+    """The first four arguments of ``ops.anomaly_map`` that fuse the maps M and E in a given way.
 
     Parameters
     ----------
-    mahalanobis, euclidean : those of a kind that the fusion does not use may be absent
+    mahalanobis, euclidean : (N, h, w) distances, on grids of any size; None for one that the fusion
+        does not use.
     fusion : "product" (M^weight E^(1-weight)), "sum" (weight times M plus 1 - weight times E, both
-        standardised), "mahalanobis" or "euclidean" (that kind alone).
+        standardised), "mahalanobis" or "euclidean" (that map alone).
     weight : share of M in "product" and "sum", from 0 to 1.
+    moments : of M and of E on nominal images; needed by "sum".
 
     Raises
     ------
     ValueError
-        Unknown fusion, weight outside [0, 1], missing distances or standardization, a standard
-        deviation that is not above 0.
+        Unknown fusion, weight outside [0, 1], a missing map or moments, a standard deviation that is
+        not above 0.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must be between 0 and 1, got {weight}")
-    if uses_gaussians(fusion) and not mahalanobis:
-        raise ValueError(f"fusion {fusion!r} needs Mahalanobis distances")
-    if uses_nominal_set(fusion) and not euclidean:
-        raise ValueError(f"fusion {fusion!r} needs Euclidean distances, which need a nominal set")
+    if uses_gaussians(fusion) and mahalanobis is None:
+        raise ValueError(f"fusion {fusion!r} needs the Mahalanobis map")
+    if uses_nominal_set(fusion) and euclidean is None:
+        raise ValueError(f"fusion {fusion!r} needs the Euclidean map, which needs a nominal set")
     if fusion == "mahalanobis":
-        return _geometric_mean(mahalanobis), None, False, (1.0, 0.0, 0.0)
+        return mahalanobis, None, False, (1.0, 0.0, 0.0)
     if fusion == "euclidean":
-        return None, _geometric_mean(euclidean), False, (0.0, 1.0, 0.0)
+        return None, euclidean, False, (0.0, 1.0, 0.0)
+    assert mahalanobis is not None
+    assert euclidean is not None
+    m, e = _on_one_grid([mahalanobis, euclidean])
     if fusion == "product":
-        m, e = _on_one_grid([_geometric_mean(mahalanobis), _geometric_mean(euclidean)])
         return m, e, True, (weight, 1 - weight, 0.0)
-    (m, a, c), (e, b, d) = (_standardized(distances) for distances in (mahalanobis, euclidean))
-    m, e = _on_one_grid([m, e])
-    return m, e, False, (weight * a, (1 - weight) * b, weight * c + (1 - weight) * d)
+    if not moments:
+        raise ValueError("fusion 'sum' needs standardization, measured on held-out nominal images")
+    of_m, of_e = moments
+    if not (of_m.std > 0 and of_e.std > 0):
+        raise ValueError(
+            f"fusion 'sum' needs standard deviations above 0, got {of_m.std} and {of_e.std}"
+        )
+    a, b = weight / of_m.std, (1 - weight) / of_e.std
+    return m, e, False, (a, b, -a * of_m.mean - b * of_e.mean)
+
+
+def joined(found: Sequence[tuple[Member, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The distances of all members as one map of each kind, on the finest grid of the kind.
+
+    Several of a kind come to their geometric mean: all count alike, and no unit of one can tilt it.
+
+    Parameters
+    ----------
+    found : each member and its distances (N, h, w), by the names MAHALANOBIS, PREFIX and EUCLIDEAN
+
+    Returns
+    -------
+    dict with the keys OF_SCORE and OF_MAP (Mahalanobis distances) and EUCLIDEAN, as far as there are
+    such; the first two are one tensor where they are the same distances
+    """
+    gaussians = [(member, d) for member, d in found if MAHALANOBIS in d]
+    kinds = {
+        OF_SCORE: [d.get(PREFIX, d[MAHALANOBIS]) for m, d in gaussians if m.in_score],
+        OF_MAP: [d[MAHALANOBIS] for m, d in gaussians if m.in_map],
+        EUCLIDEAN: [d[EUCLIDEAN] for _, d in found if EUCLIDEAN in d],
+    }
+    maps = {kind: _geometric_mean(maps) for kind, maps in kinds.items() if maps}
+    if [*map(id, kinds[OF_SCORE])] == [*map(id, kinds[OF_MAP])] and gaussians:
+        maps[OF_SCORE] = maps[OF_MAP]
+    return maps
 
 
 def scores_and_maps(
-    found: Sequence[tuple[Member, Mapping[str, Distance]]], settings: Settings
+    found: Sequence[tuple[Member, Mapping[str, Tensor]]],
+    settings: Settings,
+    standardization: Mapping[str, Standardization] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the distances of all members come to.
 
     Parameters
     ----------
-    found : each member and its distances, by the names `MAHALANOBIS`, `PREFIX` and `EUCLIDEAN`
+    found : as for `joined`
     settings : image size, fusion and weights
+    standardization : of what `joined` gives; needed by the fusion "sum"
 
     Returns
     -------
     scores (B,) and maps (B, H, W)
     """
-    euclidean = [d[EUCLIDEAN] for _, d in found if EUCLIDEAN in d]
-    gaussians = [(member, d) for member, d in found if MAHALANOBIS in d]
-    of_score = [d.get(PREFIX, d[MAHALANOBIS]) for member, d in gaussians if member.in_score]
-    of_map = [d[MAHALANOBIS] for member, d in gaussians if member.in_map]
+    maps = joined(found)
     size, sigma = settings.size, smoothing_sigma(settings.size)
 
-    def fused(mahalanobis: Sequence[Distance], weight: float) -> tuple[Tensor, Tensor]:
-        terms = fusion_arguments(mahalanobis, euclidean, settings.fusion, weight)
+    def fused(kind: str, weight: float) -> tuple[Tensor, Tensor]:
+        moments = [standardization[k] for k in (kind, EUCLIDEAN)] if standardization else ()
+        pair = maps.get(kind), maps.get(EUCLIDEAN)
+        terms = fusion_arguments(*pair, settings.fusion, weight, moments)
         return ops.anomaly_map(*terms, size, sigma)
 
-    maps, scores = fused(of_map, settings.map_weight)
-    weighed = bool(euclidean and gaussians)
-    if of_score != of_map or (weighed and settings.map_weight != settings.fusion_weight):
-        _, scores = fused(of_score, settings.fusion_weight)
-    return scores, maps
+    smooth, scores = fused(OF_MAP, settings.map_weight)
+    weighed = uses_gaussians(settings.fusion) and uses_nominal_set(settings.fusion)
+    same_weight = not weighed or settings.map_weight == settings.fusion_weight
+    if not same_weight or maps.get(OF_SCORE) is not maps.get(OF_MAP):
+        _, scores = fused(OF_SCORE, settings.fusion_weight)
+    return scores, smooth
 
 
 def _on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -115,27 +145,10 @@ def _on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _geometric_mean(distances: Sequence[Distance]) -> Tensor:
-    maps = _on_one_grid([distance.map for distance in distances])
+def _geometric_mean(maps: Sequence[Tensor]) -> Tensor:
     if len(maps) == 1:
         return maps[0]
-    return reduce(mul, (x ** (1 / len(maps)) for x in maps))
-
-
-def _standardized(distances: Sequence[Distance]) -> tuple[Tensor, float, float]:
-    """A map, and a factor and a summand that make of it the mean of the standardised distances."""
-    moments = [distance.standardization for distance in distances]
-    if not all(moments):
-        raise ValueError("fusion 'sum' needs standardization, measured on held-out nominal images")
-    known = [m for m in moments if m is not None]
-    if not all(m.std > 0 for m in known):
-        deviations = ", ".join(str(m.std) for m in known)
-        raise ValueError(f"fusion 'sum' needs standard deviations above 0, got {deviations}")
-    maps = _on_one_grid([distance.map for distance in distances])
-    if len(maps) == 1:
-        return maps[0], 1 / known[0].std, -known[0].mean / known[0].std
-    total = reduce(add, ((x - m.mean) / m.std for x, m in zip(maps, known, strict=True)))
-    return total, 1 / len(maps), 0.0
+    return reduce(mul, (x ** (1 / len(maps)) for x in _on_one_grid(maps)))
 
 
 def smoothing_sigma(image_size: tuple[int, int]) -> float:

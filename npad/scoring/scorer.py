@@ -14,7 +14,7 @@ from npad import devices, ops
 from npad.features.backbone import Backbone
 from npad.learned import TENSORS, Learned, LearnedMember
 from npad.members import Member
-from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, Distance, scores_and_maps
+from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, scores_and_maps
 from npad.settings import Settings
 
 __all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "reduce"]
@@ -79,16 +79,15 @@ class MemberScorer(nn.Module):
     def __init__(self, learned: LearnedMember, score_window: int) -> None:
         super().__init__()
         self.member = learned.member
-        self.standardization = learned.standardization or {}
         self.score_window = score_window
         for tensor in TENSORS:
             self.register_buffer(tensor.name, getattr(learned, tensor.name))
         self.register_buffer("index", None, persistent=False)
         self._make_index()
 
-    def forward(self, x: Tensor) -> dict[str, Distance]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Embeddings (B, h, w, D) as the backbone gives them -> the distances, by their names."""
-        found = distances(
+        return distances(
             reduce(x, self.projection),
             self.mean,
             self.factor,
@@ -97,7 +96,6 @@ class MemberScorer(nn.Module):
             self.member.prefix,
             index=self.index,
         )
-        return {name: Distance(d, self.standardization.get(name)) for name, d in found.items()}
 
     def _make_index(self) -> None:
         """Of the centroids that it has now; that of others would find wrong distances."""
@@ -140,6 +138,7 @@ class Scorer(nn.Module):
             MemberScorer(m, settings.score_window) for m in used
         )
         self.settings = settings
+        self.standardization = learned.standardization
 
     def levels(self, images: Tensor) -> list[list[Tensor]]:
         """Features of images at the levels of each network."""
@@ -152,7 +151,7 @@ class Scorer(nn.Module):
     def score(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Embeddings, for each member (B, h, w, D) -> scores (B,) and maps (B, H, W)."""
         found = [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
-        return scores_and_maps(found, self.settings)
+        return scores_and_maps(found, self.settings, self.standardization)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""

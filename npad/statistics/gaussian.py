@@ -176,11 +176,10 @@ class NeighborhoodGaussian:
             windows = [window for window in windows if window > 1] or windows
         found = [self._likely(held_out, window, eps) for window in windows]
         best = max((values for values, _ in found), key=lambda values: float(values.mean()))
-        for window, (values, likely) in zip(windows, found, strict=True):
-            if float((best - values).mean()) <= _standard_error(best - values):
-                self.window = window
-                return window, likely
-        raise AssertionError("the best is as good as itself")
+        good = (float((best - v).mean()) <= _standard_error(best - v) for v, _ in found)
+        chosen = next((i for i, is_good in enumerate(good) if is_good), 0)  # `finalize` tells the rest
+        self.window = windows[chosen]
+        return self.window, found[chosen][1]
 
     def _likely(self, held_out: Tensor, window: int, eps: float | None) -> tuple[Tensor, float]:
         """The likeliest log density of each held-out image with a window, and the eps to take."""
