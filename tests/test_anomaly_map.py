@@ -167,7 +167,8 @@ def test_several_of_a_kind_come_to_one() -> None:
     fused = fuse(found["mahalanobis_score"], e, "product", 0.3)
     torch.testing.assert_close(fused, up**0.3 * e**0.7, rtol=1e-4, atol=1e-5)
     prefix = joined([(Member(0, (2, 1), prefix=3), {"mahalanobis_prefix": fine, "mahalanobis": e})])
-    assert (prefix["mahalanobis_score"] is fine) and (prefix["mahalanobis_map"] is e)
+    assert prefix["mahalanobis_score"] is fine
+    assert prefix["mahalanobis_map"] is e
     alone = joined(
         [(Member(0, (2,)), {"mahalanobis": fine}), (Member(1, (2,)), {"mahalanobis": e})]
     )

@@ -18,8 +18,9 @@ from npad.ops.reference import packed_layout
 # to be busy, takes a share of what is free, the rest being for what a chunk becomes.
 CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
-# eps="auto" chooses among these multiples of the mean variance, from the largest down.
-EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64, device="cpu")
+# eps="auto" chooses among these multiples of the mean variance, from the largest down. Where samples
+# are plenty the likelihood is flat below the least: which eps were taken there would be chance.
+EPS_CANDIDATES = torch.logspace(1, -3, 33, dtype=torch.float64, device="cpu")
 EPS_STEP = 4  # half a decade
 
 # Of the typical variance. Positions that vary less have no part in the choice of eps: their density
