@@ -61,7 +61,7 @@ def test_merge_rejects_another_grid() -> None:
 
 def test_chosen_eps_is_the_largest_within_one_standard_error() -> None:
     """Against a plain evaluation of the density at every candidate."""
-    scale = torch.logspace(-2, 1, 6)
+    scale = torch.logspace(-1, 0.5, 6)
     x = torch.randn(12, *GRID, 6) * scale
     held_out = torch.randn(15, *GRID, 6) * scale
     gaussian = fit(x, window=1)

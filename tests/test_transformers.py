@@ -106,7 +106,7 @@ def test_a_fit_finds_the_size_and_the_model_keeps_it(
     assert fresh.input_size() == fitted.input_size() == (512, 512)
     assert fitted.get_params()["image_size"] is None
     assert fitted.settings()["image_size"] == [512, 512]
-    assert fitted.grid_ == (32, 32)
+    assert {member.grid for member in fitted.members_} == {(32, 32)}
     assert fresh.embed(images[:1]).shape == fitted.embed(images[:1]).shape == (1, 32, 32, 128)
     with pytest.raises(ValueError, match=r"\(B, 3, 512, 512\), got \(1, 3, 256, 256\)"):
         fitted.score(torch.rand(1, 3, 256, 256))
