@@ -26,9 +26,9 @@ SMALL: dict[str, Any] = {"image_size": 64, "n_centroids": 40, "progress": False}
 
 class Network:
     layers = (2, 3)
-    level_channels = {1: 8, 2: 16, 3: 32}
 
     def __init__(self, *map_layers: int) -> None:
+        self.level_channels = {1: 8, 2: 16, 3: 32}
         self.map_layers = map_layers or self.layers
 
 
@@ -153,7 +153,7 @@ def test_a_backbone_of_two_that_is_wrong_is_named(
         ValueError, match="weights must be one file for each of filterbank, resnet18"
     ):
         NPad(names, weights=weights)
-    with pytest.raises(ValueError, match="layers .*backbone 'filterbank' has levels 1 .*, 4"):
+    with pytest.raises(ValueError, match=r"layers .*backbone 'filterbank' has levels 1 .*, 4"):
         NPad(names, layers=(0, 2), weights=[None, weights], **SMALL).fit(images)
     tiny = {**SMALL, "image_size": 20}
     with pytest.raises(ValueError, match="does not work with backbone 'resnet18'"):
