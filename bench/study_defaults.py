@@ -107,7 +107,7 @@ class Study:
         parts = []
         for member in members_of(settings, [levels_of(n, settings) for n in self.networks]):
             for part in self._apart(member):
-                parts.append((part, self._member(settings, part)))
+                parts.append((part, self.part(settings, part)))
         held_out = [(member, part.held_out) for member, part in parts if part.held_out is not None]
         learned = Learned(
             n_images=0,
@@ -125,7 +125,8 @@ class Study:
             layers = self.networks[member.network].layers
             yield replace(member, gaussian=False, levels=layers, prefix=None)
 
-    def _member(self, settings: Settings, member: Member) -> Part:
+    def part(self, settings: Settings, member: Member) -> Part:
+        """A member, fitted when it is first asked for."""
         names = ["n_features", "reduction", "holdout", "seed"]
         names += ["window", "score_window", "eps", "factor_dtype"] if member.gaussian else []
         names += ["nominal_set", "n_centroids"] if member.nominal_set else []
@@ -227,7 +228,7 @@ def study(
     ]
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        (category,) = find_categories(_root(data, Path(scratch)))
+        (category,) = find_categories(category_of(data, Path(scratch)))
         embedded = EmbeddedCategory(category, networks, size, Path(scratch))
         run = Study(embedded, networks, bootstrap.draws(embedded.labels))
         base: Figures = {}
@@ -251,7 +252,8 @@ def study(
     return rows
 
 
-def _root(data: str, scratch: Path) -> Path:
+def category_of(data: str, scratch: Path) -> Path:
+    """The folder of a data set that is named on the command line."""
     kind, _, folder = data.partition(":")
     if kind == "synthetic":
         return make_dataset(scratch / "woven", seed=0)
