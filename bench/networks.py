@@ -3,10 +3,10 @@
     python bench/networks.py CATEGORY tf_efficientnet_lite0 resnet18=FILE \
         resnet18=FILE+tf_efficientnet_lite0 --threads 1 --out FILE.json
 
-CATEGORY is a folder in the MVTec AD layout. Networks are joined by "+" where a model has several. Each
-model has npad's defaults. Times are CPU seconds of the process, so that other work on the machine counts
-less: of one fit, and of predicting the same images in turn, from files to scores and maps, the least of
-three.
+CATEGORY is a folder in the MVTec AD layout. Networks are joined by "+" where a model has several. All
+have npad's defaults. Times are CPU seconds of the process, so that other work on the machine counts
+less: of one fit, and of predicting the same images in turn, from files to scores and maps, the least
+of three.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python bench/study_ideas.py DIR framed:DIR synthetic --backbone resnet18 --weights FILE
 
-Every idea changes one thing. Prints image AUROC / pixel AUROC / AUPRO of each on each data set, with the
-difference to the default and its 95 % interval (see `bootstrap`) in thousandths.
+Every idea changes one thing. Prints image AUROC, pixel AUROC and AUPRO of each on each data set, with
+the difference to the default and its 95 % interval (see `bootstrap`) in thousandths.
 """
 
 from __future__ import annotations
