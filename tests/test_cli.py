@@ -474,7 +474,7 @@ def test_quiet(category, model, tmp_path):
         (("fit", "{train}", "-o", "{tmp}/none/m"), "make it first"),
         (("fit", "{root}", "-o", "{tmp}/m"), "train/good"),
         (("fit", "{root}/..", "-o", "{tmp}/m"), "train/good"),
-        (("fit", "{train}", "-o", "{tmp}/m", "--window", "4"), "window must be an odd"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--window", "4"), "window must be 'auto' or an odd"),
         (("fit", "{train}", "-o", "{tmp}/m", "--window", "x"), "'--window'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "2,a"), "'--layers'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "layer2,layer3"), "here 2,3"),
