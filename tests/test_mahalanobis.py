@@ -88,6 +88,48 @@ def test_a_prefix_is_the_gaussian_of_its_channels(isa: str) -> None:
     np.testing.assert_allclose(found.reshape(2, 4, 6), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("hostile", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(("channels", "prefix"), [(16, 8), (16, 5), (19, 2), (47, 17), (129, 96)])
+def test_what_lies_behind_a_prefix_does_not_touch_it(
+    isa: str, channels: int, prefix: int, window: int, dtype: torch.dtype, hostile: float
+) -> None:
+    """The next channel, which the rows above multiply by zero, and the last one."""
+    grid = (3, 3)
+    mean, dense = gaussians(grid, channels)
+    factor = ops.pack_factor(dense, dtype)
+    x = torch.randn(14, *grid, channels)
+    expected = ops.mahalanobis(x, mean, factor, grid, window, prefix)
+    for channel in (prefix, channels - 1):
+        y = x.clone()
+        y[3, 1, 1, channel] = hostile
+        within, whole = ops.mahalanobis(y, mean, factor, grid, window, prefix)
+        assert torch.equal(within, expected[0])
+        assert torch.equal(
+            whole.nan_to_num(-1), ops.mahalanobis(y, mean, factor, grid, window).nan_to_num(-1)
+        )
+    y = x.clone()
+    y[3, 1, 1, prefix - 1] = torch.nan
+    for distance in ops.mahalanobis(y, mean, factor, grid, window, prefix):
+        assert distance.isnan().nonzero().tolist() == [[3, 1, 1]]
+
+
+def test_a_prefix_takes_any_batch_and_number_of_threads(isa: str) -> None:
+    """More embeddings than one pass over a factor holds, and none."""
+    grid = (3, 3)
+    mean, dense = gaussians(grid, 43)
+    factor = ops.pack_factor(dense)
+    x = torch.randn(70, *grid, 43)
+    torch.set_num_threads(1)
+    expected = ops.mahalanobis(x, mean, factor, grid, 5, 20)
+    torch.set_num_threads(3)
+    assert torch.equal(ops.mahalanobis(x, mean, factor, grid, 5, 20), expected)
+    one = ops.mahalanobis(x[69:], mean, factor, grid, 5, 20)
+    assert torch.equal(one[:, 0], expected[:, 69])
+    assert ops.mahalanobis(x[:0], mean, factor, grid, 5, 20).shape == (2, 0, 3, 3)
+
+
 @pytest.mark.parametrize("prefix", [0, -1, 5, 6])
 def test_what_is_no_prefix(prefix: int) -> None:
     mean, dense = gaussians((1, 2), 5)
@@ -200,7 +242,9 @@ def test_opcheck_and_compile() -> None:
     grid = (2, 3)
     mean, dense = gaussians(grid, 9)
     x, factor = torch.randn(2, *grid, 9), ops.pack_factor(dense)
-    torch.library.opcheck(torch.ops.npad.mahalanobis.default, (x, mean, factor, [2, 3], 3))
+    for prefix in (None, 4):
+        arguments = (x, mean, factor, [2, 3], 3, prefix)
+        torch.library.opcheck(torch.ops.npad.mahalanobis.default, arguments)
 
 
 def test_rejects() -> None:

@@ -355,7 +355,8 @@ def mahalanobis(
     Returns
     -------
     (N, H, W) float32, in standard deviations; NaN propagates. With a prefix (2, N, H, W): the distance
-    in the first ``prefix`` channels, and in all; what is not finite behind the prefix may reach both.
+    in the first ``prefix`` channels, and in all. On a GPU what is not finite behind the prefix may
+    reach both; elsewhere the first is that of these channels alone.
 
     Raises
     ------
