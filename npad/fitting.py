@@ -72,7 +72,9 @@ class Fit:
         ------
         TypeError
             Neither images nor embeddings, or both; images without a way to embed them.
-        ValueError, MemoryError
+        ValueError
+            As `MemberFit.update`.
+        MemoryError
             As `MemberFit.update`.
         """
         if (images is None) == (embeddings is None):

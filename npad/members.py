@@ -71,8 +71,12 @@ class Member:
 
         Raises
         ------
-        KeyError, TypeError, ValueError
+        KeyError
             That is no member.
+        TypeError
+            As KeyError.
+        ValueError
+            As KeyError.
         """
         return cls(**{**values, "levels": tuple(int(level) for level in values["levels"])})
 

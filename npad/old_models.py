@@ -20,8 +20,10 @@ def upgraded(
 
     Raises
     ------
-    KeyError, TypeError
+    KeyError
         The header is not that of a model.
+    TypeError
+        As KeyError.
     """
     if "members" in header:
         return header, tensors

@@ -252,8 +252,8 @@ __device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& read
     }
 }
 
-// With a prefix, `distance` begins with those in its channels. The first rows of W are the factor of
-// their Gaussian, so that some of the squares are theirs, too.
+// With a prefix, `distance` begins with those in its channels. The first rows of W are the factor
+// of their Gaussian, so that some of the squares are theirs, too.
 template <typename T, int kTiles, bool kPrefix>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
@@ -331,8 +331,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
             column += kColumns<T>;
             if (--left > 0) continue;
             // Rows of the prefix among this lane's eight, which follow one another.
-            const int inside =
-                prefix - 8 * (group_of(shape, warp, round) * kGroup - shape.missing + g) + shape.pad;
+            const int inside = prefix -
+                               8 * (group_of(shape, warp, round) * kGroup - shape.missing + g) +
+                               shape.pad;
 #pragma unroll
             for (int i = 0; i < kTiles * 16; ++i) {
                 float& sum = sums[i / 16][i / 4 % 4][i % 4];

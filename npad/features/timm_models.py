@@ -139,8 +139,12 @@ def grids_of(
 
     Raises
     ------
-    RuntimeError, AssertionError, ValueError
+    RuntimeError
         The network does not take this size.
+    AssertionError
+        As RuntimeError.
+    ValueError
+        As RuntimeError.
     """
     features = net(torch.empty(1, 3, *image_size, device="meta", dtype=dtype))
     sides = [x.shape[1:3] if is_channels_last(net) else x.shape[2:] for x in features]

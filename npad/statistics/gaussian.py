@@ -178,7 +178,9 @@ class NeighborhoodGaussian:
         found = [self._likely(held_out, window, eps) for window in windows]
         best = max((values for values, _ in found), key=lambda values: float(values.mean()))
         good = (float((best - v).mean()) <= _standard_error(best - v) for v, _ in found)
-        chosen = next((i for i, is_good in enumerate(good) if is_good), 0)  # `finalize` tells the rest
+        chosen = next(
+            (i for i, is_good in enumerate(good) if is_good), 0
+        )  # `finalize` tells the rest
         self.window = windows[chosen]
         return self.window, found[chosen][1]
 
