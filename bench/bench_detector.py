@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from npad import NPad
-from npad.features.backbone import embed_in_parts
+from npad.features.backbone import levels_in_parts
 from npad.images.source import ImageSource
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.pipeline import score_in_parts
@@ -155,7 +155,14 @@ def bench_predict_gpu(device: torch.device, case: Gpu, folder: Path, race: Any) 
     scorer = model.scorer()
 
     backbone = Graphs(
-        lambda images: (reduce(embed_in_parts(scorer.network, images), scorer.projection),)
+        lambda images: tuple(
+            reduce(x, member.projection)
+            for member, x in zip(
+                scorer.members,
+                scorer.embeddings([levels_in_parts(n, images) for n in scorer.networks]),
+                strict=True,
+            )
+        )
     )
 
     def eager() -> object:

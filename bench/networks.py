@@ -1,10 +1,12 @@
 """What networks cost and give on a data set: accuracy, CPU time of fit and predict, model size.
 
-    python bench/networks.py CATEGORY tf_efficientnet_lite0 resnet18=FILE --threads 1 --out FILE.json
+    python bench/networks.py CATEGORY tf_efficientnet_lite0 resnet18=FILE \
+        resnet18=FILE+tf_efficientnet_lite0 --threads 1 --out FILE.json
 
-CATEGORY is a folder in the MVTec AD layout. Every network has npad's defaults. Times are CPU seconds
-of the process, so that other work on the machine counts less: of one fit, and of predicting the same
-images in turn, from files to scores and maps, the least of three.
+CATEGORY is a folder in the MVTec AD layout. Networks are joined by "+" where a model has several. All
+have npad's defaults. Times are CPU seconds of the process, so that other work on the machine counts
+less: of one fit, and of predicting the same images in turn, from files to scores and maps, the least
+of three.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Timed(NPad):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("category", type=Path)
-    parser.add_argument("networks", nargs="+", metavar="NAME[=WEIGHTS]")
+    parser.add_argument("networks", nargs="+", metavar="NAME[=WEIGHTS][+...]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -49,8 +51,10 @@ def main() -> None:
     images = sorted(p for p in (args.category / "test").rglob("*") if p.is_file())[:IMAGES]
     rows, models = {}, {}
     for network in args.networks:
-        name, _, weights = network.partition("=")
-        model = Timed(name, weights=weights or None, progress=False)
+        pairs = [one.partition("=") for one in network.split("+")]
+        name = " + ".join(one for one, _, _ in pairs)
+        files = [file or None for _, _, file in pairs]
+        model = Timed([one for one, _, _ in pairs], weights=files, progress=False)
         result = evaluate(model, category)
         models[name] = model
         rows[name] = {

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--weights")
     args = parser.parse_args()
     model = NPad.load(args.model, weights=args.weights)
-    centroids = model.centroids_.double()
+    (centroids,) = (m.centroids.double() for m in model.members_ if m.centroids is not None)
     mean = centroids.mean(0)
     centroids = centroids - mean
     axes = torch.linalg.eigh(centroids.T @ centroids).eigenvectors.flip(1)

@@ -19,6 +19,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
@@ -30,19 +31,23 @@ from numpy.typing import NDArray
 from peer_methods import Anomalib, Clock
 from PIL import Image
 from provenance import provenance
-from study_defaults import fit
+from study_defaults import fit, measured
 from torch import Tensor
 
-from npad import NPad, ops
 from npad.environment import versions
 from npad.evaluation.datasets import Category, Sample, find_categories
 from npad.evaluation.masks import read_mask
 from npad.evaluation.synthetic import make_dataset
-from npad.scoring.fusion import fusion_arguments, smoothing_sigma
+from npad.features.backbone import Backbone
+from npad.learned import LearnedMember
+from npad.members import Member
+from npad.scoring.fusion import scores_and_maps
 from npad.settings import Settings
 
 WINDOWS = (1, 3, 5)
 SCORE_WINDOWS = (1, 3)
+# One Gaussian over both layers, and the same map for the score.
+JOINT: dict[str, Any] = {"gaussians": "joint", "map_layers": (), "map_weight": 0.4}
 PEERS = {"PaDiM": "padim", "PatchCore": "patchcore"}
 
 Figures = dict[str, float]
@@ -119,34 +124,30 @@ def npad_rows(
     category: EmbeddedCategory, common: dict[str, Any], seed: int
 ) -> Iterable[tuple[str, Figures]]:
     """Each distance alone and their product, over all windows; the nominal set is the same for all."""
-    settings = Settings(**common, fusion="euclidean", seed=seed)
-    centroids = fit(settings, category.train).centroids
-    assert centroids is not None
-    batches = category.test.split(settings.batch_size)
-    grid = category.test.shape[1], category.test.shape[2]
+    settings = Settings(**common, **JOINT, seed=seed)
+    both = Member(0, category.layers)
+    train, test = category.train(both), category.test(both)
 
-    def figures(mahalanobis: Tensor | None, euclidean: Tensor | None, fusion: str) -> Figures:
-        terms = fusion_arguments(mahalanobis, euclidean, fusion, settings.fusion_weight)
-        smooth, scores = ops.anomaly_map(*terms, category.size, smoothing_sigma(category.size))
-        return category.measure(scores, smooth)
+    def distances(member: Member, **more: int) -> tuple[LearnedMember, dict[str, Tensor]]:
+        chosen = replace(settings, **more)
+        learned, _ = fit(chosen, member, train)
+        return learned, measured(learned, chosen, test)
 
-    nearest = [ops.nearest_centroid(x.flatten(0, 2), centroids)[0] for x in batches]
-    euclidean = torch.cat(nearest).view(-1, *grid)
-    yield "Euclidean alone", figures(None, euclidean, "euclidean")
+    def figures(fusion: str, *found: dict[str, Tensor]) -> Figures:
+        members = [(both, one) for one in found]
+        return category.measure(*scores_and_maps(members, replace(settings, fusion=fusion)))
+
+    _, euclidean = distances(replace(both, gaussian=False))
+    yield "Euclidean alone", figures("euclidean", euclidean)
     for window in WINDOWS:
-        gaussians = Settings(**common, nominal_set=None, window=window, seed=seed)
-        learned = fit(gaussians, category.train)
-        mean, factor = learned.mean, learned.factor
-        assert mean is not None
-        assert factor is not None
         for score_window in SCORE_WINDOWS:
-            mahalanobis = torch.cat(
-                [ops.mahalanobis(x, mean, factor, grid, score_window) for x in batches]
+            learned, mahalanobis = distances(
+                replace(both, nominal_set=False), window=window, score_window=score_window
             )
             name = f"window {window}, evaluation {score_window}"
-            found = figures(mahalanobis, None, "mahalanobis")
+            found = figures("mahalanobis", mahalanobis)
             yield f"Gaussians alone, {name}", found | {"eps": learned.eps or 0.0}
-            yield f"product, {name}", figures(mahalanobis, euclidean, "product")
+            yield f"product, {name}", figures("product", mahalanobis, euclidean)
 
 
 def peer_figures(
@@ -183,6 +184,7 @@ def study(data: str, args: argparse.Namespace) -> None:
         "image_size": args.image_size,
         "progress": False,
     }
+    network = Backbone(args.backbone, weights=args.weights)
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -193,7 +195,8 @@ def study(data: str, args: argparse.Namespace) -> None:
                 place = folder / f"{jitter:g}"
                 place.mkdir()
                 there = jittered(category, jitter, seed, place)
-                embedded = EmbeddedCategory(there, NPad(**common), place)
+                size = Settings(**common).size
+                embedded = EmbeddedCategory(there, [network], size, place)
                 found = dict(npad_rows(embedded, common, seed))
                 for peer, method in PEERS.items() if seed in args.seeds[: args.peers] else ():
                     found[peer] = peer_figures(method, there, embedded, args.weights, seed, place)

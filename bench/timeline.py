@@ -21,12 +21,11 @@ from bench_detector import SIZE, random_images, random_weights
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from npad import NPad, devices, ops
-from npad.features.backbone import embed_in_parts
+from npad import NPad, devices
+from npad.features.backbone import levels_in_parts
 from npad.images.source import ImageSource
 from npad.scoring import fusion
 from npad.scoring.pipeline import score_in_parts
-from npad.scoring.scorer import reduce
 
 ROUNDS = 20
 ROWS = 12
@@ -51,26 +50,18 @@ def parts(model: NPad, images: Tensor) -> dict[str, Callable[[], object]]:
     """The parts of `Scorer.forward`, each on what the one before it gives."""
     scorer = model.scorer()
 
-    def embed() -> Tensor:
-        return reduce(embed_in_parts(scorer.network, images), scorer.projection)
+    def embed() -> list[Tensor]:
+        return scorer.embeddings([levels_in_parts(n, images) for n in scorer.networks])
 
-    x = embed()
-    found: dict[str, Callable[[], object]] = {"embedding (backbone, embed, projection)": embed}
-    if scorer.mean is not None and scorer.factor is not None:
-        mean, factor = scorer.mean, scorer.factor
-        found["mahalanobis"] = lambda: ops.mahalanobis(
-            x, mean, factor, model.grid_, scorer.score_window
-        )
-    if scorer.centroids is not None:
-        centroids = scorer.centroids
-        found["nearest_centroid"] = lambda: ops.nearest_centroid(
-            x.flatten(0, 2), centroids, scorer.index
-        )
-    terms = fusion.fusion_arguments(
-        *scorer.distances(x), scorer.fusion, scorer.fusion_weight, scorer.standardization
-    )
-    sigma = fusion.smoothing_sigma(scorer.image_size)
-    found["anomaly_map"] = lambda: ops.anomaly_map(*terms, scorer.image_size, sigma)
+    embeddings = embed()
+    distances = []
+    found: dict[str, Callable[[], object]] = {"embedding (backbone, embed)": embed}
+    for member, x in zip(scorer.members, embeddings, strict=True):
+        kinds = " and ".join(member(x))
+        name = f"{kinds}, layers {', '.join(map(str, member.member.levels))}"
+        found[name] = lambda member=member, x=x: member(x)
+        distances.append((member.member, member(x)))
+    found["fusion, anomaly_map"] = lambda: fusion.scores_and_maps(distances, scorer.settings)
     found["all"] = lambda: score_in_parts(scorer, images)
     found["score()"] = lambda: model.score(images)
     return found

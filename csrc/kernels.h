@@ -55,10 +55,11 @@ using PackFactor = void(const float* factor, int64_t count, int64_t channels, fl
 using InverseCholesky = void(const float* covariance, int64_t count, int64_t channels,
                              float* packed, int32_t* info, int threads);
 
-// x (batch, height * width, channels) -> distance (batch, height * width).
+// x (batch, height * width, channels) -> distance (batch, height * width); with a prefix, which is
+// not 0, (2, batch, height * width): in so many of the channels, and in all.
 using Mahalanobis = void(const float* x, int64_t batch, int64_t height, int64_t width,
                          int64_t channels, const float* mean, const void* factor, FloatType type,
-                         int64_t window, float* distance, int threads);
+                         int64_t window, int64_t prefix, float* distance, int threads);
 
 // Axes of a centroid index, a multiple of four; those above the number of channels are zero.
 inline int64_t centroid_index_axes(int64_t channels) {
@@ -156,7 +157,7 @@ int inverse_cholesky(const float* covariance, int64_t count, int64_t channels, v
 
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
                 const float* mean, const void* factor, FloatType type, int64_t window,
-                float* distance, Stream stream);
+                int64_t prefix, float* distance, Stream stream);
 
 int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);
 int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from npad.learned import MEANINGS, TENSORS
+from npad.learned import MEANINGS, MEMBER_MEANINGS, TENSORS
 from npad.nominal_methods import METHODS
 from npad.settings import ARGUMENTS, Settings
 
@@ -62,10 +62,17 @@ def _tensors() -> str:
 
 
 def _values() -> str:
-    tensors = {t.name for t in TENSORS}
     return _table(
         ("key of the header", "what it is"),
-        ((f"`{name}`", text) for name, text in MEANINGS.items() if name not in tensors),
+        ((f"`{name}`", text) for name, text in MEANINGS.items()),
+    )
+
+
+def _members() -> str:
+    tensors = {t.name for t in TENSORS}
+    return _table(
+        ("key of a member", "what it is"),
+        ((f"`{name}`", text) for name, text in MEMBER_MEANINGS.items() if name not in tensors),
     )
 
 
@@ -92,6 +99,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "arguments": _arguments,
     "kept": _kept,
     "values": _values,
+    "members": _members,
     "tensors": _tensors,
     "nominal sets": _nominal_sets,
 }

@@ -6,24 +6,27 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from npad import devices, model_file, ops
+from npad import devices, model_file
 from npad._version import __version__
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.features.weights import places
 from npad.fitting import fit_images
 from npad.images import ImageSource, Reading
 from npad.images.depth import Range, least_depth
-from npad.learned import MEANINGS, TENSORS, Learned
+from npad.learned import MEANINGS, Learned, LearnedMember
+from npad.members import members_of
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
+from npad.old_models import upgraded
 from npad.ops import _cuda
 from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
@@ -31,12 +34,11 @@ from npad.scoring.pipeline import (
     MapSize,
     Run,
     embedder,
-    embeddings,
     predictions,
     score_in_parts,
 )
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer
+from npad.scoring.scorer import Scorer, embeddings, reduce
 from npad.settings import ARGUMENTS, Settings, uses_nominal_set
 
 __all__ = ["NPad", "Prediction"]
@@ -57,7 +59,7 @@ class NPad:
     Attributes
     ----------
     settings_ : Settings, with which the model was fitted
-    backbone_ : name, layers and weights_hash (SHA-256) of the backbone it was fitted on
+    backbones_ : name, layers and weights_hash (SHA-256) of each backbone it was fitted on
     {learned}
     skipped_ : (name, reason) of files skipped by ``fit(..., skip_bad=True)``
 
@@ -68,7 +70,11 @@ class NPad:
     """
 
     settings_: Settings
-    backbone_: dict[str, Any]
+    backbones_: list[dict[str, Any]]
+    n_images_: int
+    members_: tuple[LearnedMember, ...]
+    darkest_: float
+    n_bits_: int | None
     skipped_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
@@ -77,20 +83,23 @@ class NPad:
 
     def __init__(
         self,
-        backbone: str = "wide_resnet50_2",
+        backbone: str | Sequence[str] = "wide_resnet50_2",
         *,
         layers: Sequence[int] | None = None,
-        image_size: int | tuple[int, int] = 256,
+        map_layers: Sequence[int] | None = None,
+        gaussians: str = "per_layer",
+        image_size: int | tuple[int, int] | None = None,
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
-        weights: str | Path | None = None,
-        window: int = 3,
+        weights: str | Path | Sequence[str | Path | None] | None = None,
+        window: int | str = "auto",
         score_window: int = 1,
         eps: float | str = "auto",
         nominal_set: str | None = "kcenter",
         n_centroids: float = 8192,
         fusion: str | None = None,
         fusion_weight: float = 0.4,
+        map_weight: float = 0.3,
         factor_dtype: str = "float16",
         n_features: int | None = None,
         reduction: str = "pca",
@@ -104,6 +113,8 @@ class NPad:
     ) -> None:
         self.backbone = backbone
         self.layers = layers
+        self.map_layers = map_layers
+        self.gaussians = gaussians
         self.image_size = image_size
         self.bit_depth = bit_depth
         self.max_pixels = max_pixels
@@ -115,6 +126,7 @@ class NPad:
         self.n_centroids = n_centroids
         self.fusion = fusion
         self.fusion_weight = fusion_weight
+        self.map_weight = map_weight
         self.factor_dtype = factor_dtype
         self.n_features = n_features
         self.reduction = reduction
@@ -129,11 +141,6 @@ class NPad:
         Settings(
             **self.get_params()
         )  # and again when it is used: an attribute may be set meanwhile
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Learned values, of which `npad.learned` has the list."""
 
     # ----------------------------------------------------------------------------------------------
     # Arguments.
@@ -174,6 +181,20 @@ class NPad:
             A value that an argument may not have.
         """
         return self._settings().to_json()
+
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) to which images are resized: ``image_size``, else the backbone's own.
+
+        Raises
+        ------
+        BackboneError
+            The backbone, which is made for this, cannot be had.
+        """
+        settings = self._settings()
+        if settings.image_size is None:
+            device = devices.resolve(settings.device)
+            settings = _sized(settings, self._own_networks(settings, device, fitting=True))
+        return settings.size
 
     def _settings(self) -> Settings:
         """The arguments in force; made again when one of them is another object."""
@@ -237,24 +258,30 @@ class NPad:
         if uses_nominal_set(settings.fusion):
             METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
         with devices.explained("NPad.fit", device), devices.plain(device):
-            network = self._network(settings, device, fitting=True, kept=False)
-            network.grid(settings.image_size)  # a size that does not work is told before the work
+            networks = self._backbones(settings, device, fitting=True, kept=False)
+            settings = _sized(settings, networks)
+            for network in networks:
+                network.grid(settings.size)  # what does not work is told before the work
+            _check_features(settings, networks)
+            members = members_of(settings, networks)
+            embed = embedder(networks, partial(embeddings, members, networks), device, "NPad.fit")
             images = _open(source, settings, device, skip_bad)
-            learned = fit_images(settings, embedder(network, device, "NPad.fit"), images)
+            learned = fit_images(settings, members, embed, images)
         _tell_of_depth(images, settings)
-        self._adopt(settings, learned, network)
+        self._adopt(settings, learned, networks)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
 
-    def _adopt(self, settings: Settings, learned: Learned, network: Backbone) -> None:
+    def _adopt(self, settings: Settings, learned: Learned, networks: Sequence[Backbone]) -> None:
         """Become the model of these; until here it is what it was."""
         found = {f"{name}_": value for name, value in vars(learned).items()}
-        vars(self).update(found, settings_=settings, backbone_=network.identity)
-        self._networks = {key: n for key, n in self._networks.items() if n is network}
+        identities = [network.identity for network in networks]
+        vars(self).update(found, settings_=settings, backbones_=identities)
+        self._networks = {key: n for key, n in self._networks.items() if n in networks}
         self._scoring = self._graphs = None
 
     def embed(self, source: Any, *, skip_bad: bool = False) -> Tensor:
-        """Embeddings of images, as a fit computes them.
+        """Embeddings of images, as the nominal set knows them.
 
         Parameters
         ----------
@@ -262,8 +289,9 @@ class NPad:
 
         Returns
         -------
-        (N, h, w, C) float32, on the device. A fitted model reduces them as it does when it scores; one
-        that is not fitted keeps all channels, whatever ``n_features``.
+        (N, h, w, C) float32, on the device: ``layers`` of each backbone, one after another on the
+        grid of the first. A fitted model reduces them to the axes of its nominal sets, where these
+        have axes; otherwise all channels are kept, whatever ``n_features``.
 
         Raises
         ------
@@ -286,12 +314,30 @@ class NPad:
         """
         settings = self._settings()
         device = devices.resolve(settings.device)
-        projection = self._learned(device).projection if self._is_fitted else None
-        network = self._own_network(settings, device, fitting=True)
-        embed = embedder(network, device, "NPad.embed")
+        learned = self._learned(device).members if self._is_fitted else ()
+        axes = {m.member.network: m.projection for m in learned if m.centroids is not None}
+        networks = self._own_networks(settings, device, fitting=True)
+        settings = _sized(settings, networks)
+        grid = networks[0].grid(settings.size)
+
+        def combine(levels: list[list[Tensor]]) -> tuple[Tensor]:
+            parts = [
+                reduce(network.combined(features, network.layers, grid=grid), axes.get(i))
+                for i, (network, features) in enumerate(zip(networks, levels, strict=True))
+            ]
+            return (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0],)
+
+        embed = embedder(networks, combine, device, "NPad.embed")
         images = _open(source, settings, device, skip_bad, fitted=Range())
 
-        return embeddings(images, embed, projection, device, "NPad.embed")
+        def batches() -> Iterator[Tensor]:
+            with closing(images.batches()) as opened:
+                for batch in opened:
+                    with devices.explained("NPad.embed", device):
+                        (x,) = embed(batch.images)
+                    yield x
+
+        return batches()
 
     # ----------------------------------------------------------------------------------------------
     # Predict.
@@ -394,7 +440,7 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        height, width = settings.image_size
+        height, width = settings.size
         if images.dtype != torch.float32:
             raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
@@ -428,8 +474,8 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        network = self._own_network(settings, device)
-        return Scorer(network, self._learned_for(settings, device), settings)
+        networks = self._own_networks(settings, device)
+        return Scorer(networks, self._learned_for(settings, device), settings)
 
     def to(self, device: str | torch.device) -> NPad:
         """Move the model to a torch device, or to a GPU if there is one ("auto").
@@ -464,18 +510,14 @@ class NPad:
         """
         self._check_fitted()
         settings = self._settings()
-        learned = self._learned_for(settings)
-        network = self._own_network(settings, devices.resolve(settings.device))
+        learned = self._learned_for(settings).used_by(settings)
         header = {
             "npad_version": __version__,
             "settings": settings.to_json(),
-            "backbone": self.backbone_,
-            "channels": network.channels,
+            "backbones": self.backbones_,
             **learned.to_json(),
         }
-        needed = {tensor.name for tensor in TENSORS if tensor.when(settings)}
-        tensors = {name: x for name, x in learned.tensors().items() if name in needed}
-        model_file.write_model(path, header, tensors, progress=settings.progress)
+        model_file.write_model(path, header, learned.tensors(), progress=settings.progress)
 
     @classmethod
     def load(
@@ -508,31 +550,39 @@ class NPad:
         found = devices.resolve(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
+            header, tensors = upgraded(header, tensors)
             given = header["settings"] | {"device": device, "progress": progress}
             if weights is not None:
                 given["weights"] = weights
             model = cls(**given)
             settings = Settings(**given)
-            learned = Learned.of(header, settings)
-            channels, n_centroids = int(header["channels"]), int(header["n_centroids"] or 0)
-            sizes = _sizes(settings, learned.grid, channels, n_centroids)
-            backbone = {key: str(header["backbone"][key]) for key in ("name", "weights_hash")}
+            learned = Learned.of(header)
+            fitted = [
+                {key: str(one[key]) for key in ("name", "weights_hash")}
+                for one in header["backbones"]
+            ]
+            image_size = settings.size
+            expected = _expected(settings, learned, header["members"])
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
                 f"has a header that this npad cannot use ({reason}); fit and save the model again"
             )
             raise ModelFileError(path, problem) from error
-        model_file.check_tensors(path, tensors, Learned.expected(settings, sizes))
-        where = places(settings.weights, Path(path)) if weights is None else [settings.weights]
-        network, settings = model._network_of_file(path, settings, found, backbone, where)
-        if network.grid(settings.image_size) != learned.grid:
-            raise ModelFileError(
-                path,
-                f"has grid {learned.grid}, which its backbone does not make of images of "
-                f"{settings.image_size}; fit and save the model again",
-            )
-        model._adopt(settings, learned.having(tensors).to(found), network)
+        model_file.check_tensors(path, tensors, expected)
+        networks, settings = model._networks_of_file(
+            path, settings, found, fitted, searched=weights is None
+        )
+        for member in learned.members:
+            of = networks[member.member.network]
+            own = member.member.levels[0] if member.member.own_grid else None
+            if of.grid(image_size, own) != member.grid:
+                raise ModelFileError(
+                    path,
+                    f"has grid {member.grid}, which its backbone does not make of images of "
+                    f"{image_size}; fit and save the model again",
+                )
+        model._adopt(settings, learned.having(tensors).to(found), networks)
         model.skipped_ = []
         return model
 
@@ -568,31 +618,73 @@ class NPad:
     # ----------------------------------------------------------------------------------------------
     # Parts.
 
-    def _network(
+    def _backbones(
         self,
         settings: Settings,
         device: torch.device,
         *,
         fitting: bool = False,
         kept: bool = True,
-    ) -> Backbone:
-        """The backbone, in the precision of fitting or of scoring.
+    ) -> list[Backbone]:
+        """The backbones, in the precision of fitting or of scoring.
 
-        One that is kept goes on as it was read; a fit looks whether its file is another by now.
+        Those that are kept go on as they were read; a fit looks whether a file is another by now.
         """
         if settings.backbone_dtype is not None:
             dtype = getattr(torch, settings.backbone_dtype)
         else:  # as measured: float16 costs nothing in scoring, but fitting chooses other centroids
             half = device.type == "cuda" and not fitting
             dtype = torch.float16 if half else torch.float32
-        key = (
-            settings.backbone, settings.layers, settings.weights, dtype, settings.compile, device
-        )  # fmt: skip
-        network = self._networks.get(key) if kept else None
-        if network is None:
-            network = shared_backbone(*key)
-            self._networks = {**self._networks, key: network}  # another thread may walk the old one
-        return network
+        found = []
+        for name, weights in settings.networks:
+            key = (
+                name, settings.layers, weights, dtype, settings.compile, device,
+                settings.levels_of_maps,
+            )  # fmt: skip
+            network = self._networks.get(key) if kept else None
+            if network is None:
+                network = shared_backbone(*key)
+                self._networks = {**self._networks, key: network}  # another thread may walk the old
+            found.append(network)
+        return found
+
+    def _networks_of_file(
+        self,
+        path: str | Path,
+        settings: Settings,
+        device: torch.device,
+        fitted: Sequence[Mapping[str, Any]],
+        *,
+        searched: bool,
+    ) -> tuple[list[Backbone], Settings]:
+        """The backbones that a model file was fitted on, and the settings with where their weights are.
+
+        Parameters
+        ----------
+        fitted : name and weights_hash of each
+        searched : whether their weights may be elsewhere than the settings say
+
+        Raises
+        ------
+        BackboneError
+            No place has weights.
+        ModelFileError
+            They are other ones, or those of another number of backbones.
+        """
+        if len(fitted) != len(settings.networks):
+            raise ModelFileError(path, f"names {len(fitted)} backbones; fit and save it again")
+        networks, found = [], []
+        for (name, given), known in zip(settings.networks, fitted, strict=True):
+            where = places(given, Path(path)) if searched else [given]
+            one = replace(settings, backbone=name, weights=None)
+            network, place = self._network_of_file(path, one, device, known, where)
+            networks.append(network)
+            found.append(place)
+        weights = tuple(found) if len(found) > 1 else found[0]
+        if searched and weights != settings.weights and any(found):
+            self.weights = weights
+            settings = replace(settings, weights=weights)
+        return networks, settings
 
     def _network_of_file(
         self,
@@ -601,48 +693,39 @@ class NPad:
         device: torch.device,
         fitted: Mapping[str, Any],
         where: Sequence[str | None],
-    ) -> tuple[Backbone, Settings]:
-        """The backbone that a model file was fitted on, and the settings with the place of its weights.
-
-        Raises
-        ------
-        BackboneError
-            No place has weights.
-        ModelFileError
-            They are other ones.
-        """
+    ) -> tuple[Backbone, str | None]:
+        """As `_networks_of_file`, of one backbone; and the place of its weights."""
         problem: Exception | None = None
         for place in where:
-            chosen = replace(settings, weights=place)
             try:
-                network = self._network(chosen, device)
+                (network,) = self._backbones(replace(settings, weights=place), device)
             except BackboneError as error:
                 problem = BackboneError(f"{path}: its backbone cannot be made: {error}")
                 continue
             other = _other_backbone(network, fitted)
             if other is None:
-                if place != settings.weights:
-                    self.weights = place
-                return network, chosen
+                return network, place
             problem = ModelFileError(path, other)
         assert problem is not None
         raise problem
 
-    def _own_network(
+    def _own_networks(
         self, settings: Settings, device: torch.device, *, fitting: bool = False
-    ) -> Backbone:
-        """As `_network`; for a fitted model, only the one that it was fitted on will do.
+    ) -> list[Backbone]:
+        """As `_backbones`; for a fitted model, only those that it was fitted on will do.
 
         Raises
         ------
         BackboneError
             The weights are other ones now.
         """
-        network = self._network(settings, device, fitting=fitting)
-        problem = _other_backbone(network, self.backbone_) if self._is_fitted else None
-        if problem:
-            raise BackboneError(f"NPad: the model {problem}")
-        return network
+        networks = self._backbones(settings, device, fitting=fitting)
+        if self._is_fitted:
+            for network, fitted in zip(networks, self.backbones_, strict=True):
+                problem = _other_backbone(network, fitted)
+                if problem:
+                    raise BackboneError(f"NPad: the model {problem}")
+        return networks
 
     def _learned(self, device: torch.device | None = None) -> Learned:
         """What the fit left, moved to the device first if it is elsewhere."""
@@ -650,7 +733,7 @@ class NPad:
         tensors = learned.tensors().values()
         if device is not None and any(tensor.device != device for tensor in tensors):
             learned = learned.to(device)
-            vars(self).update({f"{name}_": x for name, x in learned.tensors().items()})
+            self.members_ = learned.members
             self._scoring = self._graphs = None
         return learned
 
@@ -667,13 +750,16 @@ class NPad:
 
     def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
         """Made when it is first used, and again when something that it depends on is another."""
-        learned, network = self._learned_for(settings, device), self._own_network(settings, device)
-        parts = network, *learned.tensors().values()  # kept by the scorer: no other gets their ids
-        live = settings.image_size, settings.score_window, settings.fusion, settings.fusion_weight
-        key = *map(id, parts), *live, learned.standardization
+        learned, networks = (
+            self._learned_for(settings, device),
+            self._own_networks(settings, device),
+        )
+        parts = [*networks, *learned.tensors().values()]  # kept: no others get their ids
+        weights = settings.fusion_weight, settings.map_weight
+        key = *map(id, parts), settings.size, settings.score_window, settings.fusion, *weights
         kept = self._scoring
         if kept is None or kept[0] != key:
-            kept = self._scoring = key, Scorer(network, learned, settings)
+            kept = self._scoring = key, Scorer(networks, learned, settings)
         return kept[1]
 
     def _on_device(
@@ -701,6 +787,20 @@ class NPad:
 _CACHES = ("_networks", "_scoring", "_graphs", "_in_force")
 
 
+def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
+    """These, with the networks' own size of images where none is given."""
+    if settings.image_size is not None:
+        return settings
+    sizes = {network.name: network.default_size for network in networks}
+    if len(set(sizes.values())) > 1:
+        own = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
+        raise ValueError(
+            f"NPad: by default the backbones see images of different sizes ({own}); give one "
+            "image_size that all of them take"
+        )
+    return replace(settings, image_size=sizes[networks[0].name])
+
+
 def _open(
     source: Any,
     settings: Settings,
@@ -712,7 +812,7 @@ def _open(
 ) -> ImageSource:
     return ImageSource(
         source,
-        image_size=settings.image_size,
+        image_size=settings.size,
         batch_size=settings.batch_size,
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",
@@ -741,17 +841,23 @@ def _tell_of_depth(images: ImageSource, settings: Settings) -> None:
     )
 
 
-def _sizes(
-    settings: Settings, grid: tuple[int, int], channels: int, n_centroids: int
-) -> dict[str, int]:
-    """What the symbols of `npad.learned` stand for."""
-    reduced = settings.n_features or channels
+def _check_features(settings: Settings, networks: Sequence[Backbone]) -> None:
+    for network in networks:
+        if settings.n_features is not None and settings.n_features > network.channels:
+            raise ValueError(
+                f"NPad: n_features={settings.n_features} is more than the {network.channels} channels "
+                f"of {network.name}; give at most that, or None"
+            )
+
+
+def _expected(
+    settings: Settings, learned: Learned, members: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a model file, by what its header says of the members."""
     return {
-        "P": grid[0] * grid[1],
-        "D": channels,
-        "C": reduced,
-        "packed": ops.packed_size(reduced),
-        "K": n_centroids,
+        f"{i}.{name}": what
+        for i, (member, values) in enumerate(zip(learned.members, members, strict=True))
+        for name, what in member.expected(settings, int(values["n_centroids"] or 0)).items()
     }
 
 

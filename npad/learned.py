@@ -13,25 +13,43 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from npad.members import Member
+from npad.ops.reference import packed_size
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
 
-__all__ = ["MEANINGS", "TENSORS", "Learned", "LearnedTensor", "Standardization"]
+__all__ = [
+    "MEANINGS",
+    "MEMBER_MEANINGS",
+    "TENSORS",
+    "Learned",
+    "LearnedMember",
+    "LearnedTensor",
+    "Standardization",
+]
 
 
 @dataclass(frozen=True)
 class Standardization:
-    """Mean and standard deviation of both maps on nominal images held out from the fit."""
+    """Mean and standard deviation of distances on nominal images held out from the fit."""
 
-    mahalanobis_mean: float
-    mahalanobis_std: float
-    euclidean_mean: float
-    euclidean_std: float
+    mean: float
+    std: float
 
     @classmethod
-    def of(cls, mahalanobis: Tensor, euclidean: Tensor) -> Standardization:
-        """Measure both maps (any shape, two values or more)."""
-        moments = torch.mean, torch.std
-        return cls(*(float(f(x.double())) for x in (mahalanobis, euclidean) for f in moments))
+    def of(cls, distances: Tensor) -> Standardization:
+        """Measure distances (any shape, two values or more)."""
+        x = distances.double()
+        return cls(float(x.mean()), float(x.std()))
+
+    @staticmethod
+    def to_json(known: Mapping[str, Standardization] | None) -> dict[str, Any] | None:
+        """Those of several kinds, as JSON types."""
+        return {kind: asdict(one) for kind, one in known.items()} if known else None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> dict[str, Standardization] | None:
+        """What `to_json` was given."""
+        return {kind: cls(**one) for kind, one in values.items()} if values else None
 
 
 @dataclass(frozen=True)
@@ -40,18 +58,18 @@ class LearnedTensor:
 
     Attributes
     ----------
-    name : of the field of `Learned`, and of the tensor in a model file
-    shape : of symbols, see `Learned.expected`
+    name : of the field of `LearnedMember`
+    shape : of symbols, see `LearnedMember.expected`
     dtype : its name, or the name of the setting that holds it
     meaning : a line for the docs
-    when : whether a model of these settings has it
+    when : whether a member of a model of these settings has it
     """
 
     name: str
     shape: tuple[str, ...]
     dtype: str
     meaning: str
-    when: Callable[[Settings], bool]
+    when: Callable[[Settings, Member], bool]
 
     def torch_dtype(self, settings: Settings) -> torch.dtype:
         """The dtype in a model of these settings."""
@@ -60,88 +78,67 @@ class LearnedTensor:
         return dtype
 
 
-def _tensor(
-    shape: str, dtype: str, meaning: str, when: Callable[[Settings], bool] = lambda _: True
-) -> Any:
+def _tensor(shape: str, dtype: str, meaning: str, when: Callable[[Settings, Member], bool]) -> Any:
     known = {"shape": tuple(shape.split(", ")), "dtype": dtype, "meaning": meaning, "when": when}
     return field(default=None, metadata={"tensor": known})
 
 
-def _grid(value: Any, settings: Settings) -> tuple[int, int]:
-    height, width = (int(side) for side in value)
-    return height, width
-
-
-def _n_images(value: Any, settings: Settings) -> int:
-    return int(value)
-
-
-def _eps(value: Any, settings: Settings) -> float | None:
-    if isinstance(value, (int, float)) and value >= 0:
-        return float(value)
-    if value is None and not uses_gaussians(settings.fusion):
-        return None
-    raise ValueError(f"eps is {value!r}")
-
-
-def _standardization(value: Any, settings: Settings) -> Standardization | None:
-    return Standardization(**value) if value else None
-
-
-def _darkest(value: Any, settings: Settings) -> float:
-    return float(value)
-
-
-def _n_bits(value: Any, settings: Settings) -> int | None:
-    return None if value is None else int(value)
-
-
-def _value(meaning: str, read: Callable[[Any, Settings], Any], default: Any = MISSING) -> Any:
+def _value(meaning: str, read: Callable[[Any], Any], default: Any = MISSING) -> Any:
     """`read` makes it of what JSON gives back; the default is that of models which have none."""
     return field(default=default, metadata={"meaning": meaning, "read": read})
 
 
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """What a fit has found; tensors are None where a model's settings do without them."""
+def _grid(value: Any) -> tuple[int, int]:
+    height, width = (int(side) for side in value)
+    return height, width
 
+
+def _eps(value: Any) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and value >= 0):
+        return None if value is None else float(value)
+    raise ValueError(f"eps is {value!r}")
+
+
+def _count_or_none(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _read(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a class that are no tensors, from JSON."""
+    known = [f for f in fields(cls) if "read" in f.metadata]
+    return {
+        f.name: f.metadata["read"](values[f.name])
+        for f in known
+        if f.name in values or f.default is MISSING
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedMember:
+    """What a fit has found for a member; tensors are None where it does without them."""
+
+    member: Member = _value("which embedding it is of, and what is done with it", Member.of)
+    channels: int = _value("of the embedding, as its levels give them", int)
     grid: tuple[int, int] = _value("(H, W) of the embeddings", _grid)
-    n_images: int = _value("images fitted", _n_images)
     eps: float | None = _value("the eps in use; None where no Gaussian is", _eps)
-    standardization: Standardization | None = _value(
-        'mean and standard deviation of both maps, for the fusion "sum"', _standardization
-    )
-    darkest: float = _value(
-        "the largest value, 0 to 1, that every image fitted reaches", _darkest, default=0.0
-    )
-    n_bits: int | None = _value(
-        "bits that the images fitted use, where they are fewer than the 16 that they are read as",
-        _n_bits,
-        default=None,
-    )
+    window: int | None = _value("the training window in use; as eps", _count_or_none)
     projection: Tensor | None = _tensor(
         "D, C",
         "float32",
-        "axes to which the backbone's D channels are reduced, with n_features",
-        lambda settings: settings.n_features is not None,
+        "axes to which D channels are reduced, with n_features",
+        lambda settings, _: settings.n_features is not None,
     )
     mean: Tensor | None = _tensor(
-        "P, C",
-        "float32",
-        "means of the Gaussians",
-        lambda settings: uses_gaussians(settings.fusion),
+        "P, C", "float32", "means of the Gaussians", lambda _, member: member.gaussian
     )
     factor: Tensor | None = _tensor(
         "P, packed",
         "factor_dtype",
         "inverse Cholesky factors of their covariances, packed lower triangles",
-        lambda settings: uses_gaussians(settings.fusion),
+        lambda _, member: member.gaussian,
     )
     centroids: Tensor | None = _tensor(
-        "K, C",
-        "float32",
-        "the nominal set",
-        lambda settings: uses_nominal_set(settings.fusion),
+        "K, E", "float32", "the nominal set", lambda _, member: member.nominal_set
     )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,39 +146,149 @@ class Learned:
         found = {tensor.name: getattr(self, tensor.name) for tensor in TENSORS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    @property
+    def n_centroids(self) -> int | None:
+        """Size of the nominal set, or None without one."""
+        return None if self.centroids is None else len(self.centroids)
+
+    def __str__(self) -> str:
+        """A line for people."""
+        of = "layer" if len(self.member.levels) == 1 else "layers"
+        found = []
+        if self.member.gaussian:
+            height, width = self.grid
+            found.append(f"{height} x {width} Gaussians, window {self.window}, eps {self.eps:.3g}")
+        if self.centroids is not None:
+            found.append(f"{self.n_centroids} centroids")
+        levels = ", ".join(map(str, self.member.levels))
+        return f"{of} {levels}, {self.channels} channels: {', '.join(found)}"
+
+    def used_by(self, settings: Settings) -> LearnedMember | None:
+        """What a model of these settings needs of it, if anything."""
+        part = self.member.used_by(settings.fusion)
+        if part is None:
+            return None
+        unused: dict[str, Any] = {t.name: None for t in TENSORS if not t.when(settings, part)}
+        return replace(self, member=part, **unused)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tensors, as JSON types."""
+        return {
+            "member": self.member.to_json(),
+            "channels": self.channels,
+            "grid": list(self.grid),
+            "eps": self.eps,
+            "window": self.window,
+            "n_centroids": self.n_centroids,
+        }
+
+    def expected(
+        self, settings: Settings, n_centroids: int
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor."""
+        reduced = min(settings.n_features or self.channels, self.channels)
+        sizes = {
+            "P": self.grid[0] * self.grid[1],
+            "D": self.channels,
+            "C": reduced,
+            "E": self.member.prefix or reduced,
+            "packed": packed_size(reduced),
+            "K": n_centroids,
+        }
+        return {
+            t.name: (t.torch_dtype(settings), tuple(sizes[symbol] for symbol in t.shape))
+            for t in TENSORS
+            if t.when(settings, self.member)
+        }
+
+
+def _n_images(value: Any) -> int:
+    if isinstance(value, int) and value > 0:
+        return value
+    raise ValueError(f"n_images is {value!r}")
+
+
+def _members(values: Any) -> tuple[LearnedMember, ...]:
+    return tuple(LearnedMember(**_read(LearnedMember, value)) for value in values)
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What a fit has found."""
+
+    n_images: int = _value("images fitted", _n_images)
+    members: tuple[LearnedMember, ...] = _value("what was learned of each embedding", _members)
+    darkest: float = _value(
+        "the largest value, 0 to 1, that every image fitted reaches", float, default=0.0
+    )
+    n_bits: int | None = _value(
+        "bits that the images fitted use, where they are fewer than the 16 that they are read as",
+        _count_or_none,
+        default=None,
+    )
+    standardization: dict[str, Standardization] | None = _value(
+        'mean and standard deviation of the distances that are fused, for the fusion "sum"',
+        Standardization.from_json,
+        default=None,
+    )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the maps before they are upsampled: the finest of the members'."""
+        return max(member.grid for member in self.members)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, under the names that they have in a model file."""
+        return {
+            f"{i}.{name}": tensor
+            for i, member in enumerate(self.members)
+            for name, tensor in member.tensors().items()
+        }
+
+    def having(self, tensors: Mapping[str, Tensor]) -> Learned:
+        """The same with these tensors, named as `tensors` does."""
+        members = []
+        for i, member in enumerate(self.members):
+            found: dict[str, Any] = {t.name: tensors.get(f"{i}.{t.name}") for t in TENSORS}
+            members.append(replace(member, **found))
+        return replace(self, members=tuple(members))
+
     def to(self, device: torch.device) -> Learned:
         """The same on a device."""
         return self.having({name: x.to(device) for name, x in self.tensors().items()})
 
-    def having(self, tensors: Mapping[str, Any]) -> Learned:
-        """The same with these tensors."""
-        return replace(self, **tensors)
+    def used_by(self, settings: Settings) -> Learned:
+        """What a model of these settings needs of it."""
+        parts = (member.used_by(settings) for member in self.members)
+        return replace(self, members=tuple(part for part in parts if part is not None))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    @property
-    def n_centroids(self) -> int | None:
-        """Size of the nominal set, or None without one."""
-        return None if self.centroids is None else len(self.centroids)
-
     def lacks(self, settings: Settings) -> list[str]:
-        """What a model of these settings needs and has not got, by name."""
-        needed = [t.name for t in TENSORS if t.when(settings)]
-        needed += ["standardization"] if settings.fusion == "sum" else []
-        return [name for name in needed if getattr(self, name) is None]
+        """What a model of these settings needs and has not got, in words."""
+        needed = {
+            "Gaussians": uses_gaussians(settings.fusion) and not self._has("factor"),
+            "a nominal set": uses_nominal_set(settings.fusion) and not self._has("centroids"),
+            "a standardization": settings.fusion == "sum" and not self.standardization,
+        }
+        return [what for what, is_missing in needed.items() if is_missing]
+
+    def _has(self, name: str) -> bool:
+        return any(getattr(member, name) is not None for member in self.members)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if "read" in f.metadata}
-        values["grid"] = list(self.grid)
-        values["standardization"] = asdict(self.standardization) if self.standardization else None
-        return {**values, "n_centroids": self.n_centroids}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {
+            "members": [member.to_json() for member in self.members],
+            "standardization": Standardization.to_json(self.standardization),
+        }
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], settings: Settings) -> Learned:
+    def of(cls, values: Mapping[str, Any]) -> Learned:
         """All but the tensors, from what `to_json` gave.
 
         Raises
@@ -193,36 +300,20 @@ class Learned:
         ValueError
             As TypeError.
         """
-        read = [f for f in fields(cls) if "read" in f.metadata]
-        return cls(
-            **{
-                f.name: f.metadata["read"](values[f.name], settings)
-                for f in read
-                if f.name in values or f.default is MISSING
-            }
-        )
-
-    @staticmethod
-    def expected(
-        settings: Settings, sizes: Mapping[str, int]
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of each tensor of a model.
-
-        Parameters
-        ----------
-        settings : of the model
-        sizes : of the symbols: P positions of the grid, D channels of the backbone, C of an embedding,
-            ``packed`` elements of a packed triangle of C rows, K centroids
-        """
-        return {
-            t.name: (t.torch_dtype(settings), tuple(sizes[symbol] for symbol in t.shape))
-            for t in TENSORS
-            if t.when(settings)
-        }
+        return cls(**_read(cls, values))
 
 
 TENSORS: Final = tuple(
-    LearnedTensor(f.name, **f.metadata["tensor"]) for f in fields(Learned) if "tensor" in f.metadata
+    LearnedTensor(f.name, **f.metadata["tensor"])
+    for f in fields(LearnedMember)
+    if "tensor" in f.metadata
 )
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    return {f.name: f.metadata.get("tensor", f.metadata)["meaning"] for f in fields(cls)}
+
+
 # Of every field, in a line.
-MEANINGS: Final = {f.name: f.metadata.get("tensor", f.metadata)["meaning"] for f in fields(Learned)}
+MEANINGS: Final = _meanings(Learned)
+MEMBER_MEANINGS: Final = _meanings(LearnedMember)

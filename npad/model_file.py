@@ -5,7 +5,7 @@ Layout of the file, which any safetensors reader opens::
     8 bytes   length of the table, little endian
     table     {"__metadata__": {"npad": HEADER}, name: {"dtype", "shape", "data_offsets"}, ...}
     data      the tensors, in the table's order, without gaps
-    HEADER    {"sha256": ..., "format_version": 1, "header": {...}}, as a string
+    HEADER    {"sha256": ..., "format_version": 2, "header": {...}}, as a string
 
 The SHA-256 is that of the whole file with its own 64 digits set to "0", so no changed byte goes
 unnoticed. It stands at a fixed place: tensors are hashed while they stream to the disk, and the
@@ -34,7 +34,7 @@ from npad.progress import Advance, task
 
 __all__ = ["FORMAT_VERSION", "ModelFileError", "check_tensors", "read_model", "write_model"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _DTYPES = {
     "F64": torch.float64,
@@ -312,7 +312,7 @@ def _decode_table(
             f"{FORMAT_VERSION}; upgrade npad",
         )
     header = content.get("header")
-    if version != FORMAT_VERSION or not isinstance(header, dict):
+    if type(version) is not int or version < 1 or not isinstance(header, dict):
         raise malformed
     return header, entries
 

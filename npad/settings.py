@@ -31,8 +31,10 @@ __all__ = [
 ]
 
 FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
+GAUSSIANS: Final = ("per_layer", "joint")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 REDUCTIONS: Final = ("pca", "random")
+WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
 
 
@@ -99,16 +101,34 @@ def _text(what: str) -> Check:
     return check
 
 
+def _one_or_more(check: Check, what: str) -> Check:
+    """Of one value, or of a list of them, which becomes a tuple; a list of one is that one."""
+
+    def check_all(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return check(value)
+        if not value:
+            raise _UnfitError(what)
+        values = tuple(map(check, value))
+        return values if len(values) > 1 else values[0]
+
+    return check_all
+
+
 def _backbone(value: Any) -> str:
     """As timm names it, whose models stand on the Hugging Face hub under timm/."""
-    name: str = _text("the name of a timm model or 'filterbank'")(value)
+    name: str = _text(_BACKBONE)(value)
     return re.sub(r"^(hf[-_]hub:)?timm/(?=.)", "", name)
 
 
 def _path(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return str(os.fspath(value))
-    raise _UnfitError("the path of a file")
+    raise _UnfitError(_PATH)
+
+
+_BACKBONE: Final = "the name of a timm model or 'filterbank', or a list of such names"
+_PATH: Final = "the path of a file, or a list of one for each backbone"
 
 
 def _height_width(value: Any) -> tuple[int, int]:
@@ -121,6 +141,10 @@ def _height_width(value: Any) -> tuple[int, int]:
     except (_UnfitError, ValueError):
         raise _UnfitError("a positive int or (height, width)") from None
     return height, width
+
+
+def _map_levels(value: Any) -> tuple[int, ...]:
+    return () if isinstance(value, (list, tuple)) and not value else _levels(value)
 
 
 def _levels(value: Any) -> tuple[int, ...]:
@@ -163,12 +187,19 @@ def _eps(value: Any) -> float | str:
     return _number("'auto' or a number of at least 0", lambda n: 0 <= n < math.inf)(value)
 
 
+def _window(value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    return _int("'auto' or an odd int of at least 1", lambda n: n >= 1 and n % 2 == 1)(value)
+
+
 def _device(value: Any) -> Any:
     """Whether it is there, only PyTorch can say: see `npad.devices.resolve`."""
     return value
 
 
 _odd = _int("an odd int of at least 1", lambda n: n >= 1 and n % 2 == 1)
+_share = _number("a number from 0 to 1", lambda n: 0 <= n <= 1)
 _count = _int("an int of at least 1", lambda n: n >= 1)
 
 
@@ -188,6 +219,21 @@ def _parse_levels(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _parse_map_levels(text: str) -> tuple[int, ...]:
+    return () if text == "none" else _parse_levels(text)
+
+
+def _parse_names(text: str) -> str | list[str]:
+    names = text.split(",")
+    return names if len(names) > 1 else text
+
+
+def _parse_files(text: str) -> str | list[str | None]:
+    if Path(text).is_file() or "," not in text:
+        return _parse_file(text)
+    return [_parse_file(part) if part else None for part in text.split(",")]
+
+
 def _parse_size(text: str) -> int | tuple[int, int]:
     sides = [int(side) for side in text.lower().split("x")]
     if len(sides) > 2:
@@ -201,6 +247,10 @@ def _parse_number(text: str) -> float:
 
 def _parse_eps(text: str) -> float | str:
     return text if text == "auto" else float(text)
+
+
+def _parse_window(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _parse_nominal_set(text: str) -> str | None:
@@ -278,26 +328,45 @@ class Settings:
         argument and what it may be.
     """
 
-    backbone: str = _argument(
+    backbone: str | tuple[str, ...] = _argument(
         "wide_resnet50_2",
-        'A timm model with features_only, or "filterbank", which needs no download.',
-        "NAME",
-        _backbone,
+        'A timm model with features_only, or "filterbank", which needs no download; or a list of '
+        "them, whose distances are fused.",
+        "NAME[,NAME]",
+        _one_or_more(_backbone, _BACKBONE),
+        _parse_names,
     )
     layers: tuple[int, ...] | None = _argument(
         None,
-        "Feature levels, as timm counts them (out_indices).",
+        "Feature levels, as timm counts them (out_indices), of each backbone.",
         "I,J",
         _or_none(_levels),
         _parse_levels,
-        unset="strides 8 and 16",
+        unset="strides 8 and 16; half and three quarters of a transformer's blocks",
     )
-    image_size: tuple[int, int] = _argument(
-        256,
+    map_layers: tuple[int, ...] | None = _argument(
+        None,
+        "Levels whose Gaussians make the map, where these are not those of the score; none: those of "
+        "layers.",
+        "I,J|none",
+        _or_none(_map_levels),
+        _parse_map_levels,
+        unset="those of layers, and that of half their least stride",
+    )
+    gaussians: str = _argument(
+        "per_layer",
+        "A Gaussian at each position of each layer's own grid, or a joint one over all channels, which "
+        "is several times larger.",
+        "|".join(GAUSSIANS),
+        _one_of(*GAUSSIANS),
+    )
+    image_size: tuple[int, int] | None = _argument(
+        None,
         "Pixels to which images are resized, height x width; nothing is cropped.",
         "N|HxW",
-        _height_width,
+        _or_none(_height_width),
         _parse_size,
+        unset="256; 224 to 512 for a transformer, by its cost",
     )
     bit_depth: int | None = _argument(
         None,
@@ -316,17 +385,23 @@ class Settings:
         kept=False,
         live=True,
     )
-    weights: str | None = _argument(
+    weights: str | tuple[str | None, ...] | None = _argument(
         None,
-        "The backbone's weights: a safetensors file, or a torch file, of which only tensors are read.",
-        "FILE",
-        _or_none(_path),
-        _parse_file,
+        "The backbone's weights: a safetensors file, or a torch file, of which only tensors are read. "
+        "A list of them for a list of backbones.",
+        "FILE[,FILE]",
+        _one_or_more(_or_none(_path), _PATH),
+        _parse_files,
         unset="those of npad[offline], or timm downloads them",
         live=True,  # the file may have moved; other weights are refused by their hash
     )
-    window: int = _argument(
-        3, "Side of the training window, in positions of the grid.", "ODD", _odd, int
+    window: int | str = _argument(
+        "auto",
+        "Side of the training window, in positions of the grid; auto is the one of 1, 3 and 5 that "
+        "makes held-out nominal embeddings most likely, and 3 where none are held out.",
+        "auto|ODD",
+        _window,
+        _parse_window,
     )
     score_window: int = _argument(
         1, "Side of the evaluation window, in positions of the grid.", "ODD", _odd, int, live=True
@@ -366,9 +441,18 @@ class Settings:
     )
     fusion_weight: float = _argument(
         0.4,
-        "Share of the Mahalanobis distance in product and sum, 0 to 1; the Euclidean has the rest.",
+        "Share of the Mahalanobis distances in the score, with product and sum, 0 to 1; the Euclidean "
+        "have the rest.",
         "X",
-        _number("a number from 0 to 1", lambda n: 0 <= n <= 1),
+        _share,
+        float,
+        live=True,
+    )
+    map_weight: float = _argument(
+        0.3,
+        "The same share in the map.",
+        "X",
+        _share,
         float,
         live=True,
     )
@@ -459,6 +543,20 @@ class Settings:
                 f"NPad: fusion={self.fusion!r} needs a nominal set; "
                 "give nominal_set, or fusion='mahalanobis'"
             )
+        names, files = self._names, self._files
+        if len(set(names)) < len(names):
+            raise ValueError(f"NPad: backbone must be a list of different models, got {names}")
+        if len(files) != len(names):
+            given = shown(files[0]) if len(files) == 1 and files[0] else f"{len(files)} files"
+            raise ValueError(
+                f"NPad: weights must be one file for each of {', '.join(names)}, in this order and "
+                f"None where a backbone needs none, got {given}"
+            )
+        if self.gaussians == "joint" and self.n_features is not None and self.map_layers:
+            raise ValueError(
+                "NPad: n_features mixes the channels of all layers, and gaussians='joint' with "
+                "map_layers needs them apart; leave out one, or use gaussians='per_layer'"
+            )
         if self.holdout == 0 and (self.chooses_eps or self.fusion == "sum"):
             raise ValueError(
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
@@ -466,9 +564,50 @@ class Settings:
             )
 
     @property
+    def _names(self) -> tuple[str, ...]:
+        return (self.backbone,) if isinstance(self.backbone, str) else self.backbone
+
+    @property
+    def _files(self) -> tuple[str | None, ...]:
+        if isinstance(self.weights, tuple):
+            return self.weights
+        return (None,) * len(self._names) if self.weights is None else (self.weights,)
+
+    @property
+    def networks(self) -> tuple[tuple[str, str | None], ...]:
+        """Name and weights of each backbone."""
+        return tuple(zip(self._names, self._files, strict=True))
+
+    @property
+    def levels_of_maps(self) -> tuple[int, ...] | None:
+        """`map_layers` as a backbone takes it: none where no Gaussian uses them."""
+        joined = self.gaussians == "joint" and self.n_features is not None
+        return () if joined or not uses_gaussians(self.fusion) else self.map_layers
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`image_size` once it is known: a fit takes the backbone's where none is given.
+
+        Raises
+        ------
+        ValueError
+            It is not known.
+        """
+        if self.image_size is None:
+            raise ValueError("image_size is None, which only a fit may be given")
+        return self.image_size
+
+    @property
     def chooses_eps(self) -> bool:
         """Whether eps is chosen on held-out images."""
         return self.eps == "auto" and uses_gaussians(self.fusion)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Training windows to choose from."""
+        if self.window == "auto":
+            return WINDOWS if self.holdout else WINDOWS[1:2]
+        return (int(self.window),)
 
     @property
     def chooses_axes(self) -> bool:

@@ -25,6 +25,9 @@ class FakeModel:
     def settings(self):
         return {"image_size": list(self.image_size), "backbone": "<fake>", "eps": "auto"}
 
+    def input_size(self):
+        return self.image_size
+
     def fit(self, source, *, skip_bad=False):
         self.fits += 1
         self.skipped_ = [(str(p), "cut short") for p in source if skip_bad and "bad" in p.name]

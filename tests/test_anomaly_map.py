@@ -13,11 +13,13 @@ from scipy import ndimage
 from torch import Tensor
 
 from npad import ops
+from npad.members import Member
 from npad.ops import reference
 from npad.scoring.fusion import (
     FUSIONS,
     Standardization,
     fusion_arguments,
+    joined,
     resized,
     smoothing_sigma,
 )
@@ -112,13 +114,13 @@ def test_product_is_the_weighted_geometric_mean() -> None:
 
 def test_sum_standardises_both_maps_with_the_nominal_moments() -> None:
     m, e = torch.rand(3, 4, 5) * 7 + 30, torch.rand(3, 4, 5) * 0.1
-    s = Standardization.of(m, e)
-    assert s.mahalanobis_mean == pytest.approx(float(m.mean()), rel=1e-6)
-    assert s.euclidean_std == pytest.approx(float(e.std()), rel=1e-5)
-    fused = fuse(m, e, "sum", weight=0.5, standardization=s)
+    moments = [Standardization.of(x) for x in (m, e)]
+    assert moments[0].mean == pytest.approx(float(m.mean()), rel=1e-6)
+    assert moments[1].std == pytest.approx(float(e.std()), rel=1e-5)
+    fused = fuse(m, e, "sum", weight=0.5, moments=moments)
     expected = ((m - m.mean()) / m.std() + (e - e.mean()) / e.std()) / 2
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
-    only_m = fuse(m, e, "sum", weight=1.0, standardization=s)
+    only_m = fuse(m, e, "sum", weight=1.0, moments=moments)
     torch.testing.assert_close(only_m, (m - m.mean()) / m.std(), rtol=1e-4, atol=1e-4)
 
 
@@ -137,14 +139,40 @@ def test_fusion_names_what_is_wrong() -> None:
         fusion_arguments(m, m, "product", weight=1.5)
     with pytest.raises(ValueError, match="needs standardization"):
         fusion_arguments(m, m, "sum")
-    flat = Standardization(1.0, 0.0, 1.0, 2.0)
+    flat = Standardization(1.0, 0.0), Standardization(1.0, 2.0)
     with pytest.raises(ValueError, match=r"standard deviations above 0, got 0\.0 and 2\.0"):
-        fusion_arguments(m, m, "sum", standardization=flat)
+        fusion_arguments(m, m, "sum", moments=flat)
     with pytest.raises(ValueError, match="needs the Mahalanobis map"):
         fusion_arguments(None, m, "product")
     for fusion in set(FUSIONS) - {"mahalanobis"}:
         with pytest.raises(ValueError, match="nominal set"):
             fusion_arguments(m, None, fusion)
+
+
+def test_several_of_a_kind_come_to_one() -> None:
+    """Their geometric mean on the finest grid, which no unit can tilt."""
+    fine, coarse, e = 0.5 + torch.rand(2, 6, 4), 0.5 + torch.rand(2, 3, 2), torch.rand(2, 6, 4)
+    up = F.interpolate(coarse[:, None], size=(6, 4), mode="bilinear", align_corners=False)[:, 0]
+    of_map = Member(0, (1,), in_score=False)
+    found = joined(
+        [
+            (Member(0, (2,)), {"mahalanobis": coarse}),
+            (of_map, {"mahalanobis": 100 * fine}),
+            (Member(0, (2, 3)), {"euclidean": e}),
+        ]
+    )
+    assert found["mahalanobis_score"] is coarse
+    torch.testing.assert_close(found["mahalanobis_map"], 10 * (fine * up).sqrt())
+    assert found["euclidean"] is e
+    fused = fuse(found["mahalanobis_score"], e, "product", 0.3)
+    torch.testing.assert_close(fused, up**0.3 * e**0.7, rtol=1e-4, atol=1e-5)
+    prefix = joined([(Member(0, (2, 1), prefix=3), {"mahalanobis_prefix": fine, "mahalanobis": e})])
+    assert prefix["mahalanobis_score"] is fine
+    assert prefix["mahalanobis_map"] is e
+    alone = joined(
+        [(Member(0, (2,)), {"mahalanobis": fine}), (Member(1, (2,)), {"mahalanobis": e})]
+    )
+    assert alone["mahalanobis_score"] is alone["mahalanobis_map"]
 
 
 @pytest.mark.parametrize(("grid", "image_size", "sigma"), SHAPES)

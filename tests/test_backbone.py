@@ -27,7 +27,7 @@ from npad.features.backbone import (
     Backbone,
     BackboneError,
     _exact_convolutions,
-    embed_in_parts,
+    levels_in_parts,
     shared_backbone,
 )
 
@@ -117,14 +117,14 @@ def test_a_batch_goes_through_in_parts(
         monkeypatch.setattr(module, "_PIXELS_AT_ONCE", pixels)
         seen: list[int] = []
         hook = backbone.net.register_forward_pre_hook(lambda _, x, n=seen: n.append(len(x[0])))
-        x = embed_in_parts(backbone, images)
+        x = backbone.combined(levels_in_parts(backbone, images), backbone.layers)
         hook.remove()
         assert seen == sizes
         assert torch.equal(x, torch.cat([backbone(part) for part in images.split(sizes)]))
-    empty = embed_in_parts(backbone, images[:0])
+    empty = backbone.combined(levels_in_parts(backbone, images[:0]), backbone.layers)
     assert empty.shape == (0, *backbone.grid((64, 96)), backbone.channels)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(5, 64, 96\)"):
-        embed_in_parts(backbone, images[:, 0])
+        levels_in_parts(backbone, images[:, 0])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "filterbank"])

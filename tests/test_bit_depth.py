@@ -131,8 +131,9 @@ def test_what_the_file_says_comes_first(tmp_path: Path, eight_bits: NPad) -> Non
 
 def test_embeddings_know_no_depth() -> None:
     from npad.fitting import Fit
+    from npad.members import Member
 
     model = small(eps=0.1)
     embeddings = model.embed(at(16))
-    fit = Fit(model.settings_ if hasattr(model, "settings_") else model._settings())
-    assert fit.update(embeddings=embeddings).finalize().darkest == 0
+    fit = Fit(model._settings(), [Member(0, (1, 2, 3))])
+    assert fit.update(embeddings=[embeddings]).finalize().darkest == 0

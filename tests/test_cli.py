@@ -95,6 +95,9 @@ def test_options_reach_the_model(category, tmp_path):
         "--n-centroids": "0.25",
         "--fusion": "sum",
         "--fusion-weight": "0.7",
+        "--map-weight": "0.1",
+        "--map-layers": "none",
+        "--gaussians": "joint",
         "--factor-dtype": "bfloat16",
         "--n-features": "7",
         "--reduction": "random",
@@ -118,6 +121,9 @@ def test_options_reach_the_model(category, tmp_path):
         "n_centroids": 0.25,
         "fusion": "sum",
         "fusion_weight": 0.7,
+        "map_weight": 0.1,
+        "map_layers": [],
+        "gaussians": "joint",
         "factor_dtype": "bfloat16",
         "n_features": 7,
         "reduction": "random",
@@ -130,7 +136,7 @@ def test_options_reach_the_model(category, tmp_path):
 
 def test_no_centroids(category, tmp_path):
     succeed("fit", category / "train/good", "-o", tmp_path / "m", *SMALL, "--nominal-set", "none")
-    assert NPad.load(tmp_path / "m").centroids_ is None
+    assert all(m.centroids is None for m in NPad.load(tmp_path / "m").members_)
 
 
 def test_version_and_help():
@@ -468,7 +474,7 @@ def test_quiet(category, model, tmp_path):
         (("fit", "{train}", "-o", "{tmp}/none/m"), "make it first"),
         (("fit", "{root}", "-o", "{tmp}/m"), "train/good"),
         (("fit", "{root}/..", "-o", "{tmp}/m"), "train/good"),
-        (("fit", "{train}", "-o", "{tmp}/m", "--window", "4"), "window must be an odd"),
+        (("fit", "{train}", "-o", "{tmp}/m", "--window", "4"), "window must be 'auto' or an odd"),
         (("fit", "{train}", "-o", "{tmp}/m", "--window", "x"), "'--window'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "2,a"), "'--layers'"),
         (("fit", "{train}", "-o", "{tmp}/m", "--layers", "layer2,layer3"), "here 2,3"),

@@ -44,8 +44,8 @@ def test_a_pickle_finds_its_backbone_again(model: NPad, images: np.ndarray) -> N
 def test_copies_share_the_backbone(make: object, model: NPad, images: np.ndarray) -> None:
     expected = model.predict(images)
     twin = make(model)  # type: ignore[operator]
-    assert twin.scorer().network is model.scorer().network
-    assert (twin.mean_ is model.mean_) is (make is copy.copy)
+    assert twin.scorer().networks[0] is model.scorer().networks[0]
+    assert (twin.members_ is model.members_) is (make is copy.copy)
     assert np.array_equal(twin.predict(images).scores, expected.scores)
     twin.set_params(fusion_weight=0.9, compile=False)
     assert not np.array_equal(twin.predict(images).scores, expected.scores)
@@ -101,7 +101,7 @@ def test_a_fit_takes_a_file_of_weights_that_was_replaced(
     state = load_file(weights / "resnet18_layers123.safetensors")
     save_file(state, file)
     model = NPad("resnet18", weights=file, **SMALL).fit(images)
-    before = model.backbone_["weights_hash"]
+    before = model.backbones_[0]["weights_hash"]
     save_file({name: tensor.flip(0) for name, tensor in state.items()}, file)
     model.predict(images)
-    assert model.fit(images).backbone_["weights_hash"] != before
+    assert model.fit(images).backbones_[0]["weights_hash"] != before

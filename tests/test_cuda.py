@@ -114,7 +114,7 @@ def test_singular_covariances(case: str) -> None:
             return str(error).split(";")[0].split(" with eps")[0]
         return ops.mahalanobis(x.to(device), mean, factor, GRID).cpu()
 
-    eps = NeighborhoodGaussian(GRID, 10).update(x).choose_eps(x[:3] * 1.01)
+    _, eps = NeighborhoodGaussian(GRID, 10).update(x).choose(x[:3] * 1.01, [3])
     cpu, gpu = (scores(device, eps) for device in ("cpu", "cuda"))
     assert isinstance(gpu, torch.Tensor)
     assert gpu.isfinite().all()

@@ -47,6 +47,14 @@ class Short:
         return self.function(x, *more)
 
 
+def shortened(model: NPad, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Short:
+    """Memory is short in the model's network."""
+    (network,) = model.scorer().networks
+    levels = Short(network.levels, **more)
+    monkeypatch.setattr(network, "levels", levels)
+    return levels
+
+
 def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -75,15 +83,15 @@ def test_what_cannot_fit_is_refused_before_the_work(
     with pytest.raises(
         MemoryError,
         match=r"^NPad\.fit: a Gaussian of 51 channels at each of 64 positions needs 581 KB, 100 KB "
-        r"are free on cpu; lower n_features or image_size",
+        r"are free on cpu; use gaussians='per_layer', or lower n_features or",
     ):
-        NPad("filterbank", **SMALL).fit(images)
+        NPad("filterbank", **SMALL, gaussians="joint").fit(images)
 
 
 def test_the_cpu_is_short_of_memory(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own words, from an allocation that cannot succeed."""
     model = NPad("filterbank", **SMALL)
-    monkeypatch.setattr(pipeline, "embed_in_parts", lambda network, images: torch.empty(10**14))
+    monkeypatch.setattr(pipeline, "levels_in_parts", lambda network, images: torch.empty(10**14))
     with (
         pytest.warns(RuntimeWarning, match="too short for batch_size=8; going on with 4 at a time"),
         pytest.raises(
@@ -99,8 +107,7 @@ def test_a_batch_that_does_not_fit_is_halved_once(
     call: str, model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.predict(images)
-    network = Short(model.scorer().network.forward, most=4)
-    monkeypatch.setattr(model.scorer().network, "forward", network)
+    network = shortened(model, monkeypatch, most=4)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)[:8].float() / 255
     warning = rf"^NPad\.{call}: the memory of cpu is too short for batch_size=8; going on with 4"
     calls = {"fit": lambda: model.fit(images), "predict": lambda: model.predict(images)}
@@ -121,8 +128,7 @@ def test_a_batch_that_does_not_fit_is_halved_once(
 def test_the_sample_of_principal_axes_is_halved_too(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = Short(model.scorer().network.forward, most=4)
-    monkeypatch.setattr(model.scorer().network, "forward", network)
+    network = shortened(model, monkeypatch, most=4)
     with pytest.warns(RuntimeWarning, match="going on with 4") as caught:
         NPad("filterbank", **SMALL, n_features=9).fit(images)
     assert len(caught) == 1
@@ -132,8 +138,8 @@ def test_the_sample_of_principal_axes_is_halved_too(
 def test_a_second_shortage_is_an_error_and_keeps_the_model(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = model.mean_
-    monkeypatch.setattr(model.scorer().network, "forward", Short(None, most=0))
+    before = model.members_
+    shortened(model, monkeypatch, most=0)
     message = r"12\.9 GB more was asked for on cpu, .* are free; lower batch_size, image_size, n_fe"
     for call in (model.fit, model.predict):
         with (
@@ -142,7 +148,7 @@ def test_a_second_shortage_is_an_error_and_keeps_the_model(
         ):
             call(images)
         assert isinstance(caught.value.__cause__, torch.cuda.OutOfMemoryError)
-    assert model.mean_ is before
+    assert model.members_ is before
 
 
 @pytest.mark.parametrize("nominal_set", ["kcenter", None])
@@ -151,7 +157,9 @@ def test_a_backbone_that_overflows_names_the_remedy(
 ) -> None:
     model = NPad("filterbank", **SMALL, nominal_set=nominal_set)
     monkeypatch.setattr(
-        pipeline, "embed_in_parts", lambda network, x: torch.full((len(x), 8, 8, 51), torch.inf)
+        pipeline,
+        "levels_in_parts",
+        lambda network, x: [torch.full((len(x), 17, n, n), torch.inf) for n in (8, 4, 2)],
     )
     with pytest.raises(ValueError, match="backbone_dtype='bfloat16' or 'float32'"):
         model.fit(images)
@@ -160,7 +168,7 @@ def test_a_backbone_that_overflows_names_the_remedy(
 def test_one_image_cannot_be_halved(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.scorer().network, "forward", Short(None, most=0))
+    shortened(model, monkeypatch, most=0)
     with pytest.raises(MemoryError, match="lower batch_size"):  # a warning would be an error
         model.predict(images[:1])
 
@@ -169,7 +177,7 @@ def test_other_errors_pass_unchanged(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RuntimeError("a bug")
-    monkeypatch.setattr(model.scorer().network, "forward", Short(None, most=0, error=error))
+    shortened(model, monkeypatch, most=0, error=error)
     with pytest.raises(RuntimeError) as caught:
         model.predict(images)
     assert caught.value is error

@@ -30,7 +30,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
 from npad.evaluation.synthetic import make_dataset
-from npad.learned import Learned
+from npad.learned import Learned, LearnedMember
 from npad.nominal_methods import METHODS
 from npad.settings import ARGUMENTS
 
@@ -297,7 +297,7 @@ def test_tables_hold_every_argument_method_and_learned_value(tables: Any) -> Non
     page = tables.on_page_markdown((ROOT / "docs/model-file.md").read_text())
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     kept = [argument.name for argument in ARGUMENTS if argument.kept]
-    learned = [field.name for field in dataclasses.fields(Learned)]
+    learned = [field.name for cls in (Learned, LearnedMember) for field in dataclasses.fields(cls)]
     assert rows[: len(kept)] == kept
     assert sorted(rows[len(kept) :]) == sorted(learned)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from npad import NPad, ops
+from npad import NPad
 from npad.features.projection import principal_axes
 from npad.fitting import AXES_IMAGES, Fit
 from npad.learned import Learned
+from npad.members import Member
 from npad.model_file import read_model, write_model
 from npad.settings import Settings
 from npad.statistics.holdout import MAX_HELD_OUT, Reservoir
@@ -32,10 +33,22 @@ def settings(**arguments: object) -> Settings:
     return Settings(**{**defaults, "progress": False, **arguments})  # type: ignore[arg-type]
 
 
+def new(**arguments: object) -> Fit:
+    """A fit of two members: of all that is tried here, the second with the first channels alone."""
+    chosen = settings(**arguments)
+    members = (member.used_by(chosen.fusion) for member in (Member(0, (2, 3)), Member(1, (2,))))
+    return Fit(chosen, [member for member in members if member is not None])
+
+
+def views(x: Tensor) -> list[Tensor]:
+    """The embeddings of both."""
+    return [x, x[:, ::2, ::2, :5]]
+
+
 def fitted(x: Tensor, batch: int = 7, **arguments: object) -> Learned:
-    fit = Fit(settings(**arguments))
+    fit = new(**arguments)
     for part in x.split(batch):
-        fit.update(embeddings=part)
+        fit.update(embeddings=views(part))
     return fit.finalize()
 
 
@@ -62,25 +75,25 @@ def test_it_is_what_npad_fits() -> None:
     model = NPad("filterbank", image_size=32, n_centroids=15, progress=False, batch_size=4)
     x = model.embed(images)
     assert x.shape == (9, 8, 8, 51)
-    fit = Fit(Settings(**model.get_params()))
+    model.set_params(gaussians="joint")
+    fit = Fit(Settings(**model.get_params()), [Member(0, (1, 2, 3))])
     for part in x.split(4):
-        fit.update(embeddings=part)
-    learned, model = fit.finalize(), model.fit(images)
+        fit.update(embeddings=[part])
+    (learned,), (own,) = fit.finalize().members, model.fit(images).members_
     for name, tensor in learned.tensors().items():
-        assert torch.equal(tensor, getattr(model, f"{name}_")), name
-    assert learned.eps == model.eps_
-    assert model.nbytes == learned.nbytes
+        assert torch.equal(tensor, getattr(own, name)), name
+    assert learned.to_json() == own.to_json()
+    assert model.nbytes == sum(tensor.nbytes for tensor in learned.tensors().values())
 
 
 @pytest.mark.parametrize("arguments", CASES)
 def test_what_is_learned_has_the_shapes_that_are_said(arguments: dict[str, object]) -> None:
     learned = fitted(embeddings(70), **arguments)
-    s = settings(**arguments)
-    c = s.n_features or CHANNELS
-    sizes = {"P": 12, "D": CHANNELS, "C": c, "packed": ops.packed_size(c)}
-    expected = Learned.expected(s, {**sizes, "K": learned.n_centroids or 0})
-    found = {name: (x.dtype, tuple(x.shape)) for name, x in learned.tensors().items()}
-    assert found == expected
+    for member, grid, channels in zip(learned.members, (GRID, (2, 2)), (CHANNELS, 5), strict=True):
+        assert (member.grid, member.channels) == (grid, channels)
+        expected = member.expected(settings(**arguments), member.n_centroids or 0)
+        found = {name: (x.dtype, tuple(x.shape)) for name, x in member.tensors().items()}
+        assert found == expected
 
 
 @pytest.mark.parametrize("arguments", CASES)
@@ -89,99 +102,106 @@ def test_a_fit_that_is_written_down_goes_on_as_if_it_had_not_stopped(
     arguments: dict[str, object], stop: int, tmp_path: Path
 ) -> None:
     x = embeddings(100)
-    fit = Fit(settings(**arguments))
+    fit = new(**arguments)
     for part in x[:stop].split(7):
-        fit.update(embeddings=part)
+        fit.update(embeddings=views(part))
     values, tensors = fit.state()
     write_model(tmp_path / "state", json.loads(json.dumps(values)), tensors)
     again = Fit.from_state(*read_model(tmp_path / "state"))
     for other in (fit, again):
         for part in x[stop:].split(7):
-            other.update(embeddings=part)
+            other.update(embeddings=views(part))
     assert_equal(fit.finalize(), again.finalize())
 
 
 @pytest.mark.parametrize("n_parts", [2, 5])
 @pytest.mark.parametrize(
-    "arguments", [{"eps": 0.01, "holdout": 0.3}, {"eps": 0.01, "n_features": 4}]
+    "arguments",
+    [
+        {"eps": 0.01, "window": 3, "holdout": 0.3},
+        {"eps": 0.01, "window": 3, "n_features": 4},
+    ],
 )
 def test_merged_parts_are_the_whole(arguments: dict[str, object], n_parts: int) -> None:
     """The Gaussians to rounding, whatever was held out where; the nominal set covers all."""
     x = embeddings(120)
-    axes = Fit(settings(**arguments))
-    axes.choose_axes([x])
     parts = []
-    for part in x.tensor_split(n_parts):
-        fit = Fit(settings(**arguments))
-        fit.projection = axes.projection
-        parts.append(fit.update(embeddings=part))
-    merged = parts[0]
-    for part in parts[1:]:
+    for part in [x, *x.tensor_split(n_parts)]:
+        fit = new(**arguments)
+        fit.choose_axes([views(x)])
+        parts.append(fit.update(embeddings=views(part)))
+    whole, merged, *others = parts
+    for part in others:
         merged.merge(part)
-    whole = Fit(settings(**arguments))
-    whole.projection = axes.projection
-    a, b = merged.finalize(), whole.update(embeddings=x).finalize()
-    assert a.n_images == b.n_images == 120
-    torch.testing.assert_close(a.mean, b.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(a.factor, b.factor, rtol=1e-3, atol=1e-4)
-    assert a.n_centroids == b.n_centroids
+    found, expected = merged.finalize(), whole.finalize()
+    assert found.n_images == expected.n_images == 120
+    for a, b in zip(found.members, expected.members, strict=True):
+        torch.testing.assert_close(a.mean, b.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.factor, b.factor, rtol=1e-3, atol=1e-4)
+        assert a.n_centroids == b.n_centroids
 
 
 def test_parts_that_wait_for_axes_merge() -> None:
     """None has enough images to choose; together they have."""
     x = embeddings(90)
-    parts = [Fit(settings(n_features=4)).update(embeddings=p) for p in x.split(30)]
+    parts = [new(n_features=4).update(embeddings=views(p)) for p in x.split(30)]
     merged = parts[0].merge(parts[1])
-    assert merged.projection is None
+    assert [member.projection for member in merged.members] == [None, None]
     merged.merge(parts[2])
-    assert torch.equal(merged.projection, principal_axes(x.split(30), 4))
+    for i, member in enumerate(merged.members):
+        expected = principal_axes([views(part)[i] for part in x.split(30)], 4)
+        assert torch.equal(member.projection, expected)
     assert merged.finalize().n_images == 90
 
 
 def test_one_that_waits_takes_the_axes_of_the_other() -> None:
     x = embeddings(100)
-    few, many = (Fit(settings(n_features=4)).update(embeddings=p) for p in (x[:10], x[10:]))
-    axes = many.projection
-    assert few.merge(many).projection is axes
+    few, many = (new(n_features=4).update(embeddings=views(p)) for p in (x[:10], x[10:]))
+    axes = many.members[0].projection
+    assert few.merge(many).members[0].projection is axes
     assert few.finalize().n_images == 100
 
 
 def test_an_empty_fit_takes_what_the_other_has_chosen() -> None:
     """Images that were held out have been fitted by then: nothing is left to choose on."""
     arguments = {"fusion": "sum", "holdout": 0.3}
-    other = Fit(settings(**arguments)).update(embeddings=embeddings(60))
+    other = new(**arguments).update(embeddings=views(embeddings(60)))
     expected = other.finalize()
-    assert_equal(Fit(settings(**arguments)).merge(other).finalize(), expected)
+    assert_equal(new(**arguments).merge(other).finalize(), expected)
 
 
 def test_what_does_not_merge() -> None:
     x = embeddings(80)
-    fit = Fit(settings(n_features=4)).update(embeddings=x)
+    fit = new(n_features=4).update(embeddings=views(x))
+    before = fit.state()[1]["1.gaussian.scatter"].clone()
     with pytest.raises(ValueError, match="different settings"):
-        fit.merge(Fit(settings(n_features=5)))
+        fit.merge(new(n_features=5))
+    with pytest.raises(ValueError, match="different members"):
+        fit.merge(Fit(settings(n_features=4), [Member(0, (2, 3))]))
     with pytest.raises(ValueError, match="merged with itself"):
         fit.merge(fit)
-    fit.merge(Fit(settings(n_features=4, device="cuda:1", progress=None)))  # the machine's own
+    fit.merge(new(n_features=4, device="cuda:1", progress=None))  # the machine's own
     with pytest.raises(ValueError, match="different axes"):
-        fit.merge(Fit(settings(n_features=4)).update(embeddings=embeddings(80, seed=1)))
-    with pytest.raises(ValueError, match=r"grid and channels are .*10\) here and .*7\) in other"):
-        fit.merge(Fit(settings(n_features=4)).update(embeddings=x[..., :7]))
-    assert fit.merge(Fit(settings(n_features=4))).n_images == 80  # nothing was seen
+        fit.merge(new(n_features=4).update(embeddings=views(embeddings(80, seed=1))))
+    with pytest.raises(ValueError, match=r"grid and channels are .*5\) here and .*4\) in other"):
+        fit.merge(new(n_features=4).update(embeddings=[x, x[:, ::2, ::2, :4]]))
+    assert fit.merge(new(n_features=4)).n_images == 80  # nothing was seen
+    assert torch.equal(fit.state()[1]["1.gaussian.scatter"], before)
 
 
 def test_a_fit_can_go_on_after_its_end() -> None:
     x = embeddings(60)
-    fit = Fit(settings(eps=0.01)).update(embeddings=x[:40])
+    fit = new(eps=0.01, window=3).update(embeddings=views(x[:40]))
     fit.finalize()
-    a = fit.update(embeddings=x[40:]).finalize()
-    b = fitted(x, eps=0.01)
+    a = fit.update(embeddings=views(x[40:])).finalize()
+    b = fitted(x, eps=0.01, window=3)
     assert a.n_images == 60
-    torch.testing.assert_close(a.mean, b.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a.members[0].mean, b.members[0].mean, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_refused() -> None:
     x = embeddings(4)
-    fit = Fit(settings()).update(embeddings=x)
+    fit = new().update(embeddings=views(x))
     with pytest.raises(TypeError, match="images or embeddings, one of them"):
         fit.update()
     with pytest.raises(TypeError, match="made without embed="):
@@ -189,13 +209,22 @@ def test_what_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"must be \(3, 4\) with 10 channels as before, got \(2, 4\)"
     ):
-        fit.update(embeddings=x[:, :2])
+        fit.update(embeddings=views(x[:, :2]))
     with pytest.raises(ValueError, match=r"shape \(B, h, w, D\), got \(3, 4, 10\)"):
-        fit.update(embeddings=x[0])
-    with pytest.raises(ValueError, match="n_features=11 is more than the 10 channels"):
-        Fit(settings(n_features=11)).update(embeddings=x)
+        fit.update(embeddings=[x[0], x[0]])
     with pytest.raises(ValueError, match=r"1 image\(s\) given; at least 2"):
-        Fit(settings()).update(embeddings=x[:1]).finalize()
+        new().update(embeddings=views(x[:1])).finalize()
+
+
+def test_more_features_than_there_are_channels() -> None:
+    images = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
+    model = NPad("filterbank", image_size=32, n_features=52, progress=False)
+    with pytest.raises(
+        ValueError, match="n_features=52 is more than the 51 channels of filterbank"
+    ):
+        model.fit(images)
+    model.set_params(n_features=20).fit(images)  # of a layer there are 17
+    assert [m.projection.shape for m in model.members_] == [(17, 17)] * 3 + [(51, 20)]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 100])
@@ -208,7 +237,7 @@ def test_axes_come_from_as_many_images_of_a_stream_as_of_a_folder(batch: int) ->
     first = NPad("filterbank", image_size=32, progress=False).embed(images)
     seen = -(-AXES_IMAGES // batch) * batch
     expected = principal_axes([first[:seen]], 5)
-    overlap = (model.projection_.T @ expected).abs()
+    overlap = (model.members_[-1].projection.T @ expected).abs()
     torch.testing.assert_close(overlap, torch.eye(5), rtol=1e-3, atol=1e-3)
 
 

@@ -61,11 +61,11 @@ def test_merge_rejects_another_grid() -> None:
 
 def test_chosen_eps_is_the_largest_within_one_standard_error() -> None:
     """Against a plain evaluation of the density at every candidate."""
-    scale = torch.logspace(-2, 1, 6)
+    scale = torch.logspace(-1, 0.5, 6)
     x = torch.randn(12, *GRID, 6) * scale
     held_out = torch.randn(15, *GRID, 6) * scale
     gaussian = fit(x, window=1)
-    eps = gaussian.choose_eps(held_out)
+    _, eps = gaussian.choose(held_out, [1])
 
     mean, covariance = reference.window_covariance(
         gaussian.count, gaussian.mean.double(), gaussian.scatter.double(), GRID, 1, 0, 20
@@ -99,8 +99,8 @@ def test_chosen_eps_with_nearly_dead_channels(dead: int, live: int, n: int, seed
     scale = torch.cat([torch.full((dead,), 1e-3), torch.ones(live)])
     x, held_out = (torch.randn(m, 1, 1, dead + live) * scale for m in (n, 4))
     gaussian = NeighborhoodGaussian((1, 1), dead + live, window=1).update(x)
-    mean, covariance = (a[0].double() for a in gaussian._window(0, 1))
-    candidates = covariance.diagonal().mean() * torch.logspace(1, -6, 57, dtype=torch.float64)
+    mean, covariance = (a[0].double() for a in gaussian._window(0, 1, 1))
+    candidates = covariance.diagonal().mean() * torch.logspace(1, -3, 33, dtype=torch.float64)
     normals = (
         torch.distributions.MultivariateNormal(mean, covariance + eps * torch.eye(dead + live))
         for eps in candidates
@@ -108,13 +108,14 @@ def test_chosen_eps_with_nearly_dead_channels(dead: int, live: int, n: int, seed
     values = torch.stack([normal.log_prob(held_out[:, 0, 0].double()) for normal in normals])
     best = values[values.mean(1).argmax()]
     expected = candidates[values.mean(1) >= best.mean() - best.std() / 2].max()
-    assert gaussian.choose_eps(held_out) == pytest.approx(float(expected), rel=1e-4)
+    assert gaussian.choose(held_out, [1])[1] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_chosen_eps_follows_the_scale_of_the_features() -> None:
     x, held_out = torch.randn(12, *GRID, 6), torch.randn(8, *GRID, 6)
-    eps = fit(x).choose_eps(held_out)
-    assert fit(100 * x).choose_eps(100 * held_out) == pytest.approx(1e4 * eps, rel=1e-2)
+    window, eps = fit(x).choose(held_out, [1, 3])
+    larger = fit(100 * x).choose(100 * held_out, [1, 3])
+    assert larger == (window, pytest.approx(1e4 * eps, rel=1e-2))
 
 
 def test_chosen_eps_makes_nominal_distances_about_one_per_channel() -> None:
@@ -122,7 +123,7 @@ def test_chosen_eps_makes_nominal_distances_about_one_per_channel() -> None:
     mix = torch.randn(24, 24) / 5
     x, held_out, new = (torch.randn(n, *GRID, 24) @ mix for n in (10, 8, 50))
     gaussian = fit(x)
-    mean, factor = gaussian.finalize(gaussian.choose_eps(held_out))
+    mean, factor = gaussian.finalize(gaussian.choose(held_out, [3])[1])
     squared = ops.mahalanobis(new, mean, factor, GRID).square().mean() / 24
     assert 0.5 < squared < 2
 
@@ -147,7 +148,7 @@ def test_chunks_do_not_change_the_factors(
 def test_singular_covariances_give_finite_scores(case: str, dtype: torch.dtype) -> None:
     x = singular(case, (12, *GRID, 10))
     gaussian = fit(x)
-    eps = gaussian.choose_eps(x[:3] * 1.01)
+    _, eps = gaussian.choose(x[:3] * 1.01, [3])
     mean, factor = gaussian.finalize(eps, dtype)
     assert ops.mahalanobis(x, mean, factor, GRID).isfinite().all()
 
@@ -207,7 +208,7 @@ def test_positions_where_nothing_varies_do_not_choose_eps(n_images: int, n_const
         chosen = []
         for x in (varied, torch.cat([rest, varied], 1)):
             gaussian = NeighborhoodGaussian((x.shape[1], 1), 12, window=1).update(x[:n_images])
-            chosen.append(gaussian.choose_eps(x[n_images:]))
+            chosen.append(gaussian.choose(x[n_images:], [1])[1])
         assert abs(math.log10(chosen[1] / chosen[0])) < 0.01
 
 
@@ -223,8 +224,9 @@ def test_a_constant_border_moves_eps_by_less_than_half_a_decade(
     edge = (outer - side) // 2
     framed = np.full((20, outer, outer, 3), value, np.uint8)
     framed[:, edge : edge + side, edge : edge + side] = images
-    eps = [
-        NPad("filterbank", image_size=x.shape[1], n_centroids=16, progress=False).fit(x).eps_
+    inside, around = (
+        NPad("filterbank", image_size=x.shape[1], n_centroids=16, progress=False).fit(x)
         for x in (images, framed)
-    ]
-    assert abs(math.log10(eps[1] / eps[0])) < 0.5
+    )
+    for a, b in zip(inside.members_[:3], around.members_[:3], strict=True):
+        assert abs(math.log10(b.eps / a.eps)) < 0.5

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from npad import NPad
 from npad.fitting import Fit
+from npad.members import Member
 
 SIZE = 32
 
@@ -134,18 +135,20 @@ def results(arguments: dict[str, Any], images: Tensor, weights: Path, folder: Pa
     model.fit(images)
     path = folder / "model.npad"
     model.save(path)
-    found: list[Any] = [model.settings(), model.backbone_, path.read_bytes()]
+    found: list[Any] = [model.settings(), model.backbones_, path.read_bytes()]
     again = NPad.load(path)
     for one in (model, again):
         prediction = one.predict(list(images))
         found += [prediction.scores.tobytes(), *(x.tobytes() for x in prediction.maps)]
     for x in (*again.score(images), *again.scorer()(images), again.embed(images)):
         found += [x.dtype, x.cpu().numpy().tobytes()]
-    halves = [Fit(model.settings_) for _ in range(2)]
+    whole = Member(0, ()).used_by(model.settings_.fusion)
+    assert whole is not None
+    halves = [Fit(model.settings_, [whole]) for _ in range(2)]
     embeddings = NPad(**known | arguments).embed(images)
     for half, part in zip(halves, embeddings.chunk(2), strict=True):
-        half.projection = model.projection_
-        half.update(embeddings=part)
+        half.members[0].projection = model.members_[-1].projection
+        half.update(embeddings=[part])
     learned = halves[0].merge(halves[1]).finalize()
     found += [x.cpu().numpy().tobytes() for x in learned.tensors().values()]
     return [*found, learned.to_json()]

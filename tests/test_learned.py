@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from npad import NPad
-from npad.learned import MEANINGS, TENSORS, Learned
+from npad.learned import MEANINGS, MEMBER_MEANINGS, Learned, LearnedMember
+from npad.members import Member
 from npad.model_file import ModelFileError, read_model, write_model
+from npad.old_models import upgraded
 from npad.settings import Settings
 
 # Written by npad 0.1.0 before settings and learned values had a list.
 OLD = Path(__file__).parent / "data" / "version_0_1.npad.bin"
+GAUSSIAN = ("projection", "mean", "factor")
 OLD_SCORES = [0.3272726535797119, -0.3054666519165039, 0.8085587024688721, 0.8831512928009033]
 
 
@@ -34,10 +37,13 @@ def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None
     model = NPad.load(OLD)
     np.testing.assert_allclose(model.predict(images[:4]).scores, OLD_SCORES, rtol=1e-5)
     model.save(tmp_path / "new.npad")
-    old, new = read_model(OLD), read_model(tmp_path / "new.npad")
+    old, new = upgraded(*read_model(OLD)), read_model(tmp_path / "new.npad")
     added = {"bit_depth": None}, {"darkest": 0.0, "n_bits": None}
     assert new[0] == old[0] | added[1] | {"settings": old[0]["settings"] | added[0]}
+    assert old[1].keys() == new[1].keys()
     assert all(torch.equal(old[1][name], tensor) for name, tensor in new[1].items())
+    again = NPad.load(tmp_path / "new.npad")
+    assert np.array_equal(again.predict(images[:4]).scores, model.predict(images[:4]).scores)
 
 
 def test_every_field_is_an_attribute_of_a_fitted_model(model: NPad) -> None:
@@ -45,7 +51,8 @@ def test_every_field_is_an_attribute_of_a_fitted_model(model: NPad) -> None:
     for name in MEANINGS:
         assert hasattr(model, f"{name}_")
         assert not hasattr(NPad("filterbank"), f"{name}_")
-    assert model.nbytes == sum(getattr(model, f"{t.name}_").nbytes for t in TENSORS)
+    assert MEMBER_MEANINGS.keys() == {f.name for f in fields(LearnedMember)}
+    assert model.nbytes == sum(x.nbytes for m in model.members_ for x in m.tensors().values())
 
 
 def test_move(model: NPad) -> None:
@@ -62,8 +69,8 @@ def test_a_file_holds_what_its_settings_need(
 ) -> None:
     """A fusion that was changed after the fit takes only its own tensors along."""
     for fusion, names in {
-        "mahalanobis": {"projection", "mean", "factor"},
-        "euclidean": {"projection", "centroids"},
+        "mahalanobis": {f"{i}.{name}" for i in range(3) for name in GAUSSIAN},
+        "euclidean": {"0.projection", "0.centroids"},
     }.items():
         model.fusion = fusion
         model.save(tmp_path / "m.npad")
@@ -72,11 +79,10 @@ def test_a_file_holds_what_its_settings_need(
         assert np.array_equal(NPad.load(tmp_path / "m.npad").predict(images).scores, expected)
 
 
-@pytest.mark.parametrize("tensor", TENSORS, ids=lambda tensor: tensor.name)
+@pytest.mark.parametrize("name", [*(f"2.{name}" for name in GAUSSIAN), "3.centroids"])
 def test_a_tensor_of_another_shape_or_dtype_is_named(
-    tensor: object, model: NPad, tmp_path: Path
+    name: str, model: NPad, tmp_path: Path
 ) -> None:
-    name = tensor.name  # type: ignore[attr-defined]
     path = tmp_path / "m.npad"
     model.save(path)
     header, tensors = read_model(path)
@@ -88,12 +94,14 @@ def test_a_tensor_of_another_shape_or_dtype_is_named(
 
 
 def test_dtypes_and_shapes_come_from_the_settings() -> None:
-    sizes = {"P": 6, "D": 9, "C": 4, "packed": 32, "K": 5}
-    expected = Learned.expected(Settings(n_features=4, factor_dtype="bfloat16"), sizes)
-    assert expected == {
+    learned = LearnedMember(Member(0, (2, 3)), channels=9, grid=(2, 3), eps=0.1, window=1)
+    assert learned.expected(Settings(n_features=4, factor_dtype="bfloat16"), 5) == {
         "projection": (torch.float32, (9, 4)),
         "mean": (torch.float32, (6, 4)),
         "factor": (torch.bfloat16, (6, 32)),
         "centroids": (torch.float32, (5, 4)),
     }
-    assert Learned.expected(Settings(nominal_set=None), sizes).keys() == {"mean", "factor"}
+    with_prefix = replace(learned, member=Member(0, (2, 3, 1), prefix=7))
+    assert with_prefix.expected(Settings(), 5)["centroids"] == (torch.float32, (5, 7))
+    gaussian = replace(learned, member=Member(0, (2,), nominal_set=False))
+    assert gaussian.expected(Settings(), 0).keys() == {"mean", "factor"}

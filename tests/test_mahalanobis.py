@@ -46,6 +46,97 @@ def test_batches(isa: str, batch: int) -> None:
         assert torch.equal(ops.mahalanobis(x[n : n + 1], mean, factor, grid, 5)[0], actual[n])
 
 
+@pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    ("channels", "prefix"),
+    [(2, 1), (8, 3), (31, 8), (31, 30), (33, 1), (100, 37), (129, 64), (129, 96), (176, 128)],
+)
+def test_prefix(isa: str, channels: int, prefix: int, window: int, dtype: torch.dtype) -> None:
+    """At the border of a panel, of a group of them, within one; of a short panel."""
+    grid = (4, 3)
+    mean, dense = gaussians(grid, channels)
+    factor = ops.pack_factor(dense, dtype)
+    x = torch.randn(7, *grid, channels)
+    actual = ops.mahalanobis(x, mean, factor, grid, window, prefix)
+    working = reference.mahalanobis(x, mean, factor, grid, window, prefix)
+    oracle = reference.mahalanobis(*double(x, mean, factor), grid, window, prefix)
+    assert_accurate(actual, working, oracle)
+    assert torch.equal(actual[1], ops.mahalanobis(x, mean, factor, grid, window))
+
+
+def test_a_prefix_is_the_gaussian_of_its_channels(isa: str) -> None:
+    """By the leading block of the covariance, which no factor of the whole is needed for."""
+    grid, channels, prefix = (2, 3), 21, 13
+    samples = np.random.default_rng(0).normal(size=(6, 60, channels))
+    covariance = np.stack([np.cov(s.T) for s in samples])
+    mean = samples.mean(1)
+    factor = torch.from_numpy(np.linalg.inv(np.linalg.cholesky(covariance))).float()
+    x = torch.randn(4, *grid, channels)
+    z = x.numpy().reshape(4, 6, channels).astype(float) - mean
+    expected = [
+        np.sqrt(
+            np.einsum(
+                "npi,pij,npj->np", z[..., :n], np.linalg.inv(covariance[:, :n, :n]), z[..., :n]
+            )
+        )
+        for n in (prefix, channels)
+    ]
+    found = ops.mahalanobis(
+        x, torch.from_numpy(mean).float(), ops.pack_factor(factor), grid, 1, prefix
+    )
+    np.testing.assert_allclose(found.reshape(2, 4, 6), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hostile", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(("channels", "prefix"), [(16, 8), (16, 5), (19, 2), (47, 17), (129, 96)])
+def test_what_lies_behind_a_prefix_does_not_touch_it(
+    isa: str, channels: int, prefix: int, window: int, dtype: torch.dtype, hostile: float
+) -> None:
+    """The next channel, which the rows above multiply by zero, and the last one."""
+    grid = (3, 3)
+    mean, dense = gaussians(grid, channels)
+    factor = ops.pack_factor(dense, dtype)
+    x = torch.randn(14, *grid, channels)
+    expected = ops.mahalanobis(x, mean, factor, grid, window, prefix)
+    for channel in (prefix, channels - 1):
+        y = x.clone()
+        y[3, 1, 1, channel] = hostile
+        within, whole = ops.mahalanobis(y, mean, factor, grid, window, prefix)
+        assert torch.equal(within, expected[0])
+        assert torch.equal(
+            whole.nan_to_num(-1), ops.mahalanobis(y, mean, factor, grid, window).nan_to_num(-1)
+        )
+    y = x.clone()
+    y[3, 1, 1, prefix - 1] = torch.nan
+    for distance in ops.mahalanobis(y, mean, factor, grid, window, prefix):
+        assert distance.isnan().nonzero().tolist() == [[3, 1, 1]]
+
+
+def test_a_prefix_takes_any_batch_and_number_of_threads(isa: str) -> None:
+    """More embeddings than one pass over a factor holds, and none."""
+    grid = (3, 3)
+    mean, dense = gaussians(grid, 43)
+    factor = ops.pack_factor(dense)
+    x = torch.randn(70, *grid, 43)
+    torch.set_num_threads(1)
+    expected = ops.mahalanobis(x, mean, factor, grid, 5, 20)
+    torch.set_num_threads(3)
+    assert torch.equal(ops.mahalanobis(x, mean, factor, grid, 5, 20), expected)
+    one = ops.mahalanobis(x[69:], mean, factor, grid, 5, 20)
+    assert torch.equal(one[:, 0], expected[:, 69])
+    assert ops.mahalanobis(x[:0], mean, factor, grid, 5, 20).shape == (2, 0, 3, 3)
+
+
+@pytest.mark.parametrize("prefix", [0, -1, 5, 6])
+def test_what_is_no_prefix(prefix: int) -> None:
+    mean, dense = gaussians((1, 2), 5)
+    with pytest.raises(ValueError, match=rf"prefix must be 1 to 4 of 5 channels, got {prefix}"):
+        ops.mahalanobis(torch.randn(1, 1, 2, 5), mean, ops.pack_factor(dense), (1, 2), 1, prefix)
+
+
 def test_reference_is_the_textbook_distance() -> None:
     grid, channels = (2, 2), 5
     samples = torch.randn(4, 30, channels).double()
@@ -151,7 +242,9 @@ def test_opcheck_and_compile() -> None:
     grid = (2, 3)
     mean, dense = gaussians(grid, 9)
     x, factor = torch.randn(2, *grid, 9), ops.pack_factor(dense)
-    torch.library.opcheck(torch.ops.npad.mahalanobis.default, (x, mean, factor, [2, 3], 3))
+    for prefix in (None, 4):
+        arguments = (x, mean, factor, [2, 3], 3, prefix)
+        torch.library.opcheck(torch.ops.npad.mahalanobis.default, arguments)
 
 
 def test_rejects() -> None:

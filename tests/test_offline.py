@@ -273,11 +273,11 @@ def test_backbones(install: Install, tmp_path: Path) -> None:
     put_into_the_cache(tmp_path / "hub", "lcnet_050")
     lines = [line.split("\t") for line in succeed("backbones").out.splitlines()]
     assert lines == [
-        ["name", "weights", "channels", "grid"],
-        ["filterbank", "none needed", "51", "64 x 64"],
-        [NAME, "npad-test-lite0 0.9", "152", "32 x 32"],
-        ["lcnet_050.ra2_in1k", "local cache", "192", "32 x 32"],
-        ["wide_resnet50_2", "download", "1536", "32 x 32"],
+        ["name", "weights", "channels", "image_size", "grid"],
+        ["filterbank", "none needed", "51", "256 x 256", "64 x 64"],
+        [NAME, "npad-test-lite0 0.9", "152", "256 x 256", "32 x 32"],
+        ["lcnet_050.ra2_in1k", "local cache", "192", "256 x 256", "32 x 32"],
+        ["wide_resnet50_2", "download", "1536", "256 x 256", "32 x 32"],
     ]
 
 
@@ -316,7 +316,7 @@ def test_a_fetched_file_is_all_that_another_machine_needs(
         save_image(tmp_path / f"images/{i}.png", smooth_pixels(32, 32, seed=i))
     options = (*SMALL[2:], "--backbone", NAME, "--weights", file)
     succeed("fit", tmp_path / "images", "-o", tmp_path / "model", *options)
-    assert NPad.load(tmp_path / "model").backbone_["weights_hash"] == here
+    assert NPad.load(tmp_path / "model").backbones_[0]["weights_hash"] == here
 
 
 def test_fetch_from_the_cache(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from npad import NPad, ops
-from npad.learned import TENSORS
 
 SMALL = {"image_size": 32, "n_centroids": 50, "progress": False}
 
@@ -35,12 +34,14 @@ def test_what_it_holds(model: NPad) -> None:
     scorer = model.scorer()
     assert isinstance(scorer, nn.Module)
     buffers = dict(scorer.named_buffers())
-    for tensor in TENSORS:
-        assert buffers[tensor.name] is getattr(model, f"{tensor.name}_")
-    state = scorer.state_dict()
-    assert "index" not in state  # it is made from the centroids
-    own = {name for name in state if not name.startswith("network.")}
-    assert own == {tensor.name for tensor in TENSORS}
+    tensors = {
+        f"members.{i}.{name}": tensor
+        for i, member in enumerate(model.members_)
+        for name, tensor in member.tensors().items()
+    }
+    assert all(buffers[name] is tensor for name, tensor in tensors.items())
+    state = scorer.state_dict()  # without the index, which is made from the centroids
+    assert {name for name in state if not name.startswith("networks.")} == tensors.keys()
 
 
 def test_a_state_dict_brings_another_fit(model: NPad, batch: torch.Tensor) -> None:
@@ -59,11 +60,12 @@ def test_centroids_of_a_state_dict_are_found_again(model: NPad) -> None:
     """The index is no part of it: that of the centroids before would give other distances."""
     twin = model.scorer()
     state = twin.state_dict()
-    state["centroids"] = state["centroids"].flip(1) + 5
+    centroids = state["members.3.centroids"] = state["members.3.centroids"].flip(1) + 5
+    projection = state["members.3.projection"] = torch.eye(51, 20)
     twin.load_state_dict(state)
-    x = torch.rand(2, *model.grid_, state["centroids"].shape[1]) + 5
-    found = twin.distances(x)[1]
-    expected, _ = ops.nearest_centroid(x.flatten(0, 2), state["centroids"])
+    x = torch.rand(2, *model.members_[3].grid, len(projection)) + 5
+    found = twin.members[3](x)["euclidean"]
+    expected, _ = ops.nearest_centroid(x.flatten(0, 2)[:, :20].contiguous(), centroids)
     assert torch.equal(found.flatten(), expected)
 
 
@@ -79,7 +81,8 @@ def test_moving_it_leaves_the_model_and_others_of_its_backbone(
 
 @pytest.mark.parametrize("fusion", ["product", "sum", "mahalanobis", "euclidean"])
 def test_export_with_a_dynamic_batch(fusion: str, images: np.ndarray, batch: torch.Tensor) -> None:
-    scorer = NPad("filterbank", **SMALL, fusion=fusion, score_window=3).fit(images).scorer()
+    model = NPad("filterbank", **SMALL, fusion=fusion, score_window=3, holdout=0.3)
+    scorer = model.fit(images).scorer()
     exported = torch.export.export(
         scorer, (batch[:3],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
     )

@@ -80,14 +80,15 @@ def test_a_stream_is_answered_image_by_image(model: NPad, images: np.ndarray) ->
 def test_features_that_overflow_are_an_error(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = model.scorer().network.forward
+    (network,) = model.scorer().networks
+    levels = network.levels
 
-    def overflow(batch: torch.Tensor) -> torch.Tensor:
-        x = forward(batch)
-        x[2, 3, 3, 0] = torch.inf
+    def overflow(batch: torch.Tensor) -> list[torch.Tensor]:
+        x = levels(batch)
+        x[0][2, 0, 3, 3] = torch.inf
         return x
 
-    monkeypatch.setattr(model.scorer().network, "forward", overflow)
+    monkeypatch.setattr(network, "levels", overflow)
     message = r"score of image\[2\] is not finite.*use backbone_dtype='float32'"
     with pytest.raises(RuntimeError, match=message):
         model.predict(images[:5])
@@ -112,13 +113,13 @@ def test_the_precision_of_the_backbone(
     monkeypatch.setattr(detector, "shared_backbone", lambda *arguments: arguments[3])
     model = NPad("filterbank", backbone_dtype=given)
     of = Settings(**model.get_params()), torch.device(device)
-    assert model._network(*of, fitting=True) == fitted
-    assert model._network(*of) == scored
+    assert model._backbones(*of, fitting=True) == [fitted]
+    assert model._backbones(*of) == [scored]
 
 
 def test_many_threads_and_models_at_once(model: NPad, images: np.ndarray) -> None:
     other = NPad("filterbank", **SMALL, fusion="mahalanobis").fit(images)
-    assert other.scorer().network is model.scorer().network
+    assert other.scorer().networks[0] is model.scorer().networks[0]
     expected = {m: m.predict(images) for m in (model, other)}
     with ThreadPoolExecutor(6) as pool:
         results = [(m, pool.submit(m.predict, images)) for m in (model, other) * 6]
@@ -219,10 +220,10 @@ class Killed(torch.utils.data.Dataset):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork in a process with threads
 def test_a_killed_worker_of_a_loader_is_an_error(model: NPad, images: np.ndarray) -> None:
     loader = torch.utils.data.DataLoader(Killed(images), batch_size=2, num_workers=1)
-    before = model.mean_
+    before = model.members_
     with pytest.raises(RuntimeError, match=r"worker.* is killed|exited unexpectedly"):
         model.fit(loader)
-    assert model.mean_ is before
+    assert model.members_ is before
 
 
 def test_ctrl_c_leaves_no_process(images: np.ndarray, tmp_path: Path) -> None:
@@ -260,8 +261,9 @@ def test_memory_stays_flat_over_ten_thousand_images(
     model: NPad, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the network, which would take most of the time."""
-    x = model.embed(images[:8])
-    monkeypatch.setattr(model.scorer().network, "forward", lambda images: x[: len(images)].clone())
+    (network,) = model.scorer().networks
+    x = network.levels(torch.from_numpy(images[:8]).permute(0, 3, 1, 2).float() / 255)
+    monkeypatch.setattr(network, "levels", lambda images: [f[: len(images)].clone() for f in x])
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

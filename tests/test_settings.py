@@ -21,6 +21,9 @@ from npad.settings import ARGUMENTS, Settings
 REFUSED = [
     ({"backbone": ""}, "backbone must be the name of a timm model"),
     ({"backbone": 18}, "backbone must be the name of a timm model"),
+    ({"backbone": []}, "backbone must be the name of a timm model .* or a list of such names"),
+    ({"backbone": ["resnet18", 5]}, "backbone must be the name of a timm model"),
+    ({"backbone": ["a", "a"]}, r"backbone must be a list of different models, got \('a', 'a'\)"),
     ({"layers": []}, "layers must be a sequence of levels"),
     ({"layers": "23"}, "layers must be a sequence of levels"),
     ({"layers": (2, -1)}, "layers must be a sequence of levels"),
@@ -29,6 +32,13 @@ REFUSED = [
     ({"layers": ("stages.1",)}, r"layers must be a sequence of levels such as \(2, 3\)"),
     ({"layers": ("layer2", "layer3")}, r"levels by their numbers, here \(2, 3\), got \('layer2'"),
     ({"layers": "2,3"}, r"levels by their numbers, here \(2, 3\), got '2,3'"),
+    ({"map_layers": "layer1"}, r"map_layers must be .* levels by their numbers, here \(1,\)"),
+    ({"map_layers": (1, -1)}, "map_layers must be a sequence of levels"),
+    ({"gaussians": "each"}, "gaussians must be one of 'per_layer', 'joint', got 'each'"),
+    (
+        {"gaussians": "joint", "map_layers": (1, 2), "n_features": 9},
+        "n_features mixes the channels .* leave out one, or use gaussians='per_layer'",
+    ),
     ({"image_size": 0}, r"image_size must be a positive int or \(height, width\), got 0"),
     ({"image_size": 64.0}, "image_size must be a positive int"),
     ({"image_size": (64, 64, 3)}, "image_size must be a positive int"),
@@ -37,10 +47,16 @@ REFUSED = [
     ({"bit_depth": 17}, "bit_depth must be an int from 1 to 16, got 17"),
     ({"bit_depth": 12.0}, "bit_depth must be an int from 1 to 16"),
     ({"max_pixels": 0}, "max_pixels must be an int of at least 1"),
-    ({"weights": 5}, "weights must be the path of a file, got 5"),
-    ({"window": 4}, "window must be an odd int of at least 1, got 4"),
-    ({"window": True}, "window must be an odd int of at least 1, got True"),
-    ({"window": 3.0}, "window must be an odd int of at least 1, got 3.0"),
+    ({"weights": 5}, "weights must be the path of a file, or a list .*, got 5"),
+    ({"weights": ["a", "b"]}, "weights must be one file for each of filterbank, .* got 2 files"),
+    (
+        {"backbone": ["resnet18", "resnet34"], "weights": "r18.pt"},
+        r"weights must be one file for each of resnet18, resnet34, in this order .* got r18\.pt",
+    ),
+    ({"window": 4}, "window must be 'auto' or an odd int of at least 1, got 4"),
+    ({"window": "3"}, "window must be 'auto' or an odd int of at least 1, got '3'"),
+    ({"window": True}, "window must be 'auto' or an odd int of at least 1, got True"),
+    ({"window": 3.0}, "window must be 'auto' or an odd int of at least 1, got 3.0"),
     ({"score_window": 0}, "score_window must be an odd int"),
     ({"eps": "big"}, "eps must be 'auto' or a number of at least 0, got 'big'"),
     ({"eps": -1.0}, "eps must be 'auto' or a number"),
@@ -61,6 +77,8 @@ REFUSED = [
     ({"fusion_weight": math.nan}, "fusion_weight must be a number from 0 to 1, got nan"),
     ({"fusion_weight": "half"}, "fusion_weight must be a number from 0 to 1, got 'half'"),
     ({"fusion_weight": True}, "fusion_weight must be a number from 0 to 1, got True"),
+    ({"map_weight": 1.5}, "map_weight must be a number from 0 to 1, got 1.5"),
+    ({"map_weight": None}, "map_weight must be a number from 0 to 1, got None"),
     ({"factor_dtype": "int8"}, "factor_dtype must be one of 'float32'"),
     ({"factor_dtype": torch.float16}, "factor_dtype must be one of"),
     ({"n_features": 2.5}, "n_features must be an int of at least 1, got 2.5"),
@@ -142,6 +160,11 @@ def test_what_is_accepted() -> None:
     assert type(settings.fusion) is str
     assert Settings(nominal_set=None).fusion == "mahalanobis"
     assert Settings(n_centroids=0.25).n_centroids == 0.25
+    assert Settings(map_layers=[]).map_layers == ()
+    assert Settings(backbone=["timm/resnet18"]).backbone == "resnet18"
+    two = Settings(backbone=["resnet18", "filterbank"], weights=(Path("w.pt"), None))
+    assert two.networks == (("resnet18", "w.pt"), ("filterbank", None))
+    assert Settings(**two.to_json()) == two
 
 
 def test_the_signature_of_npad_agrees() -> None:
@@ -175,7 +198,7 @@ def test_help_says_something_about_each() -> None:
     for argument in ARGUMENTS:
         assert argument.help.endswith(".")
         assert f"{argument.name} : {argument.help}" in NPad.__doc__
-    for name in ("grid_", "eps_", "centroids_"):
+    for name in ("members_", "n_images_", "backbones_"):
         assert f"    {name} : " in NPad.__doc__
 
 
@@ -208,7 +231,7 @@ def test_what_a_fitted_model_heeds(fitted: NPad, images: np.ndarray) -> None:
     assert np.array_equal(after.scores, before.scores)
     model.batch_size = 3
     kept = model.settings()
-    assert (kept["window"], kept["image_size"], kept["n_centroids"]) == (3, [32, 32], 20)
+    assert (kept["window"], kept["image_size"], kept["n_centroids"]) == ("auto", [32, 32], 20)
     assert (kept["backbone"], kept["batch_size"]) == ("filterbank", 3)
     model.fusion_weight = 0.9
     assert not np.array_equal(model.predict(images).scores, before.scores)
@@ -224,16 +247,16 @@ def test_a_model_without_centroids_goes_on_without_them(images: np.ndarray) -> N
 @pytest.mark.parametrize(
     ("fitted_with", "then", "lacks"),
     [
-        ("mahalanobis", "product", "centroids"),
-        ("euclidean", "mahalanobis", "mean and factor"),
-        ("product", "sum", "standardization"),
-        ("mahalanobis", "sum", "centroids and standardization"),
+        ("mahalanobis", "product", "a nominal set"),
+        ("euclidean", "mahalanobis", "Gaussians"),
+        ("product", "sum", "a standardization"),
+        ("mahalanobis", "sum", "a nominal set and a standardization"),
     ],
 )
 def test_a_fusion_that_the_fit_did_not_prepare(
     fitted_with: str, then: str, lacks: str, images: np.ndarray, tmp_path: Path
 ) -> None:
-    model = NPad("filterbank", image_size=32, n_centroids=20, fusion=fitted_with, progress=False)
+    model = NPad("filterbank", image_size=64, n_centroids=20, fusion=fitted_with, progress=False)
     model.fit(images).fusion = then
     message = f"^NPad: fusion='{then}' needs {lacks}, which a fit with fusion='{fitted_with}' does"
     for use in (model.predict, model.predict_batches, lambda _: model.save(tmp_path / "model")):

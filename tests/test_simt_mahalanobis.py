@@ -19,10 +19,13 @@ def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
 
-def run(simt: Simt, x: Tensor, mean: Tensor, factor: Tensor, window: int) -> Tensor:
+def run(
+    simt: Simt, x: Tensor, mean: Tensor, factor: Tensor, window: int, prefix: int | None = None
+) -> Tensor:
     batch, height, width, channels = x.shape
-    distance = torch.full((batch, height, width), -1.0)
-    arguments = (mean, factor, TYPES.index(factor.dtype), window, distance)
+    shape = (batch, height, width) if prefix is None else (2, batch, height, width)
+    distance = torch.full(shape, -1.0)
+    arguments = (mean, factor, TYPES.index(factor.dtype), window, prefix or 0, distance)
     simt("mahalanobis", x, batch, height, width, channels, *arguments)
     return distance
 
@@ -34,14 +37,17 @@ def check(
     channels: int,
     window: int,
     dtype: torch.dtype = torch.float32,
+    prefix: int | None = None,
 ) -> None:
     mean, dense = gaussians(grid, channels)
     factor = reference.pack_factor(dense, dtype)
     x = torch.randn(batch, *grid, channels)
-    actual = run(simt, x, mean, factor, window)
-    working = reference.mahalanobis(x, mean, factor, grid, window)
-    oracle = reference.mahalanobis(x.double(), mean.double(), factor.double(), grid, window)
-    assert_accurate(actual, working, oracle)
+    actual = run(simt, x, mean, factor, window, prefix)
+    working = reference.mahalanobis(x, mean, factor, grid, window, prefix)
+    doubles = x.double(), mean.double(), factor.double()
+    assert_accurate(actual, working, reference.mahalanobis(*doubles, grid, window, prefix))
+    if prefix is not None:
+        assert torch.equal(actual[1], run(simt, x, mean, factor, window))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -54,6 +60,20 @@ def test_channels(simt: Simt, channels: int, dtype: torch.dtype) -> None:
 def test_several_groups_of_panels_per_warp(dtype: torch.dtype) -> None:
     """13 groups on 4 warps; what a processor holds limits the embeddings of a block."""
     check(load("simt_fast"), 15, (1, 1), 830, 1, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("channels", "prefix"), [(2, 1), (17, 16), (31, 8), (33, 1), (100, 37), (129, 64), (129, 128)]
+)
+def test_prefix(simt: Simt, channels: int, prefix: int, dtype: torch.dtype) -> None:
+    """At the border of a panel, of a group of them, within one; in one round of the warps, in two."""
+    check(simt, 2, (1, 2), channels, 1, dtype, prefix)
+
+
+def test_prefix_with_windows_and_several_groups() -> None:
+    check(load("simt_fast"), 3, (3, 2), 17, 3, torch.float16, prefix=9)
+    check(load("simt_fast"), 9, (1, 1), 830, 1, torch.float16, prefix=700)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -22,7 +22,7 @@ def simt(request: pytest.FixtureRequest) -> Simt:
 def test_scores_are_those_of_the_cpu(simt: Simt, case: str) -> None:
     x = singular(case, (12, *GRID, CHANNELS))
     gaussian = NeighborhoodGaussian(GRID, CHANNELS).update(x)
-    eps = gaussian.choose_eps(x[:3] * 1.01)
+    _, eps = gaussian.choose(x[:3] * 1.01, [3])
     expected = ops.mahalanobis(x, *gaussian.finalize(eps), GRID)
 
     state = zeros(20, CHANNELS)

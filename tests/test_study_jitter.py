@@ -17,6 +17,7 @@ from npad.evaluation.datasets import Category, find_categories
 from npad.evaluation.masks import read_mask
 from npad.evaluation.measure import evaluate
 from npad.evaluation.synthetic import make_dataset
+from npad.features.backbone import Backbone
 
 COMMON: dict[str, Any] = {"backbone": "filterbank", "image_size": 64, "progress": False}
 
@@ -74,7 +75,7 @@ def test_without_jitter_the_figures_are_those_of_evaluate(
     category: Category, tmp_path: Path
 ) -> None:
     assert study_jitter.jittered(category, 0, 0, tmp_path) is category
-    embedded = EmbeddedCategory(category, NPad(**COMMON), tmp_path)
+    embedded = EmbeddedCategory(category, [Backbone("filterbank")], (64, 64), tmp_path)
     rows = dict(study_jitter.npad_rows(embedded, COMMON, seed=1))
     for row, arguments in {
         "Euclidean alone": {"fusion": "euclidean"},
@@ -83,9 +84,11 @@ def test_without_jitter_the_figures_are_those_of_evaluate(
             "window": 5,
             "score_window": 3,
         },
-        "product, window 3, evaluation 1": {},
+        "product, window 3, evaluation 1": {"window": 3},
     }.items():
-        expected = evaluate(NPad(**COMMON, **arguments, seed=1), category, progress=False).metrics
+        expected = evaluate(
+            NPad(**COMMON, **study_jitter.JOINT, **arguments, seed=1), category, progress=False
+        ).metrics
         assert {m: rows[row][m] for m in METRICS} == pytest.approx(
             {m: expected[m] for m in METRICS}, abs=1e-6
         )

@@ -8,6 +8,11 @@
 // embedding. Products and squares are summed in float32 in a fixed order; the minimum is taken
 // atomically on integers that order like the distances, so neither threads nor their timing change
 // the result.
+//
+// The first rows of W use the first channels alone, so the distance in a prefix of the channels is
+// what the sum of squares has reached there: one more sum for each embedding, taken on the way. A
+// group of rows that the prefix ends in stops at its last column, since what comes behind reaches
+// the rows above as zero times z, which is NaN where z is infinite.
 #include <cmath>
 
 #include "../packed.h"
@@ -57,18 +62,38 @@ inline void multiply(const T* const* panel, const int64_t* step, const float* z,
     }
 }
 
-// squares[e] += the squares of the group's rows of W z_e, for kTile embeddings.
+// above[e] = squares[e] and the squares of what the group's first `rows` rows have come to.
+template <int kTile>
+void add_rows(const Vec (*acc)[kGroupVectors], int64_t rows, const float* squares, float* above) {
+    Lanes lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    Lanes taken[kGroupVectors];
+    for (int v = 0; v < kGroupVectors; ++v)
+        taken[v] = lane < static_cast<int32_t>(rows) - v * kLanes;  // all ones, or zero
+    for (int e = 0; e < kTile; ++e) {
+        Vec total = load(squares + e * kLanes);
+        for (int v = 0; v < kGroupVectors; ++v) {
+            const Vec square = acc[e][v] * acc[e][v];
+            total += reinterpret_cast<Vec>(reinterpret_cast<Lanes>(square) & taken[v]);
+        }
+        store(above + e * kLanes, total);
+    }
+}
+
+// squares[e] += the squares of the group's rows of W z_e, for kTile embeddings; above[e] = their
+// sum over the rows of W above row `prefix`, which is one of the group's, or negative for none.
 template <int kTile, class T>
 void apply_group(const T* factor, const PackedLayout& layout, int64_t p0, const float* z,
-                 int64_t stride, float* squares) {
+                 int64_t stride, float* squares, int64_t prefix, float* above) {
     static constexpr T kZeros[kPanel] = {};
     Vec acc[kTile][kGroupVectors] = {};
     const T* panel[kGroupPanels];
     int64_t step[kGroupPanels];
     int64_t done = 0;
     // Panels end 8 columns apart; one that has ended, or does not exist, goes on as zeros.
-    for (int64_t last = 0; last < kGroupPanels && p0 + last < layout.panels; ++last) {
-        const int64_t columns = layout.columns(p0 + last);
+    for (int64_t last = 0; last < kGroupPanels && p0 + last < layout.panels;) {
+        const int64_t end = layout.columns(p0 + last);
+        const int64_t columns = done < prefix && prefix < end ? prefix : end;
         for (int64_t i = 0; i < kGroupPanels; ++i) {
             const bool live = i >= last && p0 + i < layout.panels;
             panel[i] = live ? factor + layout.offset(p0 + i) + done * kPanel : kZeros;
@@ -76,6 +101,8 @@ void apply_group(const T* factor, const PackedLayout& layout, int64_t p0, const 
         }
         multiply<kTile>(panel, step, z + done, stride, columns - done, acc);
         done = columns;
+        if (done == prefix) add_rows<kTile>(acc, prefix - layout.first_row(p0), squares, above);
+        if (done == end) ++last;
     }
     for (int e = 0; e < kTile; ++e)
         for (int v = 0; v < kGroupVectors; ++v) {
@@ -85,7 +112,8 @@ void apply_group(const T* factor, const PackedLayout& layout, int64_t p0, const 
 }
 
 template <class T>
-using ApplyGroup = void(const T*, const PackedLayout&, int64_t, const float*, int64_t, float*);
+using ApplyGroup = void(const T*, const PackedLayout&, int64_t, const float*, int64_t, float*,
+                        int64_t, float*);
 
 template <class T, int... kTiles>
 struct Tiles {
@@ -101,11 +129,17 @@ ApplyGroup<T>* apply_for(int64_t embeddings) {
 
 template <class T>
 void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-         const float* mean, const T* factor, int64_t window, float* distance, int threads) {
+         const float* mean, const T* factor, int64_t window, int64_t prefix, float* distance,
+         int threads) {
     const PackedLayout layout(channels);
-    const int64_t positions = height * width;
+    const int64_t positions = height * width, outputs = prefix > 0 ? 2 : 1;
+    const int64_t size = outputs * batch * positions;
     auto* keys = reinterpret_cast<uint32_t*>(distance);
-    for (int64_t i = 0; i < batch * positions; ++i) keys[i] = kNotWritten;
+    auto* all_keys = keys + (outputs - 1) * batch * positions;
+    for (int64_t i = 0; i < size; ++i) keys[i] = kNotWritten;
+    // The first panel of the group that the prefix ends in, if there is one.
+    constexpr int64_t kGroupRows = kGroupPanels * kPanel;
+    const int64_t split = prefix > 0 ? (prefix + layout.pad) / kGroupRows * kGroupPanels : -1;
 
     const int64_t side_y = window < 2 * height ? window : 2 * height;
     const int64_t side_x = window < 2 * width ? window : 2 * width;
@@ -114,8 +148,9 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
 
 #pragma omp parallel num_threads(threads)
     {
-        Buffer<float> z(capacity * channels), squares(capacity * kLanes);
+        Buffer<float> z(capacity * channels), squares(outputs * capacity * kLanes);
         Buffer<int64_t> owner(capacity);
+        float* above = squares.data() + (outputs - 1) * capacity * kLanes;
 
         const auto flush = [&](const T* factor_q, int64_t held) {
             std::memset(squares.data(), 0, static_cast<size_t>(held * kLanes) * sizeof(float));
@@ -124,10 +159,15 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t begin = held * t / tiles, end = held * (t + 1) / tiles;
                     apply_for<T>(end - begin)(factor_q, layout, p0, z.data() + begin * channels,
-                                              channels, squares.data() + begin * kLanes);
+                                              channels, squares.data() + begin * kLanes,
+                                              p0 == split ? prefix : -1, above + begin * kLanes);
                 }
-            for (int64_t e = 0; e < held; ++e)
-                atomic_min(keys + owner[e], encode(sum(load(squares.data() + e * kLanes))));
+            const auto settle = [&](uint32_t* nearest, const float* sums) {
+                for (int64_t e = 0; e < held; ++e)
+                    atomic_min(nearest + owner[e], encode(sum(load(sums + e * kLanes))));
+            };
+            settle(all_keys, squares.data());
+            if (outputs > 1) settle(keys, above);
         };
 
 #pragma omp for schedule(static)
@@ -152,24 +192,24 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
             if (held > 0) flush(factor_q, held);
         }
     }
-    for (int64_t i = 0; i < batch * positions; ++i) distance[i] = std::sqrt(decode(keys[i]));
+    for (int64_t i = 0; i < size; ++i) distance[i] = std::sqrt(decode(keys[i]));
 }
 
 }  // namespace
 
 void mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
                  const float* mean, const void* factor, FloatType type, int64_t window,
-                 float* distance, int threads) {
+                 int64_t prefix, float* distance, int threads) {
     switch (type) {
         case FloatType::kFloat32:
             return run(x, batch, height, width, channels, mean, static_cast<const float*>(factor),
-                       window, distance, threads);
+                       window, prefix, distance, threads);
         case FloatType::kFloat16:
             return run(x, batch, height, width, channels, mean, static_cast<const Float16*>(factor),
-                       window, distance, threads);
+                       window, prefix, distance, threads);
         case FloatType::kBFloat16:
             return run(x, batch, height, width, channels, mean,
-                       static_cast<const BFloat16*>(factor), window, distance, threads);
+                       static_cast<const BFloat16*>(factor), window, prefix, distance, threads);
     }
 }
 

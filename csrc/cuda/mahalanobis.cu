@@ -252,14 +252,17 @@ __device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& read
     }
 }
 
-template <typename T, int kTiles>
+// With a prefix, `distance` begins with those in its channels. The first rows of W are the factor
+// of their Gaussian, so that some of the squares are theirs, too.
+template <typename T, int kTiles, bool kPrefix>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
                        int64_t channels, const float* __restrict__ mean,
                        const T* __restrict__ factor, int64_t window, int64_t chunks, int held,
-                       Shape shape, float* __restrict__ distance) {
+                       Shape shape, int prefix, float* __restrict__ distance) {
+    constexpr int kSums = kPrefix ? 2 : 1;  // of the prefix, and of all
     __shared__ int64_t owner[kMaxTiles * 8];
-    __shared__ float partial[kMaxWarps][kMaxTiles * 8];
+    __shared__ float partial[kSums][kMaxWarps][kMaxTiles * 8];
     __shared__ float unscale[kMaxTiles * 8];  // of float16
     float* z = dynamic_shared<float>();       // (held + 1, stride)
     const int64_t q = blockIdx.x / chunks, first = blockIdx.x % chunks * held;
@@ -318,7 +321,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
         z_tile[tile] = z + min(tile * 8 + g, count - 1) * shape.stride + t;
-    float sums[kTiles][4][4] = {}, squares[kTiles][2] = {};
+    float sums[kTiles][4][4] = {}, squares[kSums][kTiles][2] = {};
     int round = 0, column = 0, left = steps_of<T>(shape, group_of(shape, warp, 0));
     while (left > 0) {
 #pragma unroll
@@ -327,10 +330,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
             multiply<T, kTiles>(ring[d], reader, z_tile, column, sums);
             column += kColumns<T>;
             if (--left > 0) continue;
+            // Rows of the prefix among this lane's eight, which follow one another.
+            const int inside = prefix -
+                               8 * (group_of(shape, warp, round) * kGroup - shape.missing + g) +
+                               shape.pad;
 #pragma unroll
             for (int i = 0; i < kTiles * 16; ++i) {
                 float& sum = sums[i / 16][i / 4 % 4][i % 4];
-                squares[i / 16][i % 2] = fmaf(sum, sum, squares[i / 16][i % 2]);
+                float& all = squares[kSums - 1][i / 16][i % 2];
+                all = fmaf(sum, sum, all);
+                if constexpr (kPrefix) {
+                    float& below = squares[0][i / 16][i % 2];
+                    if (i / 2 % 8 < inside) below = fmaf(sum, sum, below);
+                }
                 sum = 0;
             }
             column = 0;
@@ -340,25 +352,30 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
 
     // Lanes of equal t hold rows of the same two embeddings.
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
+    for (int part = 0; part < kSums; ++part)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float sum = squares[tile][i];
+        for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-            for (int distance = 4; distance < kWarp; distance *= 2)
-                sum += __shfl_xor_sync(kAllLanes, sum, distance);
-            if (g == 0) partial[warp][tile * 8 + 2 * t + i] = sum;
-        }
+            for (int i = 0; i < 2; ++i) {
+                float sum = squares[part][tile][i];
+#pragma unroll
+                for (int distance = 4; distance < kWarp; distance *= 2)
+                    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+                if (g == 0) partial[part][warp][tile * 8 + 2 * t + i] = sum;
+            }
     __syncthreads();
     if (thread < count) {
-        float sum = 0;
-        for (int w = 0; w < shape.warps; ++w) sum += partial[w][thread];
-        if constexpr (std::is_same_v<T, __half>) sum = sum * unscale[thread] * unscale[thread];
-        float* target = distance + owner[thread];
-        if (window == 1)
-            *target = sqrtf(sum);
-        else
-            atomicMin(reinterpret_cast<unsigned*>(target), encode(sum));
+#pragma unroll
+        for (int part = 0; part < kSums; ++part) {
+            float sum = 0;
+            for (int w = 0; w < shape.warps; ++w) sum += partial[part][w][thread];
+            if constexpr (std::is_same_v<T, __half>) sum = sum * unscale[thread] * unscale[thread];
+            float* target = distance + part * batch * positions + owner[thread];
+            if (window == 1)
+                *target = sqrtf(sum);
+            else
+                atomicMin(reinterpret_cast<unsigned*>(target), encode(sum));
+        }
     }
 }
 
@@ -371,9 +388,9 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(float* distance,
 
 template <typename T>
 cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                const float* mean, const void* factor, int64_t window, float* distance,
-                cudaStream_t stream) {
-    const int64_t positions = height * width, n = batch * positions;
+                const float* mean, const void* factor, int64_t window, int64_t prefix,
+                float* distance, cudaStream_t stream) {
+    const int64_t positions = height * width, n = (prefix == 0 ? 1 : 2) * batch * positions;
     if (n == 0) return cudaSuccess;
     int device = 0, shared = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -392,16 +409,18 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
     if (blocks > INT32_MAX || decoders > INT32_MAX) return cudaErrorInvalidConfiguration;
 
     using Kernel = void (*)(const float*, int64_t, int64_t, int64_t, int64_t, const float*,
-                            const T*, int64_t, int64_t, int, Shape, float*);
-    static constexpr Kernel kKernels[kMaxTiles] = {
-        mahalanobis_kernel<T, 1>, mahalanobis_kernel<T, 2>, mahalanobis_kernel<T, 3>,
-        mahalanobis_kernel<T, 4>};
+                            const T*, int64_t, int64_t, int, Shape, int, float*);
+    static constexpr Kernel kKernels[2][kMaxTiles] = {
+        {mahalanobis_kernel<T, 1, false>, mahalanobis_kernel<T, 2, false>,
+         mahalanobis_kernel<T, 3, false>, mahalanobis_kernel<T, 4, false>},
+        {mahalanobis_kernel<T, 1, true>, mahalanobis_kernel<T, 2, true>,
+         mahalanobis_kernel<T, 3, true>, mahalanobis_kernel<T, 4, true>}};
     if (window > 1) error = cudaMemsetAsync(distance, 0xff, n * sizeof(float), stream);
     if (error == cudaSuccess)
-        error = launch(kKernels[(held - 1) / 8], static_cast<unsigned>(blocks), shape.warps * kWarp,
-                       (held + 1) * row_bytes, stream, x, batch, height, width, channels, mean,
-                       static_cast<const T*>(factor), window, chunks, static_cast<int>(held), shape,
-                       distance);
+        error = launch(kKernels[prefix != 0][(held - 1) / 8], static_cast<unsigned>(blocks),
+                       shape.warps * kWarp, (held + 1) * row_bytes, stream, x, batch, height, width,
+                       channels, mean, static_cast<const T*>(factor), window, chunks,
+                       static_cast<int>(held), shape, static_cast<int>(prefix), distance);
     if (error == cudaSuccess && window > 1)
         error = launch(decode_kernel, static_cast<unsigned>(decoders), kDecodeThreads, 0, stream,
                        distance, n);
@@ -412,17 +431,17 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
 
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
                 const float* mean, const void* factor, FloatType type, int64_t window,
-                float* distance, Stream stream) {
+                int64_t prefix, float* distance, Stream stream) {
     switch (type) {
         case FloatType::kFloat32:
-            return run<float>(x, batch, height, width, channels, mean, factor, window, distance,
-                              stream);
+            return run<float>(x, batch, height, width, channels, mean, factor, window, prefix,
+                              distance, stream);
         case FloatType::kFloat16:
-            return run<__half>(x, batch, height, width, channels, mean, factor, window, distance,
-                               stream);
+            return run<__half>(x, batch, height, width, channels, mean, factor, window, prefix,
+                               distance, stream);
         case FloatType::kBFloat16:
             return run<__nv_bfloat16>(x, batch, height, width, channels, mean, factor, window,
-                                      distance, stream);
+                                      prefix, distance, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save
 
 from npad.atomic_file import replacing
-from npad.features import backbone, offline
+from npad.features import catalog, offline, timm_models
+from npad.features.backbone import Backbone, BackboneError
 from npad.settings import Settings
 
 __all__ = ["available", "print_backbones", "write_weights"]
 
-SIZE: Final = (256, 256)
 DOWNLOAD: Final = "download"
 RUNS: Final = 10  # of which the median is told
 
@@ -36,18 +36,19 @@ def available(measure: bool = False) -> Iterator[Row]:
 
     Yields
     ------
-    row : dict with the keys name, weights, channels, grid and, with `measure`, milliseconds
+    row : dict with the keys name, weights, channels, image_size, grid and, with `measure`, milliseconds
     """
     here = {"filterbank": "none needed", offline.NETWORK: _of_the_package()}
-    here |= dict.fromkeys(backbone.cached(), "local cache")
+    here |= dict.fromkeys(timm_models.cached(), "local cache")
     for name, weights in {**here, str(Settings().backbone): DOWNLOAD, **here}.items():
         try:
-            channels, grid = backbone.sketch(name, SIZE)
-        except backbone.BackboneError:
+            sketch = catalog.sketch(name)
+        except BackboneError:
             continue  # in the cache, but of no use: it has no inner features
-        row: Row = {"name": name, "weights": weights, "channels": channels, "grid": grid}
+        row: Row = {"name": name, "weights": weights, "channels": sketch.channels}
+        row |= {"image_size": sketch.image_size, "grid": sketch.grid}
         if measure:
-            ready = grid is not None and not weights.startswith(DOWNLOAD)
+            ready = sketch.grid is not None and not weights.startswith(DOWNLOAD)
             row["milliseconds"] = _milliseconds(name) if ready else None
         yield row
 
@@ -59,8 +60,8 @@ def _of_the_package() -> str:
 
 def _milliseconds(name: str) -> float:
     """Median time from one image to its embeddings, on the threads that are set."""
-    network = backbone.Backbone(name)
-    image = torch.rand(1, 3, *SIZE)
+    network = Backbone(name)
+    image = torch.rand(1, 3, *network.default_size)
     times = []
     for _ in range(RUNS + 2):  # the first two find their memory
         start = time.perf_counter()
@@ -101,7 +102,7 @@ def write_weights(name: str, path: Path) -> str:
     BackboneError
         An unknown name, or no download.
     """
-    weights, about = backbone.fetch(name)
+    weights, about = catalog.fetch(name)
     content = save({key: value.contiguous() for key, value in weights.items()}, about)
     with replacing(path) as file:
         file.write(content)

@@ -120,11 +120,9 @@ def fit(
     model.save(output)
     _list_skipped(model.skipped_)
     if not quiet:
-        centroids = 0 if model.centroids_ is None else len(model.centroids_)
-        eps = f", eps {model.eps_:.3g}" if model.factor_ is not None else ""
         print(
-            f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images, "
-            f"grid {model.grid_[0]} x {model.grid_[1]}{eps}, {centroids} centroids"
+            f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images\n"
+            + "\n".join(map(str, model.members_))
         )
 
 
@@ -400,7 +398,7 @@ def fetch(
     """
     from npad.cli.backbones import write_weights  # noqa: PLC0415
 
-    name = Settings(backbone=name).backbone
+    ((name, _),) = Settings(backbone=name).networks
     if name == "filterbank":
         raise UsageError("filterbank has no weights: it needs no file")
     _check_can_be_written(output)

@@ -48,7 +48,10 @@ class Model(Protocol):
         """Score images, batch by batch, with maps of this (height, width)."""
 
     def settings(self) -> dict[str, Any]:
-        """All arguments as JSON values, among them ``image_size``, (height, width)."""
+        """All arguments as JSON values."""
+
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) to which it resizes images."""
 
 
 def evaluate(
@@ -63,11 +66,11 @@ def evaluate(
 
     Parameters
     ----------
-    model : `npad.NPad`, or anything with its ``fit``, ``predict_batches`` and ``settings``
+    model : `npad.NPad`, or anything that has what `Model` has
     category : from `npad.evaluation.datasets.find_categories`
     metric_size : (height, width) of maps and masks in the pixel metrics. The model gives its maps at
-        this size; a mask is resampled by nearest pixel. None is the model's ``image_size``, at which
-        maps are as they were computed.
+        this size; a mask is resampled by nearest pixel. None is the model's ``input_size()``, at
+        which maps are as they were computed.
     skip_bad : go on after an image that cannot be read, and list it in the result
     progress : False shows no bar while metrics are computed; the model shows its own
 
@@ -109,7 +112,7 @@ def score(
 
 
 def _metric_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
-    height, width = size or model.settings()["image_size"]
+    height, width = size or model.input_size()
     if height < 1 or width < 1:
         raise ValueError(f"evaluate: metric_size must be positive, got {height} x {width}")
     return height, width
@@ -166,7 +169,7 @@ def _score(
         model_bytes=getattr(model, "nbytes", None),
         settings=model.settings(),
         fitted={
-            name: value
+            name: "; ".join(map(str, value)) if isinstance(value, tuple) else value
             for name, value in sorted(vars(model).items())
             if name.endswith("_") and isinstance(value, int | float | str | tuple)
         },

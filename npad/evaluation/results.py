@@ -95,7 +95,7 @@ class CategoryResult:
     predict_seconds : decoding included, metrics not
     model_bytes : size of the fitted model, None if the model does not tell
     settings : arguments of the model
-    fitted : what it chose or found while fitting, such as ``eps_`` and ``grid_``
+    fitted : what it chose or found while fitting, such as ``n_images_`` and ``members_``
     skipped : (path, reason) of training and test images that could not be read
     notes : what a reader of the figures should know
     """

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import math
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -17,30 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from npad import devices, ops
-from npad.features import offline
+from npad.features import timm_models
 from npad.features.batch_norm import fold_batch_norm
-from npad.features.building import building
-from npad.features.checkpoints import UnfitError, first_line, read_tensors
+from npad.features.defaults import (
+    REFUSALS,
+    default_layers,
+    default_map_layers,
+    likely_sizes,
+    size_that_works,
+)
 from npad.features.filter_bank import N_LEVELS, FilterBank
 from npad.features.weights import BackboneError, load_weights, weights_hash
 
-__all__ = [
-    "Backbone",
-    "BackboneError",
-    "cached",
-    "embed_in_parts",
-    "fetch",
-    "shared_backbone",
-    "sketch",
-]
+__all__ = ["Backbone", "BackboneError", "levels_in_parts", "shared_backbone"]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
-_REDUCTIONS: Final = (8, 16)  # of the two levels chosen by default; layer2 and layer3 of a ResNet
 # On a CPU a larger batch goes through the network in parts: an activation of more than 32 MB would be
 # memory that the system hands out, and clears, anew for every layer of every batch. As measured on two
 # cores with images of 256 x 256.
 _PIXELS_AT_ONCE: Final = 4 * 256**2
-_HUB_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -55,10 +47,9 @@ class Backbone(nn.Module):
     Parameters
     ----------
     name : any timm model with ``features_only``, or ``"filterbank"``, which needs no download.
-    layers : levels of the network (timm's ``out_indices``). Default: the two levels nearest to
-        reductions 8 and 16, which are layer2 and layer3 of a ResNet; where every level has the
-        same reduction, as in a plain vision transformer, the blocks that end half and three
-        quarters of the depth; levels 1, 2 and 3 of the filter bank.
+    layers : levels of the network (timm's ``out_indices``). Default: those of
+        `npad.features.defaults`; levels 1, 2 and 3 of the filter bank.
+    map_layers : levels that are also wanted; None: those of `npad.features.defaults`.
     weights : a safetensors file, or a torch file (read with ``weights_only=True``), that holds a
         timm checkpoint of the whole model or a state dict of its ``features_only`` form, by itself
         or as a part of something larger. Default: for ``"tf_efficientnet_lite0"`` those of the extra
@@ -71,8 +62,9 @@ class Backbone(nn.Module):
 
     Attributes
     ----------
-    name, layers : as chosen; layers in increasing order.
-    channels : channels of the embedding, all layers together.
+    name, layers, map_layers : as chosen; layers in increasing order.
+    channels : channels of the embedding, all of ``layers`` together.
+    level_channels : channels of each level that `levels` gives, by its number.
     weights_hash : SHA-256 in hex over name, dtype, shape and bytes of all weights in use, as they
         were loaded; it does not depend on the file they came from.
 
@@ -98,10 +90,11 @@ class Backbone(nn.Module):
         weights: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,  # noqa: A002
+        map_layers: Sequence[int] | None = (),
     ) -> None:
         super().__init__()
         with devices.plain(torch.device("cpu")):
-            self._build(name, layers, weights, dtype)
+            self._build(name, layers, map_layers, weights, dtype)
         self._compiles = compile
         self._compile_features()
 
@@ -109,6 +102,7 @@ class Backbone(nn.Module):
         self,
         name: str,
         layers: Sequence[int] | None,
+        map_layers: Sequence[int] | None,
         weights: str | Path | None,
         dtype: torch.dtype,
     ) -> None:
@@ -119,36 +113,54 @@ class Backbone(nn.Module):
                 raise ValueError("weights: the filter bank is fixed and takes none")
             levels = [2 ** (level + 1) for level in range(N_LEVELS + 1)]
             chosen = _FILTER_BANK_LAYERS if layers is None else layers
-            self.layers = _checked_layers(name, chosen, levels, first=1)
-            bank = FilterBank(self.layers)
+            self._choose(chosen, map_layers, levels, first=1)
+            bank = FilterBank(self._taken)
             self.net, self._reductions = bank, bank.reductions
-            self.channels = bank.n_channels * len(self.layers)
+            channels = [bank.n_channels] * len(self._taken)
+            self._likely_sizes = likely_sizes()
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
             dtype = torch.float32
         else:
-            outline = _timm_outline(name)
-            reductions = [int(level["reduction"]) for level in outline.feature_info.info]
-            config = outline.pretrained_cfg
-            chosen = _default_layers(reductions) if layers is None else layers
-            self.layers = _checked_layers(name, chosen, reductions)
-            file = _installed(name) if weights is None else Path(weights)
-            net = _timm_features(name, config, self.layers, pretrained=file is None)
+            outline = timm_models.outline(name)
+            reductions, config = outline.reductions, outline.config
+            chosen = default_layers(reductions) if layers is None else layers
+            self._choose(chosen, map_layers, reductions)
+            self._likely_sizes = likely_sizes(reductions, outline.width, config)
+            file = timm_models.installed(name) if weights is None else Path(weights)
+            net = timm_models.features(name, config, self._taken, pretrained=file is None)
             if file is not None:
-                load_weights(net, name, file, lambda: _whole_model_keys(name))
+                load_weights(net, name, file, lambda: timm_models.whole_model_keys(name))
             self.net, self._reductions = net, net.feature_info.reduction()
-            self.channels = sum(net.feature_info.channels())
+            channels = net.feature_info.channels()
             mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
-        self._channels_last_output = str(getattr(self.net, "output_fmt", "")) == "Format.NHWC"
+        self.level_channels = dict(zip(self._taken, map(int, channels), strict=True))
+        self.channels = sum(self.level_channels[level] for level in self.layers)
+        self._channels_last_output = timm_models.is_channels_last(self.net)
         # Not persistent: they belong to the name, not to the weights.
         self.register_buffer("mean", _of_channels(mean), persistent=False)
         self.register_buffer("std", _of_channels(std), persistent=False)
-        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        self._grids: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
         self.weights_hash = weights_hash(self.net.state_dict())
         self.requires_grad_(False)
         self.eval()
         fold_batch_norm(self.net)
         self.net.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
+
+    def _choose(
+        self,
+        layers: Sequence[int],
+        map_layers: Sequence[int] | None,
+        reductions: Sequence[int],
+        first: int = 0,
+    ) -> None:
+        """Check the levels that are wanted, and what of the network is needed for them."""
+        self.layers = _checked("layers", self.name, layers, reductions, first)
+        if map_layers is None:
+            map_layers = default_map_layers(self.layers, reductions, first)
+        chosen = map_layers or self.layers
+        self.map_layers = _checked("map_layers", self.name, chosen, reductions, first)
+        self._taken = tuple(sorted({*self.layers, *self.map_layers}))
 
     def _compile_features(self) -> None:
         # A function, not a module: that would be a second entry for the same weights.
@@ -175,8 +187,15 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: the backbone is frozen."""
         return super().train(False)
 
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Size (H, W) of images where none is chosen: see `npad.features.defaults`."""
+        return size_that_works(self._likely_sizes, self.grid)
+
+    def grid(self, image_size: tuple[int, int], own_of: int | None = None) -> tuple[int, int]:
         """Grid (h, w) of the embeddings of images of this size (H, W).
+
+        That of the first of ``layers``; or a level's own, where it is coarser.
 
         Raises
         ------
@@ -185,8 +204,8 @@ class Backbone(nn.Module):
             that the network does not take.
         """
         if image_size not in self._grids:
-            self._grids[image_size] = self._dry_grid(image_size)
-        return self._grids[image_size]
+            self._grids[image_size] = self._dry_grids(image_size)
+        return self._grid_of(self._grids[image_size], own_of)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of a batch, in one piece (see `embed_in_parts`).
@@ -198,7 +217,8 @@ class Backbone(nn.Module):
 
         Returns
         -------
-        (B, h, w, C) float32, contiguous; (h, w) is ``grid((H, W))`` and C is ``channels``.
+        (B, h, w, C) float32, contiguous, of ``layers``; (h, w) is ``grid((H, W))`` and C is
+        ``channels``.
 
         Raises
         ------
@@ -207,10 +227,40 @@ class Backbone(nn.Module):
         ValueError
             Another shape, or a size that `grid` refuses.
         """
-        return _combined(self.levels(images))
+        return self.combined(self.levels(images), self.layers)
+
+    def combined(
+        self,
+        features: Sequence[Tensor],
+        levels: Sequence[int],
+        *,
+        own_grid: bool = False,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Some levels of what `levels` gave, in this order, as embeddings (B, h, w, C).
+
+        Their grid is that of the first of ``layers``, if none is given; with ``own_grid`` that of the
+        first of these levels, where it is coarser.
+        """
+        by_level = dict(zip(self._taken, features, strict=True))
+        if grid is None:
+            sides = {level: x.shape[2:] for level, x in by_level.items()}
+            grid = self._grid_of(sides, levels[0] if own_grid else None)
+        return ops.embed([by_level[level] for level in levels], grid)
+
+    def _grid_of(self, sides: Mapping[int, Sequence[int]], level: int | None) -> tuple[int, int]:
+        height, width = sides[self.layers[0]]
+        if level is None:
+            return height, width
+        return min(height, sides[level][0]), min(width, sides[level][1])
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Features of a batch at the chosen layers: one (B, channels, height, width) for each.
+        """Features of a batch at ``layers`` and ``map_layers``, in increasing order of the levels.
+
+        Returns
+        -------
+        one (B, channels, height, width) for each
+
 
         Takes and raises what `forward` does.
         """
@@ -228,40 +278,38 @@ class Backbone(nn.Module):
         features: list[Tensor] = self.net(x)
         return [f.permute(0, 3, 1, 2) for f in features] if self._channels_last_output else features
 
-    def _dry_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def _dry_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
         try:
-            grid = self._meta_grid(image_size)
-        except (RuntimeError, AssertionError, ValueError) as error:
+            grids = self._meta_grids(image_size)
+        except REFUSALS as error:
             grid, reason = (0, 0), f": {error}"
         else:
+            grid = grids[self.layers[0]]
             reason = f": the embedding grid would be {grid[0]} x {grid[1]}"
         stride = max(self._reductions)
         if min(image_size) < stride:
             reason = f": it is smaller than the stride {stride} of layer {self.layers[-1]}"
         elif min(grid) >= 2:
-            return grid
+            return grids
         raise ValueError(
             f"image_size {image_size} does not work with backbone {self.name!r}{reason}; "
             f"{self._least_size()}"
         )
 
-    def _meta_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def _meta_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
         """Run a copy on tensors without data: only shapes are computed."""
         state = [*self.net.parameters(), *self.net.buffers()]
         # A copy, since other threads and models may be running the network itself.
         net = copy.deepcopy(self.net, {id(value): value.to("meta") for value in state})
-        features = net(torch.empty(1, 3, *image_size, device="meta", dtype=self.dtype))
-        height, width = (
-            features[0].shape[1:3] if self._channels_last_output else features[0].shape[2:]
-        )
-        return int(height), int(width)
+        grids = timm_models.grids_of(net, image_size, self.dtype)
+        return dict(zip(self._taken, grids, strict=True))
 
     def _least_size(self) -> str:
         for side in range(max(self._reductions), 1025):
             try:
-                if min(self._meta_grid((side, side))) >= 2:
+                if min(self._meta_grids((side, side))[self.layers[0]]) >= 2:
                     return f"the least that works is {side} x {side}"
-            except (RuntimeError, AssertionError, ValueError):
+            except REFUSALS:
                 continue
         return "no square image of at most 1024 pixels works"
 
@@ -277,23 +325,17 @@ def _of_channels(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 
-def _combined(levels: list[Tensor]) -> Tensor:
-    """Levels (B, channels, height, width) -> embeddings on the grid of the first: (B, h, w, C)."""
-    height, width = levels[0].shape[2:]
-    return ops.embed(levels, (height, width))
-
-
-def embed_in_parts(network: Backbone, images: Tensor) -> Tensor:
-    """What ``network(images)`` gives; on a CPU the network sees a few images at a time.
+def levels_in_parts(network: Backbone, images: Tensor) -> list[Tensor]:
+    """What ``network.levels(images)`` gives; on a CPU the network sees a few images at a time.
 
     Takes and raises what `Backbone.forward` does.
     """
     _check(images)
     at_once = max(1, _PIXELS_AT_ONCE // max(1, images.shape[2] * images.shape[3]))
     if images.device.type != "cpu" or len(images) <= at_once:
-        return network(images)
+        return network.levels(images)
     parts = [network.levels(part) for part in images.tensor_split(-(-len(images) // at_once))]
-    return _combined([torch.cat(level) for level in zip(*parts, strict=True)])
+    return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 
 _lock = threading.Lock()  # of the two below; never held for long
@@ -308,6 +350,7 @@ def shared_backbone(
     dtype: torch.dtype,
     compile: bool,  # noqa: A002
     device: torch.device,
+    map_layers: Sequence[int] | None = (),
 ) -> Backbone:
     """A backbone on a device, the same object for the same arguments as long as one is in use.
 
@@ -326,7 +369,8 @@ def shared_backbone(
     if weights is not None and Path(weights).exists():
         state = Path(weights).stat()
         file = Path(weights).resolve(), state.st_mtime_ns, state.st_size
-    key = name, tuple(layers) if layers is not None else None, file, dtype, compile, device
+    chosen = [None if given is None else tuple(given) for given in (layers, map_layers)]
+    key = name, *chosen, file, dtype, compile, device
     with _lock:
         turn = _turns.setdefault(key, threading.Lock())
     with turn:
@@ -334,7 +378,7 @@ def shared_backbone(
             backbone = _backbones.get(key)
         if backbone is None:  # downloads, reads and builds: minutes, perhaps
             with devices.plain(device):
-                backbone = Backbone(name, layers, weights, dtype, compile).to(device)
+                backbone = Backbone(name, layers, weights, dtype, compile, map_layers).to(device)
             with _lock:
                 _backbones[key] = backbone
     return backbone
@@ -382,234 +426,15 @@ def _exact_convolutions() -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def _checked_layers(
-    name: str, layers: Sequence[int], reductions: Sequence[int], first: int = 0
+def _checked(
+    argument: str, name: str, layers: Sequence[int], reductions: Sequence[int], first: int
 ) -> tuple[int, ...]:
     chosen = tuple(sorted(set(layers)))
     if not chosen or len(chosen) != len(layers):
-        raise ValueError(f"layers must be one or more different levels, got {list(layers)}")
+        raise ValueError(f"{argument} must be one or more different levels, got {list(layers)}")
     if chosen[0] < first or chosen[-1] >= len(reductions):
         levels = ", ".join(f"{i} (1/{r})" for i, r in enumerate(reductions) if i >= first)
         raise ValueError(
-            f"layers {list(layers)}: backbone {name!r} has levels {levels}, by their reduction"
+            f"{argument} {list(layers)}: backbone {name!r} has levels {levels}, by their reduction"
         )
     return chosen
-
-
-def _default_layers(reductions: Sequence[int]) -> tuple[int, ...]:
-    if len(set(reductions)) == 1:
-        return tuple(sorted({len(reductions) // 2 - 1, 3 * len(reductions) // 4 - 1}))
-    chosen: list[int] = []
-    for target in _REDUCTIONS:
-        deeper = range(chosen[-1] + 1 if chosen else 0, len(reductions))
-        distance = {i: abs(math.log2(reductions[i] / target)) for i in deeper}
-        chosen += sorted(distance, key=lambda i: distance[i])[:1]
-    return tuple(chosen)
-
-
-def _timm() -> Any:
-    """Import timm when it is first needed: it takes seconds, and the filter bank does without."""
-    import timm  # noqa: PLC0415
-
-    return timm
-
-
-def _timm_outline(name: str) -> Any:
-    """All levels of a timm model, without data: its reductions and configuration can be read."""
-    if not _timm().is_model(name):
-        raise _unknown(name)
-    try:
-        with torch.device("meta"):
-            return _timm().create_model(name, features_only=True)
-    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
-        if "pretrained tag" in str(error):
-            known = _timm().list_models(f"{name.partition('.')[0]}.*", pretrained=True)
-            raise BackboneError(
-                f"backbone {name!r}: timm {_timm().__version__} has no weights of this name, but "
-                f"{', '.join(known) or 'none at all'}"
-            ) from error
-        raise BackboneError(
-            f"backbone {name!r}: timm cannot return its inner features ({error}); "
-            "choose a model that has features_only"
-        ) from error
-
-
-def _unknown(name: str) -> BackboneError:
-    """Names of timm that differ in case and punctuation alone, else those that are spelled alike."""
-    origin, _, own = name.rpartition("/")
-    known = ["filterbank", *_timm().list_models()]
-    architecture = own.partition(".")[0]
-    close = [one for one in known if _letters(one) == _letters(architecture)]
-    if origin == "torchvision":  # whose weights timm has under a tag
-        tagged = [_timm().list_models(f"{one}.tv_*", pretrained=True) for one in close]
-        close = [one for tags in tagged for one in tags] or close
-    close = close or difflib.get_close_matches(architecture.lower(), known, n=5)
-    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
-    if origin:
-        hint += " (weights from elsewhere are given as a file, with weights=)"
-    return BackboneError(f"backbone {name!r} is no model of timm {_timm().__version__}: {hint}")
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def _timm_features(
-    name: str, config: dict[str, Any], layers: tuple[int, ...], pretrained: bool
-) -> Any:
-    """The chosen levels of a timm model, and no part of it beyond the deepest."""
-    options: dict[str, Any] = {"features_only": True, "out_indices": layers}
-    if config.get("fixed_input_size"):
-        options["dynamic_img_size"] = True  # a transformer then takes other sizes than its own
-    try:
-        if pretrained:
-            _check_download(name, config)
-        with building():
-            try:
-                net: Any = _timm().create_model(name, pretrained=pretrained, **options)
-            except TypeError:  # not every architecture knows dynamic_img_size
-                del options["dynamic_img_size"]
-                net = _timm().create_model(name, pretrained=pretrained, **options)
-    except Exception as error:
-        if not pretrained or isinstance(error, BackboneError):
-            raise
-        raise _no_download(name, error) from error
-    deepest = net.feature_info.get_dicts()[-1]
-    if "stage" in deepest and hasattr(net, "blocks"):
-        net.blocks = net.blocks[: deepest["stage"]]  # timm's EfficientNets would run every block
-    return net
-
-
-def _whole_model_keys(name: str) -> list[str]:
-    with torch.device("meta"):
-        nets = [_timm().create_model(name), _timm().create_model(name, features_only=True)]
-    return [key for net in nets for key in net.state_dict()]
-
-
-def _installed(name: str) -> Path | None:
-    try:
-        return offline.find(name)
-    except UnfitError as unfit:
-        raise BackboneError(str(unfit)) from unfit
-
-
-def _check_download(name: str, config: dict[str, Any]) -> None:
-    """Fail in seconds, with any exception, where timm would retry for most of a minute."""
-    import huggingface_hub as hub  # noqa: PLC0415
-
-    repository = config.get("hf_hub_id")
-    if not repository:
-        if not config.get("url"):
-            raise BackboneError(f"backbone {name!r}: timm has no weights for it; pass weights=")
-        return  # a plain address: torch.hub does not retry
-    if _is_cached(repository):
-        return
-    try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, _HUB_FILES[0]), timeout=10)
-    except hub.errors.EntryNotFoundError:
-        return  # the hub answers; the weights have another name
-
-
-def _is_cached(repository: str) -> bool:
-    import huggingface_hub as hub  # noqa: PLC0415
-
-    return any(isinstance(hub.try_to_load_from_cache(repository, f), str) for f in _HUB_FILES)
-
-
-def _no_download(name: str, error: Exception) -> BackboneError:
-    return BackboneError(
-        f"backbone {name!r}: its pre-trained weights cannot be downloaded ({first_line(error)}); "
-        "pass weights= with a file of them (`npad fetch` makes one where there is a network), or "
-        f"{_without_download(name)}, or use backbone 'filterbank', which needs none"
-    )
-
-
-def _without_download(name: str) -> str:
-    """What to do for a network that needs none, and has not been done."""
-    if name == offline.NETWORK:
-        return f"{offline.INSTALL}, which brings them"
-    have = "are installed" if offline.version() else f"{offline.INSTALL} brings"
-    return f"use backbone {offline.NETWORK!r}, whose weights {have}"
-
-
-# --- what there is ---
-
-
-def sketch(name: str, image_size: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    """Channels and grid of a backbone with its default layers. Loads no weights.
-
-    Returns
-    -------
-    channels : int
-    grid : (h, w), or None where the network does not take images of this size
-
-    Raises
-    ------
-    BackboneError
-        An unknown name.
-    """
-    if name == "filterbank":
-        bank = Backbone(name)
-        return bank.channels, bank.grid(image_size)
-    outline = _timm_outline(name)
-    layers = _default_layers([int(level["reduction"]) for level in outline.feature_info.info])
-    net = _timm_features(name, outline.pretrained_cfg, layers, pretrained=False).to("meta")
-    channels = sum(net.feature_info.channels())
-    try:
-        shape = net(torch.empty(1, 3, *image_size, device="meta"))[0].shape
-    except (RuntimeError, AssertionError, ValueError):
-        return channels, None
-    height, width = (
-        shape[1:3] if str(getattr(net, "output_fmt", "")) == "Format.NHWC" else shape[2:]
-    )
-    return channels, (int(height), int(width))
-
-
-def cached() -> list[str]:
-    """Names of timm's pre-trained networks whose weights are in the local cache of the hub."""
-    repositories = {
-        name: _timm().get_pretrained_cfg(name).hf_hub_id
-        for name in _timm().list_models(pretrained=True)
-    }
-    return [
-        name for name, repository in repositories.items() if repository and _is_cached(repository)
-    ]
-
-
-def fetch(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All pre-trained weights of a network, under timm's names, and what is to be known of them.
-
-    They come from where `Backbone` has them from: an installed package, a local cache, the network.
-
-    Returns
-    -------
-    weights : dict of str to Tensor
-    about : dict with the keys backbone, source, license
-
-    Raises
-    ------
-    BackboneError
-        An unknown name, or no download.
-    """
-    outline = _timm_outline(name)
-    file = _installed(name)
-    if file is not None:
-        source = f"https://pypi.org/project/{offline.PACKAGE}/{offline.version()}/"
-        about = {"backbone": name, "source": source, "license": offline.license_text()}
-        return offline.timm_names(read_tensors(file)), about
-    config = outline.pretrained_cfg
-    try:
-        _check_download(name, config)
-        with building():
-            net = _timm().create_model(name, pretrained=True)
-    except BackboneError:
-        raise
-    except Exception as error:
-        raise BackboneError(
-            f"{name}: its pre-trained weights cannot be downloaded ({first_line(error)}); run this "
-            f"where there is a network, or {_without_download(name)}"
-        ) from error
-    repository = config.get("hf_hub_id")
-    source = f"https://huggingface.co/{repository}" if repository else config["url"]
-    about = {"backbone": name, "source": source, "license": config.get("license") or "not stated"}
-    return net.state_dict(), about

@@ -333,7 +333,12 @@ def inverse_cholesky(
 
 
 def mahalanobis(
-    x: Tensor, mean: Tensor, factor: Tensor, grid: tuple[int, int], window: int = 1
+    x: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    grid: tuple[int, int],
+    window: int = 1,
+    prefix: int | None = None,
 ) -> Tensor:
     """Distance of each embedding to the nearest Gaussian in its window.
 
@@ -345,10 +350,13 @@ def mahalanobis(
         ``pack_factor``
     grid : (H, W)
     window : odd side of the evaluation window; 1 is the position itself
+    prefix : 1 to C - 1, a number of channels whose own distances are wanted, too
 
     Returns
     -------
-    (N, H, W) float32, in standard deviations; NaN propagates.
+    (N, H, W) float32, in standard deviations; NaN propagates. With a prefix (2, N, H, W): the distance
+    in the first ``prefix`` channels, and in all. On a GPU what is not finite behind the prefix may
+    reach both; elsewhere the first is that of these channels alone.
 
     Raises
     ------
@@ -360,7 +368,8 @@ def mahalanobis(
     Notes
     -----
     distance[n, p] = min over q in window(p) of || W_q (x[n, p] - mean_q) ||. Each factor is read
-    once, whatever the window. Source: N-pad (Jang, Hwang, Park, CVPR Workshops 2023).
+    once, whatever the window and the prefix: W is lower triangular, so its first rows are the factor
+    of the Gaussian of the first channels. Source: N-pad (Jang, Hwang, Park, CVPR Workshops 2023).
     """
     op = "mahalanobis"
     p, c = _embeddings(op, x)
@@ -371,7 +380,9 @@ def mahalanobis(
     _check_shape(op, "factor", factor, "P, packed", (p, packed_size(c)))
     _check_devices(op, x=x, mean=mean, factor=factor)
     _check_window(op, window)
-    return torch.ops.npad.mahalanobis(x, mean, factor, grid, window)
+    if prefix is not None and not 1 <= prefix < c:
+        raise ValueError(f"npad.{op}: prefix must be 1 to {c - 1} of {c} channels, got {prefix}")
+    return torch.ops.npad.mahalanobis(x, mean, factor, grid, window, prefix)
 
 
 def centroid_index(centroids: Tensor) -> Tensor:

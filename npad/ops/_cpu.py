@@ -75,10 +75,20 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return packed.to(dtype), info
 
 
-def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
+def mahalanobis(
+    x: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    grid: list[int],
+    window: int,
+    prefix: int | None = None,
+) -> Tensor:
     x, mean, factor = dense(x), mean.contiguous(), factor.contiguous()
-    distance = _outputs.mahalanobis(x, mean, factor, grid, window)
-    _run("mahalanobis", x, len(x), *grid, x.shape[3], mean, factor, factor.dtype, window, distance)
+    distance = _outputs.mahalanobis(x, mean, factor, grid, window, prefix)
+    _run(
+        "mahalanobis", x, len(x), *grid, x.shape[3], mean, factor, factor.dtype, window,
+        prefix or 0, distance,
+    )  # fmt: skip
     return distance
 
 

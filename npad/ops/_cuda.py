@@ -75,12 +75,19 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return packed, info
 
 
-def mahalanobis(x: Tensor, mean: Tensor, factor: Tensor, grid: list[int], window: int) -> Tensor:
+def mahalanobis(
+    x: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    grid: list[int],
+    window: int,
+    prefix: int | None = None,
+) -> Tensor:
     x, mean, factor = dense(x), mean.contiguous(), factor.contiguous()
-    distance = _outputs.mahalanobis(x, mean, factor, grid, window)
+    distance = _outputs.mahalanobis(x, mean, factor, grid, window, prefix)
     _run(
         "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, factor.dtype, window,
-        distance,
+        prefix or 0, distance,
     )  # fmt: skip
     return distance
 

@@ -44,9 +44,15 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def mahalanobis(
-    x: Tensor, mean: Tensor, factor: Tensor, grid: Sequence[int], window: int
+    x: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    grid: Sequence[int],
+    window: int,
+    prefix: int | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape[:3], dtype=torch.float32)
+    shape = x.shape[:3] if prefix is None else (2, *x.shape[:3])
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def centroid_index(centroids: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ _SCHEMAS = {
     "int start, int stop) -> (Tensor, Tensor)",
     "pack_factor": "(Tensor factor, ScalarType dtype) -> Tensor",
     "inverse_cholesky": "(Tensor covariance, ScalarType dtype) -> (Tensor, Tensor)",
-    "mahalanobis": "(Tensor x, Tensor mean, Tensor factor, int[2] grid, int window) -> Tensor",
+    "mahalanobis": "(Tensor x, Tensor mean, Tensor factor, int[2] grid, int window, "
+    "int? prefix=None) -> Tensor",
     "centroid_index": "(Tensor centroids) -> Tensor",
     "nearest_centroid": "(Tensor x, Tensor centroids, Tensor? index=None) -> (Tensor, Tensor)",
     "farthest_first": "(Tensor points, int n_centroids, int first) -> (Tensor, Tensor)",

@@ -140,19 +140,28 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def mahalanobis(
-    x: Tensor, mean: Tensor, factor: Tensor, grid: tuple[int, int], window: int = 1
+    x: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    grid: tuple[int, int],
+    window: int = 1,
+    prefix: int | None = None,
 ) -> Tensor:
-    """Distance of each embedding to the nearest Gaussian of its window."""
+    """Distance of each embedding to the nearest Gaussian of its window; in its prefix as well."""
+    ends = [mean.shape[1]] if prefix is None else [prefix, mean.shape[1]]
     height, width = grid
     channels = mean.shape[1]
     z = x.reshape(len(x), height * width, channels).to(mean.dtype)
-    distance = z.new_full((len(x), height * width), torch.inf)
+    distance = z.new_full((len(ends), len(x), height * width), torch.inf)
     for q in range(height * width):
         w = unpack(factor[q].to(mean.dtype), channels)
         near = window_positions(q, grid, window).to(x.device)  # who has q in their window
-        d = torch.linalg.vector_norm((z[:, near] - mean[q]) @ w.T, dim=-1)
-        distance[:, near] = torch.minimum(distance[:, near], d)
-    return distance.reshape(len(x), height, width)
+        for i, end in enumerate(ends):
+            white = (z[:, near, :end] - mean[q, :end]) @ w[:end, :end].T
+            d = torch.linalg.vector_norm(white, dim=-1)
+            distance[i, :, near] = torch.minimum(distance[i, :, near], d)
+    found = distance.reshape(len(ends), len(x), height, width)
+    return found[0] if prefix is None else found
 
 
 def centroid_index_size(k: int, channels: int) -> int:

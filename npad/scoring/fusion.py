@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import accumulate
+from operator import mul
 
 import numpy as np
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
 from npad import ops
 from npad.learned import Standardization
-from npad.settings import FUSIONS, uses_gaussians, uses_nominal_set
+from npad.members import Member
+from npad.settings import FUSIONS, Settings, uses_gaussians, uses_nominal_set
+
+# Distances of a member, and of all of them: OF_SCORE and OF_MAP are Mahalanobis distances.
+MAHALANOBIS, PREFIX, EUCLIDEAN = "mahalanobis", "mahalanobis_prefix", "euclidean"
+OF_SCORE, OF_MAP = "mahalanobis_score", "mahalanobis_map"
 
 
 def fusion_arguments(
@@ -19,23 +27,24 @@ def fusion_arguments(
     euclidean: Tensor | None,
     fusion: str,
     weight: float = 0.4,
-    standardization: Standardization | None = None,
+    moments: Sequence[Standardization] = (),
 ) -> tuple[Tensor | None, Tensor | None, bool, tuple[float, float, float]]:
     """The first four arguments of ``ops.anomaly_map`` that fuse the maps M and E in a given way.
 
     Parameters
     ----------
-    mahalanobis, euclidean : (N, h, w) distances; None for one that the fusion does not use.
+    mahalanobis, euclidean : (N, h, w) distances, on grids of any size; None for one that the fusion
+        does not use.
     fusion : "product" (M^weight E^(1-weight)), "sum" (weight times M plus 1 - weight times E, both
         standardised), "mahalanobis" or "euclidean" (that map alone).
     weight : share of M in "product" and "sum", from 0 to 1.
-    standardization : needed by "sum".
+    moments : of M and of E on nominal images; needed by "sum".
 
     Raises
     ------
     ValueError
-        Unknown fusion, weight outside [0, 1], a missing map or standardization, a standard deviation
-        that is not above 0.
+        Unknown fusion, weight outside [0, 1], a missing map or moments, a standard deviation that is
+        not above 0.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
@@ -49,18 +58,97 @@ def fusion_arguments(
         return mahalanobis, None, False, (1.0, 0.0, 0.0)
     if fusion == "euclidean":
         return None, euclidean, False, (0.0, 1.0, 0.0)
+    assert mahalanobis is not None
+    assert euclidean is not None
+    m, e = _on_one_grid([mahalanobis, euclidean])
     if fusion == "product":
-        return mahalanobis, euclidean, True, (weight, 1 - weight, 0.0)
-    if standardization is None:
+        return m, e, True, (weight, 1 - weight, 0.0)
+    if not moments:
         raise ValueError("fusion 'sum' needs standardization, measured on held-out nominal images")
-    s = standardization
-    if not (s.mahalanobis_std > 0 and s.euclidean_std > 0):
+    of_m, of_e = moments
+    if not (of_m.std > 0 and of_e.std > 0):
         raise ValueError(
-            "fusion 'sum' needs standard deviations above 0, got "
-            f"{s.mahalanobis_std} and {s.euclidean_std}"
+            f"fusion 'sum' needs standard deviations above 0, got {of_m.std} and {of_e.std}"
         )
-    a, b = weight / s.mahalanobis_std, (1 - weight) / s.euclidean_std
-    return mahalanobis, euclidean, False, (a, b, -a * s.mahalanobis_mean - b * s.euclidean_mean)
+    a, b = weight / of_m.std, (1 - weight) / of_e.std
+    return m, e, False, (a, b, -a * of_m.mean - b * of_e.mean)
+
+
+def joined(found: Sequence[tuple[Member, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The distances of all members as one map of each kind, on the finest grid of the kind.
+
+    Several of a kind come to their geometric mean: all count alike, and no unit of one can tilt it.
+
+    Parameters
+    ----------
+    found : each member and its distances (N, h, w), by the names MAHALANOBIS, PREFIX and EUCLIDEAN
+
+    Returns
+    -------
+    dict with the keys OF_SCORE and OF_MAP (Mahalanobis distances) and EUCLIDEAN, as far as there are
+    such; the first two are one tensor where they are the same distances
+    """
+    gaussians = [(member, d) for member, d in found if MAHALANOBIS in d]
+    kinds = {
+        OF_SCORE: [d.get(PREFIX, d[MAHALANOBIS]) for m, d in gaussians if m.in_score],
+        OF_MAP: [d[MAHALANOBIS] for m, d in gaussians if m.in_map],
+        EUCLIDEAN: [d[EUCLIDEAN] for _, d in found if EUCLIDEAN in d],
+    }
+    maps = {kind: _geometric_mean(maps) for kind, maps in kinds.items() if maps}
+    if [*map(id, kinds[OF_SCORE])] == [*map(id, kinds[OF_MAP])] and gaussians:
+        maps[OF_SCORE] = maps[OF_MAP]
+    return maps
+
+
+def scores_and_maps(
+    found: Sequence[tuple[Member, Mapping[str, Tensor]]],
+    settings: Settings,
+    standardization: Mapping[str, Standardization] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the distances of all members come to.
+
+    Parameters
+    ----------
+    found : as for `joined`
+    settings : image size, fusion and weights
+    standardization : of what `joined` gives; needed by the fusion "sum"
+
+    Returns
+    -------
+    scores (B,) and maps (B, H, W)
+    """
+    maps = joined(found)
+    size, sigma = settings.size, smoothing_sigma(settings.size)
+
+    def fused(kind: str, weight: float) -> tuple[Tensor, Tensor]:
+        moments = [standardization[k] for k in (kind, EUCLIDEAN)] if standardization else ()
+        pair = maps.get(kind), maps.get(EUCLIDEAN)
+        terms = fusion_arguments(*pair, settings.fusion, weight, moments)
+        return ops.anomaly_map(*terms, size, sigma)
+
+    smooth, scores = fused(OF_MAP, settings.map_weight)
+    weighed = uses_gaussians(settings.fusion) and uses_nominal_set(settings.fusion)
+    same_weight = not weighed or settings.map_weight == settings.fusion_weight
+    if not same_weight or maps.get(OF_SCORE) is not maps.get(OF_MAP):
+        _, scores = fused(OF_SCORE, settings.fusion_weight)
+    return scores, smooth
+
+
+def _on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (N, h, w), all on the finest of their grids, bilinearly."""
+    finest = max(x.shape[1:] for x in maps)
+    return [
+        x
+        if x.shape[1:] == finest
+        else F.interpolate(x[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0]
+        for x in maps
+    ]
+
+
+def _geometric_mean(maps: Sequence[Tensor]) -> Tensor:
+    if len(maps) == 1:
+        return maps[0]
+    return reduce(mul, (x ** (1 / len(maps)) for x in _on_one_grid(maps)))
 
 
 def smoothing_sigma(image_size: tuple[int, int]) -> float:

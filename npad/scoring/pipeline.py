@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops, progress
-from npad.features.backbone import Backbone, embed_in_parts
+from npad.features.backbone import Backbone, levels_in_parts
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
 from npad.scoring.fusion import cut
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer, reduce
+from npad.scoring.scorer import Scorer
 
 __all__ = [
     "MapSize",
     "Run",
     "embedder",
-    "embeddings",
     "predictions",
     "score_in_parts",
     "started_ahead",
@@ -60,7 +59,8 @@ def checked_map_size(map_size: Any) -> MapSize:
 def score_in_parts(scorer: Scorer, images: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) -> scores (B,) and maps (B, H, W): the network sees a part of a batch at a time."""
     with devices.plain(images.device):
-        return scorer.score(embed_in_parts(scorer.network, images))
+        levels = [levels_in_parts(network, images) for network in scorer.networks]
+        return scorer.score(scorer.embeddings(levels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,30 +174,23 @@ def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> It
     yield from pending
 
 
-def embedder(network: Backbone, device: torch.device, call: str) -> Callable[[Tensor], Tensor]:
-    """Of images from the CPU: embeddings (B, h, w, D), a batch halved where memory is short."""
-
-    def embed(images: Tensor) -> tuple[Tensor]:
-        with devices.plain(device):
-            return (embed_in_parts(network, images.to(device, non_blocking=True)),)
-
-    halving = devices.Halving(embed, call)
-    return lambda images: halving(images)[0]
-
-
-def embeddings(
-    images: ImageSource,
-    embed: Callable[[Tensor], Tensor],
-    projection: Tensor | None,
+def embedder(
+    networks: Sequence[Backbone],
+    combine: Callable[[list[list[Tensor]]], Sequence[Tensor]],
     device: torch.device,
     call: str,
-) -> Iterator[Tensor]:
-    """Embeddings of a source, batch by batch, reduced where there are axes."""
-    with closing(images.batches()) as batches:
-        for batch in batches:
-            with devices.explained(call, device), devices.plain(device):
-                x = reduce(embed(batch.images), projection)
-            yield x
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Of images from the CPU: embeddings (B, h, w, D), a batch halved where memory is short.
+
+    `combine` makes them of the levels of each network.
+    """
+
+    def embed(images: Tensor) -> tuple[Tensor, ...]:
+        with devices.plain(device):
+            there = images.to(device, non_blocking=True)
+            return tuple(combine([levels_in_parts(network, there) for network in networks]))
+
+    return devices.Halving(embed, call)
 
 
 def predictions(run: Run, images: ImageSource, bars: bool | None) -> Iterator[Prediction]:

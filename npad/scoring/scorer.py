@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from npad import devices, ops
 from npad.features.backbone import Backbone
-from npad.learned import TENSORS, Learned
-from npad.scoring.fusion import fusion_arguments, smoothing_sigma
+from npad.learned import TENSORS, Learned, LearnedMember
+from npad.members import Member
+from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, scores_and_maps
 from npad.settings import Settings
 
-__all__ = ["Scorer", "distances", "reduce"]
+__all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "reduce"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def embeddings(
+    members: Sequence[Member], networks: Sequence[Backbone], levels: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Of each member, (B, h, w, D), from what ``levels`` of the networks gave."""
+    return [
+        networks[m.network].combined(levels[m.network], m.levels, own_grid=m.own_grid)
+        for m in members
+    ]
 
 
 def reduce(x: Tensor, projection: Tensor | None) -> Tensor:
@@ -33,31 +46,28 @@ def distances(
     factor: Tensor | None,
     centroids: Tensor | None,
     score_window: int,
+    prefix: int | None = None,
     *,
     index: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mahalanobis and Euclidean maps of embeddings, each (N, h, w), or None where not in use."""
-    mahalanobis = euclidean = None
+) -> dict[str, Tensor]:
+    """The distances of embeddings that a member takes, each (N, h, w), by their names."""
+    found = {}
     if mean is not None and factor is not None:
         grid = x.shape[1], x.shape[2]
-        mahalanobis = ops.mahalanobis(x, mean, factor, grid, score_window)
+        found[MAHALANOBIS] = ops.mahalanobis(x, mean, factor, grid, score_window, prefix)
+        if prefix is not None:
+            found[PREFIX], found[MAHALANOBIS] = found[MAHALANOBIS].unbind()
     if centroids is not None:
-        distance, _ = ops.nearest_centroid(x.flatten(0, 2), centroids, index)
-        euclidean = distance.reshape(x.shape[:3])
-    return mahalanobis, euclidean
+        known = x[..., :prefix].flatten(0, 2)
+        distance, _ = ops.nearest_centroid(known, centroids, index)
+        found[EUCLIDEAN] = distance.reshape(x.shape[:3])
+    return found
 
 
-class Scorer(nn.Module):
-    """From images to scores and anomaly maps: the backbone, and what a fit has learned.
+class MemberScorer(nn.Module):
+    """From embeddings to distances.
 
-    The learned tensors are buffers under the names of `npad.learned.Learned`. ``torch.export`` takes it
-    with a dynamic batch.
-
-    Parameters
-    ----------
-    network : the backbone, which may be other models' too: moving the scorer moves a copy of it
-    learned : what the fit left
-    settings : of the model
+    The learned tensors are buffers under the names of `npad.learned.LearnedMember`.
     """
 
     projection: Tensor | None
@@ -66,56 +76,97 @@ class Scorer(nn.Module):
     centroids: Tensor | None
     index: Tensor | None  # of the centroids
 
-    def __init__(self, network: Backbone, learned: Learned, settings: Settings) -> None:
+    def __init__(self, learned: LearnedMember, score_window: int) -> None:
         super().__init__()
-        self.network = network
+        self.member = learned.member
+        self.score_window = score_window
         for tensor in TENSORS:
-            value = getattr(learned, tensor.name) if tensor.when(settings) else None
-            self.register_buffer(tensor.name, value)
+            self.register_buffer(tensor.name, getattr(learned, tensor.name))
         self.register_buffer("index", None, persistent=False)
         self._make_index()
-        self.standardization = learned.standardization
-        self.image_size = settings.image_size
-        self.score_window = settings.score_window
-        self.fusion = settings.fusion
-        self.fusion_weight = settings.fusion_weight
 
-    def distances(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The maps of embeddings (N, h, w, C)."""
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Embeddings (B, h, w, D) as the backbone gives them -> the distances, by their names."""
         return distances(
-            x, self.mean, self.factor, self.centroids, self.score_window, index=self.index
+            reduce(x, self.projection),
+            self.mean,
+            self.factor,
+            self.centroids,
+            self.score_window,
+            self.member.prefix,
+            index=self.index,
         )
-
-    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, h, w, D) as the backbone gives them -> scores (B,) and maps (B, H, W)."""
-        maps = self.distances(reduce(x, self.projection))
-        terms = fusion_arguments(*maps, self.fusion, self.fusion_weight, self.standardization)
-        sigma = smoothing_sigma(self.image_size)
-        smooth, scores = ops.anomaly_map(*terms, self.image_size, sigma)
-        return scores, smooth
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
-        if torch.compiler.is_compiling():
-            return self.score(self.network(images))
-        with devices.plain(images.device):
-            return self.score(self.network(images))
 
     def _make_index(self) -> None:
         """Of the centroids that it has now; that of others would find wrong distances."""
         self.index = None if self.centroids is None else ops.centroid_index(self.centroids)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Load: into a network and tensors of its own, as they may be in use elsewhere."""
-        self.network = copy.deepcopy(self.network)
+        """Load into tensors of its own, as they may be in use elsewhere."""
         for tensor in TENSORS:
             value = getattr(self, tensor.name)
             setattr(self, tensor.name, None if value is None else value.clone())
         super()._load_from_state_dict(*arguments)
         self._make_index()
 
+
+class Modules(nn.ModuleList, Generic[M]):
+    """A list of modules of one class, which PyTorch leaves untyped."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...
+
+
+class Scorer(nn.Module):
+    """From images to scores and anomaly maps: the backbones, and what a fit has learned.
+
+    ``torch.export`` takes it with a dynamic batch.
+
+    Parameters
+    ----------
+    networks : the backbones, which may be other models' too: moving the scorer moves copies of them
+    learned : what the fit left
+    settings : of the model
+    """
+
+    def __init__(self, networks: Sequence[Backbone], learned: Learned, settings: Settings) -> None:
+        super().__init__()
+        self.networks: Modules[Backbone] = Modules(networks)
+        used = learned.used_by(settings).members
+        self.members: Modules[MemberScorer] = Modules(
+            MemberScorer(m, settings.score_window) for m in used
+        )
+        self.settings = settings
+        self.standardization = learned.standardization
+
+    def levels(self, images: Tensor) -> list[list[Tensor]]:
+        """Features of images at the levels of each network."""
+        return [network.levels(images) for network in self.networks]
+
+    def embeddings(self, levels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Of each member, (B, h, w, D)."""
+        return embeddings([m.member for m in self.members], list(self.networks), levels)
+
+    def score(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Embeddings, for each member (B, h, w, D) -> scores (B,) and maps (B, H, W)."""
+        found = [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
+        return scores_and_maps(found, self.settings, self.standardization)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
+        if torch.compiler.is_compiling():
+            return self.score(self.embeddings(self.levels(images)))
+        with devices.plain(images.device):
+            return self.score(self.embeddings(self.levels(images)))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load: into networks of its own, as they may be in use elsewhere."""
+        self.networks = copy.deepcopy(self.networks)
+        super()._load_from_state_dict(*arguments)
+
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Scorer:
-        """Move: a network of its own, since the one that it has may be in use elsewhere."""
-        self.network = copy.deepcopy(self.network)
+        """Move: networks of its own, since those that it has may be in use elsewhere."""
+        self.networks = copy.deepcopy(self.networks)
         super()._apply(fn, recurse)
         return self

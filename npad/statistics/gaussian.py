@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import sqrt
 from typing import Any
@@ -18,8 +18,9 @@ from npad.ops.reference import packed_layout
 # to be busy, takes a share of what is free, the rest being for what a chunk becomes.
 CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
-# eps="auto" chooses among these multiples of the mean variance, from the largest down.
-EPS_CANDIDATES = torch.logspace(1, -6, 57, dtype=torch.float64, device="cpu")
+# eps="auto" chooses among these multiples of the mean variance, from the largest down. Where samples
+# are plenty the likelihood is flat below the least: which eps were taken there would be chance.
+EPS_CANDIDATES = torch.logspace(1, -3, 33, dtype=torch.float64, device="cpu")
 EPS_STEP = 4  # half a decade
 
 # Of the typical variance. Positions that vary less have no part in the choice of eps: their density
@@ -86,11 +87,6 @@ class NeighborhoodGaussian:
         return self.mean.shape[1]
 
     @property
-    def least_images(self) -> int:
-        """Images that give every window two samples."""
-        return 2 if self.window == 1 else 1
-
-    @property
     def varies(self) -> bool:
         """Whether the images differ by more than rounding."""
         spread = self.scatter[:, self._diagonal()].sum(dtype=torch.float64)
@@ -148,37 +144,56 @@ class NeighborhoodGaussian:
             tensors[name].clone() for name in ("count", "mean", "scatter")
         )
 
-    def choose_eps(self, held_out: Tensor) -> float:
-        """Find an eps that makes held-out nominal embeddings likely.
+    def choose(
+        self, held_out: Tensor, windows: Sequence[int], eps: float | None = None
+    ) -> tuple[int, float]:
+        """Find a window and an eps that make held-out nominal embeddings likely; the window is taken.
 
         Parameters
         ----------
         held_out : (M, H, W, C) float32, embeddings of images that are not part of the statistics
+        windows : to choose from, in increasing order
+        eps : if it is given, with the window alone to be chosen
 
         Returns
         -------
-        eps, in squared units of the features
+        window : the smallest within one standard error, over the held-out images, of the best
+        eps : in squared units of the features
 
         Notes
         -----
         With W the inverse Cholesky factor of Sigma + eps I, in float32,
         log p(x) = sum_j log W_jj - 1/2 || W (x - mu) ||^2 + const, each x at its own position, summed
         over an even sample of the positions that vary (see `VARIED`), fewer where there are more
-        channels. An eps with which one of
-        them cannot be factored is not taken. Along each principal axis the likelihood is a smooth
-        function of log eps, so candidates half a decade apart show its peaks, of which there may be
-        several, and those around them settle the rest. Taken is the largest eps within one standard
-        error, over the held-out images, of the best (the rule of Breiman et al., *Classification and
-        Regression Trees*, 1984): of choices that the data cannot tell apart, the most regular.
+        channels. An eps with which one of them cannot be factored is not taken. Along each principal
+        axis the likelihood is a smooth function of log eps, so candidates half a decade apart show its
+        peaks, of which there may be several, and those around them settle the rest. Taken is the
+        largest eps within one standard error of the best (the rule of Breiman et al., *Classification
+        and Regression Trees*, 1984): of choices that the data cannot tell apart, the most regular. Of
+        windows it is the smallest: each more lends a position images that are not its own, which pays
+        where it has few.
         """
+        if self.count.min() < 2:
+            windows = [window for window in windows if window > 1] or windows
+        found = [self._likely(held_out, window, eps) for window in windows]
+        best = max((values for values, _ in found), key=lambda values: float(values.mean()))
+        good = (float((best - v).mean()) <= _standard_error(best - v) for v, _ in found)
+        chosen = next(
+            (i for i, is_good in enumerate(good) if is_good), 0
+        )  # `finalize` tells the rest
+        self.window = windows[chosen]
+        return self.window, found[chosen][1]
+
+    def _likely(self, held_out: Tensor, window: int, eps: float | None) -> tuple[Tensor, float]:
+        """The likeliest log density of each held-out image with a window, and the eps to take."""
         channels = self.channels
         varied = self._varied()
         n_sample = max(8, min(64, 2 * 10**9 // channels**3))
         steps = min(n_sample, len(varied))
         places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
         sample = varied[places.round().long().unique()]
-        windows = [self._window(p, p + 1) for p in sample.tolist()]
-        mean, covariance = (torch.cat(parts) for parts in zip(*windows, strict=True))
+        parts = [self._window(p, p + 1, window) for p in sample.tolist()]
+        mean, covariance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
         variances = covariance.diagonal(dim1=1, dim2=2)
         # Where nothing varies but by rounding, eps stays far above the squares that float32 can hold.
@@ -187,16 +202,22 @@ class NeighborhoodGaussian:
         candidates = EPS_CANDIDATES * scale
         diagonal = self._diagonal()
 
-        @cache
-        def likelihood(i: int) -> Tensor:
+        def log_density(with_eps: float) -> Tensor:
             regular = covariance.clone()
-            regular.diagonal(dim1=1, dim2=2).add_(float(candidates[i]))
+            regular.diagonal(dim1=1, dim2=2).add_(with_eps)
             factor, info = ops.inverse_cholesky(regular, torch.float32)
             if bool(info.any()):
                 return torch.full((len(x),), -torch.inf, dtype=torch.float64, device="cpu")
             distance = ops.mahalanobis(x, mean, factor, (1, len(sample)), 1)[:, 0].double()
             log_det = factor[:, diagonal].double().log().sum(1)
             return (log_det - distance.square() / 2).sum(1).cpu()
+
+        if eps is not None:
+            return log_density(eps), eps
+
+        @cache
+        def likelihood(i: int) -> Tensor:
+            return log_density(float(candidates[i]))
 
         def mean_likelihood(i: int) -> float:
             return float(likelihood(i).mean())
@@ -211,10 +232,11 @@ class NeighborhoodGaussian:
             if -torch.inf < mean_likelihood(i) >= max(map(mean_likelihood, neighbors)):
                 seen |= set(around(i))
         values = likelihood(max(sorted(seen), key=mean_likelihood))
-        error = values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5
-        good = float(values.mean() - error)
+        good = float(values.mean()) - _standard_error(values)
         first = min(i for i in seen if mean_likelihood(i) >= good)
-        return float(candidates[min(i for i in around(first) if mean_likelihood(i) >= good)])
+        return values, float(
+            candidates[min(i for i in around(first) if mean_likelihood(i) >= good)]
+        )
 
     def finalize(
         self,
@@ -250,7 +272,7 @@ class NeighborhoodGaussian:
         step = max(torch.get_num_threads(), self._chunk_bytes() // (4 * channels**2))
         for start in range(0, positions, step):
             stop = min(start + step, positions)
-            means[start:stop], covariance = self._window(start, stop)
+            means[start:stop], covariance = self._window(start, stop, self.window)
             covariance.diagonal(dim1=1, dim2=2).add_(eps)
             factor, info = ops.inverse_cholesky(covariance, dtype)
             if bool(info.any()):
@@ -273,12 +295,12 @@ class NeighborhoodGaussian:
         free = devices.free_bytes(self.mean.device) if self.mean.device.type == "cuda" else None
         return max(CHUNK_BYTES, int(CHUNK_SHARE * (free or 0)))
 
-    def _window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _window(self, start: int, stop: int, window: int) -> tuple[Tensor, Tensor]:
         mean, covariance = ops.window_covariance(
-            self.count, self.mean, self.scatter, self.grid, self.window, start, stop
+            self.count, self.mean, self.scatter, self.grid, window, start, stop
         )
         if not bool(covariance.diagonal(dim1=1, dim2=2).isfinite().all()):
-            if int(self.count.min()) < self.least_images:
+            if int(self.count.min()) < least_images(window):
                 raise ValueError(
                     "npad: each window needs at least two samples; fit more images, or a wider window"
                 )
@@ -305,6 +327,16 @@ class NeighborhoodGaussian:
         identity = torch.eye(self.channels, dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         return ops.pack_factor(inverse.float(), dtype)
+
+
+def least_images(window: int) -> int:
+    """Images that give every window two samples."""
+    return 2 if window == 1 else 1
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of their mean."""
+    return float(values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5)
 
 
 def _least_eps(dtype: torch.dtype) -> float:

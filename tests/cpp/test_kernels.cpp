@@ -171,17 +171,19 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
         rounded[i] = std::bit_cast<float>(word & 0xffff0000u);
     }
 
-    Floats distance(static_cast<size_t>(batch * positions));
+    const int64_t prefix = channels / 2;                       // none of one channel
+    const int64_t first = prefix > 0 ? batch * positions : 0;  // of the distances in all channels
+    Floats distance(static_cast<size_t>(first + batch * positions));
     for (const bool half : {false, true}) {
         const Floats& w_all = half ? rounded : packed;
         isa.kernels.mahalanobis(x.data(), batch, height, width, channels, mean.data(),
                                 half ? static_cast<const void*>(bits.data()) : packed.data(),
-                                half ? FloatType::kBFloat16 : FloatType::kFloat32, window,
+                                half ? FloatType::kBFloat16 : FloatType::kFloat32, window, prefix,
                                 distance.data(), threads);
         for (int64_t n = 0; n < batch; ++n)
             for (int64_t p = 0; p < positions; ++p) {
                 const npad::Window w(p, height, width, window);
-                double nearest = std::numeric_limits<double>::infinity();
+                double nearest = std::numeric_limits<double>::infinity(), within = nearest;
                 for (int64_t row = w.top; row < w.bottom; ++row)
                     for (int64_t col = w.left; col < w.right; ++col) {
                         const int64_t q = row * width + col;
@@ -193,10 +195,14 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
                                      (x[(n * positions + p) * channels + j] -
                                       mean[q * channels + j]);
                             total += y * y;
+                            if (i + 1 == prefix) within = std::min(within, std::sqrt(total));
                         }
                         nearest = std::min(nearest, std::sqrt(total));
                     }
-                check(distance[n * positions + p], nearest, 1e-4, isa.name, "mahalanobis");
+                const int64_t at = n * positions + p;
+                check(distance[first + at], nearest, 1e-4, isa.name, "mahalanobis");
+                if (prefix > 0)
+                    check(distance[at], within, 1e-4, isa.name, "mahalanobis of a prefix");
             }
     }
 }

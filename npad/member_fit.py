@@ -1,0 +1,412 @@
+"""Fitting a member of a model: from embeddings to what it keeps of them, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from npad import devices, ops, progress
+from npad.features.projection import principal_axes
+from npad.learned import LearnedMember
+from npad.members import Member
+from npad.ops.axes import random_axes
+from npad.scoring.scorer import distances, reduce
+from npad.settings import Settings
+from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_images
+from npad.statistics.holdout import Reservoir
+from npad.statistics.nominal_set import NominalSet
+
+__all__ = ["AXES_IMAGES", "MemberFit", "under"]
+
+AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
+
+S = TypeVar("S", NeighborhoodGaussian, NominalSet)
+
+
+class MemberFit:
+    """Statistics of nominal embeddings, in memory that does not grow with their number.
+
+    Parameters
+    ----------
+    settings : how to fit
+    member : which statistics
+
+    Attributes
+    ----------
+    n_images : images so far
+    projection : (D, C) float32, to which embeddings are reduced; None before it is chosen, or where
+        all features are kept
+
+    Notes
+    -----
+    A share of the images is held out from the statistics until `finalize` has chosen eps and the
+    standardisation on them; then they are fitted too. With principal axes, embeddings wait until there
+    are `AXES_IMAGES` of them, unless `choose_axes` came before.
+    """
+
+    def __init__(self, settings: Settings, member: Member) -> None:
+        self.settings = settings
+        self.member = member
+        self.n_images = 0
+        self.projection: Tensor | None = None
+        self._grid: tuple[int, int] | None = None
+        self._n_channels = 0  # of the embeddings as they come
+        self._waiting: list[Tensor] = []  # for axes
+        self._held_out = Reservoir(settings.holdout, settings.seed)
+        self._gaussian: NeighborhoodGaussian | None = None
+        self._nominal: NominalSet | None = None
+        if member.nominal_set:
+            assert settings.nominal_set is not None
+            self._nominal = NominalSet(
+                settings.nominal_set, settings.n_centroids, seed=settings.seed
+            )
+        self._eps: float | None = None if settings.eps == "auto" else float(settings.eps)
+
+    # ----------------------------------------------------------------------------------------------
+    # Embeddings.
+
+    def update(self, x: Tensor) -> MemberFit:
+        """Add embeddings.
+
+        Parameters
+        ----------
+        x : (B, h, w, D) float32, as the backbone gives them
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            Embeddings that have not four axes, or another grid or other channels than before; more
+            features asked for than there are channels; values that are not finite.
+        MemoryError
+            The statistics would not fit into memory.
+        """
+        self._begin(x)
+        self.n_images += len(x)
+        if self._needs_axes():
+            self._waiting.append(x)
+            if self.n_images >= AXES_IMAGES:
+                self._end_waiting()
+        else:
+            self._take(x)
+        return self
+
+    def choose_axes(self, sample: Iterable[Tensor]) -> None:
+        """Choose the principal axes now, by embeddings (B, h, w, D) that `update` gets as well.
+
+        For a source that can be read twice: a random sample stands for it better than what comes
+        first.
+        """
+        rest = iter(sample)
+        first = next(rest, None)
+        if first is not None:
+            self._begin(first)
+            if self._needs_axes():
+                self._choose_axes(chain([first], rest))
+
+    def _needs_axes(self) -> bool:
+        return self.settings.n_features is not None and self.projection is None
+
+    def _begin(self, x: Tensor) -> None:
+        """Look at embeddings as they come."""
+        if x.ndim != 4:
+            raise ValueError(
+                f"NPad.fit: embeddings must have shape (B, h, w, D), got {tuple(x.shape)}"
+            )
+        grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
+        if self._grid is not None:
+            if (grid, channels) != (self._grid, self._n_channels):
+                raise ValueError(
+                    f"NPad.fit: embeddings must be {self._grid} with {self._n_channels} channels as "
+                    f"before, got {grid} with {channels}"
+                )
+            return
+        self._grid, self._n_channels = grid, channels
+        if self.settings.n_features is not None and self.settings.reduction == "random":
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            axes = random_axes(channels, self._n_features, generator)
+            self.projection = axes.contiguous().to(x.device)  # as it is read from a file
+
+    @property
+    def _n_features(self) -> int:
+        """Dimensions to which embeddings are reduced."""
+        assert self.settings.n_features is not None
+        return min(self.settings.n_features, self._n_channels)
+
+    def _choose_axes(self, embeddings: Iterable[Tensor]) -> None:
+        self.projection = principal_axes(embeddings, self._n_features)
+
+    def _end_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting and self._needs_axes():
+            self._choose_axes(waiting)
+        for x in waiting:
+            self._take(x)
+
+    def _take(self, x: Tensor) -> None:
+        """Reduce, hold out a share, fit the rest."""
+        with devices.plain(x.device):
+            x = reduce(x, self.projection)
+        if self._gaussian is None and self.member.gaussian:
+            self._gaussian = self._new_gaussian(x)
+        fitted = self._held_out.take(x)
+        if len(fitted):
+            self._add(fitted)
+
+    def _add(self, x: Tensor) -> None:
+        if self._gaussian is not None:
+            self._gaussian.update(x)
+        if self._nominal is not None:
+            self._nominal.update(x[..., : self.member.prefix])
+
+    def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
+        grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
+        positions, packed = grid[0] * grid[1], ops.packed_size(channels)
+        devices.require(
+            positions * packed * (4 + self._factor_dtype.itemsize),
+            x.device,
+            "NPad.fit",
+            f"a Gaussian of {channels} channels at each of {positions} positions",
+            ("" if self.member.own_grid else "use gaussians='per_layer', or ")
+            + "lower n_features or image_size, or choose fewer layers",
+        )
+        window = self.settings.windows[-1]
+        return NeighborhoodGaussian(grid, channels, window=window, device=x.device)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether the Gaussians are chosen on images held out."""
+        return self.settings.eps == "auto" or len(self.settings.windows) > 1
+
+    # ----------------------------------------------------------------------------------------------
+    # Other fits.
+
+    def merge(self, other: MemberFit) -> None:
+        """Add what another fit of the same member and settings has seen; that one is used up.
+
+        The Gaussians are those of one fit of all images, up to float32 rounding; the nominal sets are
+        composed (see `npad.statistics.nominal_set.NominalSet`).
+
+        Raises
+        ------
+        ValueError
+            Another grid or channels, or other axes; with principal axes, `other` must have chosen none,
+            or these same ones.
+        """
+        if other._grid is None:
+            return
+        self.check_merge(other)
+        axes = [fit.projection for fit in (self, other) if fit.projection is not None]
+        self._grid, self._n_channels = other._grid, other._n_channels
+        self.projection = axes[0] if axes else None
+        self._gaussian = _joined(self._gaussian, other._gaussian)
+        self._nominal = _joined(self._nominal, other._nominal)
+        self._held_out.merge(other._held_out, self._add)
+        if self._eps is None:
+            self._eps = other._eps
+        self.n_images += other.n_images
+        self._waiting += other._waiting
+        if not self._needs_axes() or self.n_images >= AXES_IMAGES:
+            self._end_waiting()
+
+    def check_merge(self, other: MemberFit) -> None:
+        """Raise what `merge` does."""
+        if self._grid is None or other._grid is None:
+            return
+        shapes = [(fit._grid, fit._n_channels) for fit in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "Fit.merge: grid and channels are {} here and {} in other".format(*shapes)
+            )
+        axes = [fit.projection for fit in (self, other) if fit.projection is not None]
+        if len(axes) == 2 and not torch.equal(*axes):
+            raise ValueError(
+                "Fit.merge: the fits have different axes; give the second the projection of the first"
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # The end.
+
+    def finalize(self) -> LearnedMember:
+        """Make of it all what a model keeps, once `end_holdout` has been called.
+
+        The fit can go on afterwards; until other images are held out, eps stays.
+
+        Raises
+        ------
+        ValueError
+            Too few images, identical ones, or a covariance that is not positive definite with this eps.
+        MemoryError
+            As for `update`.
+        """
+        if self._gaussian is not None and not self._gaussian.varies:
+            raise ValueError(
+                f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
+                "rounding, so that no spread can be learned; fit images of different parts"
+            )
+        mean, factor = self._gaussians()
+        assert self._grid is not None
+        return LearnedMember(
+            member=self.member,
+            channels=self._n_channels,
+            grid=self._grid,
+            eps=self._eps if self._gaussian is not None else None,
+            window=None if self._gaussian is None else self._gaussian.window,
+            projection=self.projection,
+            mean=mean,
+            factor=factor,
+            centroids=self._centroids(),
+        )
+
+    def end_holdout(self) -> dict[str, Tensor] | None:
+        """Choose window and eps on the images held out, which are then fitted.
+
+        Returns
+        -------
+        for the fusion "sum", their distances to what has been fitted before them, by their names; None
+        where no images were held out since the last time
+
+        Raises
+        ------
+        ValueError
+            Too few images.
+        """
+        self._end_waiting()
+        if not self._held_out.kept:
+            return None
+        self._leave_enough()
+        x = torch.stack(self._held_out.kept)
+        if self._gaussian is not None and self._chooses:
+            eps = None if self.settings.eps == "auto" else float(self.settings.eps)
+            _, self._eps = self._gaussian.choose(x, self.settings.windows, eps)
+        found = self._distances(x) if self.settings.fusion == "sum" else None
+        self._held_out.kept.clear()
+        self._add(x)
+        return found
+
+    def _distances(self, x: Tensor) -> dict[str, Tensor]:
+        """To what has been fitted so far, which is then let go."""
+        mean, factor = self._gaussians()
+        window, prefix = self.settings.score_window, self.member.prefix
+        return distances(x, mean, factor, self._centroids(), window, prefix)
+
+    def _leave_enough(self) -> None:
+        """Give back to the fit what it needs of a few images that have nearly all been held out."""
+        if not (self.settings.fusion == "sum" or (self.member.gaussian and self._chooses)):
+            return
+        window = max(self.settings.windows)
+        kept, needed = self._held_out.kept, least_images(window) if self.member.gaussian else 1
+        while len(kept) > 1 and self.n_images - len(kept) < needed:
+            self._add(kept.pop()[None])
+        if self.n_images - len(kept) < needed:
+            what = "eps='auto'" if self.settings.eps == "auto" else "fusion='sum'"
+            raise ValueError(
+                f"NPad.fit: {self.n_images} images are too few for window=1 with {what}, which holds "
+                f"one of them out; fit {needed + 1} or more, or use window=3"
+            )
+
+    def _gaussians(self) -> tuple[Tensor | None, Tensor | None]:
+        """Means and factors."""
+        if self._gaussian is None:
+            return None, None
+        positions = len(self._gaussian.count)
+        while True:
+            try:
+                with self._task("fit: Gaussians", positions, "positions") as advance:
+                    return self._gaussian.finalize(self._eps or 0.0, self._factor_dtype, advance)
+            except SmallEpsError as error:
+                if self.settings.eps != "auto":
+                    raise
+                self._eps = error.enough  # it was chosen on a sample of positions
+
+    def _centroids(self) -> Tensor | None:
+        if self._nominal is None:
+            return None
+        n = self.settings.n_centroids
+        with self._task("fit: nominal set", n if n >= 1 else None, "centroids") as advance:
+            return self._nominal.finalize(advance).centroids_
+
+    def _task(
+        self, description: str, total: float | None, unit: str
+    ) -> AbstractContextManager[progress.Advance]:
+        return progress.task(description, total, self.settings.progress, unit)
+
+    @property
+    def _factor_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.settings.factor_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    # ----------------------------------------------------------------------------------------------
+    # A fit that is written down and goes on later.
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON types and tensors, which are the fit's own."""
+        values: dict[str, Any] = {
+            "member": self.member.to_json(),
+            "n_images": self.n_images,
+            "grid": self._grid,
+            "n_channels": self._n_channels,
+            "waiting": [len(x) for x in self._waiting],
+            "eps": self._eps,
+        }
+        tensors: dict[str, Tensor] = {}
+        if self.projection is not None:
+            tensors["projection"] = self.projection
+        if self._waiting:
+            tensors["waiting"] = torch.cat(self._waiting)
+        for name, part in self._parts().items():
+            values[name], found = part.state()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in found.items()}
+        return values, tensors
+
+    @classmethod
+    def from_state(
+        cls, settings: Settings, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> MemberFit:
+        """What `state` was taken from."""
+        fit = cls(settings, Member.of(values["member"]))
+        fit.n_images = int(values["n_images"])
+        if values["grid"] is not None:
+            height, width = values["grid"]
+            fit._grid = int(height), int(width)
+        fit._n_channels = int(values["n_channels"])
+        fit._eps = values["eps"]
+        fit.projection = tensors.get("projection")
+        if "waiting" in tensors:
+            fit._waiting = list(tensors["waiting"].split(values["waiting"]))
+        if "gaussian" in values:
+            fit._gaussian = NeighborhoodGaussian((1, 1), 1)
+        for name, part in fit._parts().items():
+            part.restore(values[name], under(name, tensors))
+        return fit
+
+    def _parts(self) -> dict[str, Reservoir | NeighborhoodGaussian | NominalSet]:
+        parts = {
+            "held_out": self._held_out,
+            "gaussian": self._gaussian,
+            "nominal": self._nominal,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix and a dot, without both."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
+
+
+def _joined(part: S | None, other: S | None) -> S | None:
+    """Statistics of both; either may be None."""
+    if part is None or other is None:
+        return other if part is None else part
+    part.merge(other)
+    return part

@@ -1,0 +1,64 @@
+"""Model files of earlier formats, as if they were of today's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from npad.members import Member
+from npad.settings import uses_gaussians, uses_nominal_set
+
+__all__ = ["upgraded"]
+
+
+def upgraded(
+    header: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a model file, in today's form.
+
+    Raises
+    ------
+    KeyError
+        The header is not that of a model.
+    TypeError
+        As KeyError.
+    """
+    if "members" in header:
+        return header, tensors
+    return _from_version_1(header), {f"0.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
+    """One backbone with one embedding, whose score was the maximum of its map."""
+    settings = header["settings"]
+    fusion = settings["fusion"]
+    member = Member(
+        0,
+        tuple(header["backbone"]["layers"]),
+        gaussian=uses_gaussians(fusion),
+        nominal_set=uses_nominal_set(fusion),
+    )
+    learned = {
+        "member": member.to_json(),
+        "window": settings["window"] if member.gaussian else None,
+        **{name: header[name] for name in ("channels", "grid", "eps", "n_centroids")},
+    }
+    moments = header["standardization"]
+    kinds = {"mahalanobis_score": "mahalanobis", "mahalanobis_map": "mahalanobis"}
+    kinds |= {"euclidean": "euclidean"}
+    new = {"gaussians": "joint", "map_layers": [], "map_weight": settings.get("fusion_weight", 0.4)}
+    kept = {name: header[name] for name in ("n_images", "darkest", "n_bits") if name in header}
+    return {
+        "npad_version": header["npad_version"],
+        "settings": settings | new,
+        "backbones": [header["backbone"]],
+        "members": [learned],
+        "standardization": moments
+        and {
+            name: {field: moments[f"{kind}_{field}"] for field in ("mean", "std")}
+            for name, kind in kinds.items()
+        },
+        **kept,
+    }

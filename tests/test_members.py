@@ -1,0 +1,184 @@
+"""What a model is made of, and that its scores and maps are what the definitions say."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import save_file
+from torch import Tensor
+
+from npad import NPad
+from npad.features.backbone import Backbone, BackboneError
+from npad.members import Member, members_of
+from npad.model_file import ModelFileError, read_model, write_model
+from npad.ops import reference
+from npad.settings import Settings
+
+SMALL: dict[str, Any] = {"image_size": 64, "n_centroids": 40, "progress": False}
+
+
+class Network:
+    layers = (2, 3)
+
+    def __init__(self, *map_layers: int) -> None:
+        self.level_channels = {1: 8, 2: 16, 3: 32}
+        self.map_layers = map_layers or self.layers
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (14, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "r18.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), path)
+    return path
+
+
+def test_the_members_of_a_model() -> None:
+    per_layer = members_of(Settings(), [Network(1, 2, 3)])
+    assert [(m.levels, m.gaussian, m.nominal_set) for m in per_layer] == [
+        ((1,), True, False),
+        ((2,), True, False),
+        ((3,), True, False),
+        ((2, 3), False, True),
+    ]
+    assert [m.in_score for m in per_layer[:3]] == [False, True, True]
+    assert all(m.in_map for m in per_layer[:3])
+    (joint,) = members_of(Settings(gaussians="joint"), [Network(1, 2, 3)])
+    assert (joint.levels, joint.prefix) == ((2, 3, 1), 48)
+    assert members_of(Settings(gaussians="joint"), [Network()]) == (Member(0, (2, 3)),)
+    two = members_of(Settings(fusion="euclidean"), [Network(), Network(1)])
+    assert [(m.network, m.levels) for m in two] == [(0, (2, 3)), (1, (2, 3))]
+    alone = members_of(Settings(nominal_set=None), [Network(3)])
+    assert [(m.levels, m.in_score, m.in_map) for m in alone] == [
+        ((2,), True, False),
+        ((3,), True, True),
+    ]
+
+
+def test_what_is_no_prefix() -> None:
+    message = r"map_layers=\(1, 3\) lacks \[2\] of layers=\(2, 3\).* use gaussians='per_layer'"
+    with pytest.raises(ValueError, match=message):
+        members_of(Settings(gaussians="joint"), [Network(1, 3)])
+
+
+def by_hand(model: NPad, images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Scores and maps in float64, from the definitions alone."""
+    network = Backbone("filterbank", layers=(2, 3), map_layers=(1, 2, 3))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    level = dict(zip((1, 2, 3), network.levels(pixels), strict=True))
+    sides = {1: 8, 2: 8, 3: 4}  # the second is the first of layers
+    known = {m.member.levels: m for m in model.members_}
+
+    def up(x: Tensor) -> Tensor:
+        return F.interpolate(x[:, None], size=(8, 8), mode="bilinear")[:, 0]
+
+    distance = {}
+    for i, side in sides.items():
+        member = known[(i,)]
+        x = reference.embed([level[i]], (side, side)).double()
+        factor = member.factor.double()
+        distance[i] = up(reference.mahalanobis(x, member.mean.double(), factor, (side, side)))
+    x = reference.embed([level[2], level[3]], (8, 8)).double()
+    centroids = known[(2, 3)].centroids.double()
+    euclidean = torch.cdist(x.flatten(0, 2), centroids).min(1).values.view(-1, 8, 8)
+
+    def smooth(fused: Tensor) -> Tensor:
+        large = F.interpolate(fused[:, None], size=(64, 64), mode="bilinear")[:, 0]
+        matrix = reference.gaussian_matrix(64, 1.0)
+        return matrix @ large @ matrix.T
+
+    score = (distance[2] * distance[3]) ** (0.6 / 2) * euclidean**0.4
+    shown = (distance[1] * distance[2] * distance[3]) ** (0.2 / 3) * euclidean**0.8
+    return smooth(score).amax((1, 2)), smooth(shown)
+
+
+def test_score_and_map_are_the_weighted_geometric_means(images: np.ndarray) -> None:
+    arguments = {"fusion_weight": 0.6, "map_weight": 0.2, "factor_dtype": "float32"}
+    model = NPad("filterbank", layers=(2, 3), map_layers=(1, 2, 3), **SMALL, **arguments)
+    found = model.fit(images[:10]).predict(images[10:])
+    scores, maps = by_hand(model, images[10:])
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4)
+    np.testing.assert_allclose(np.stack(found.maps), maps, rtol=1e-3, atol=1e-5)
+    assert abs(found.scores - np.stack(found.maps).max((1, 2))).min() > 1e-3
+
+
+def test_the_prefix_of_a_joint_gaussian_is_that_of_its_layers(images: np.ndarray) -> None:
+    known = {**SMALL, "gaussians": "joint", "factor_dtype": "float32", "eps": 0.01, "window": 3}
+    with_map = NPad("filterbank", layers=(2, 3), map_layers=(1, 2, 3), **known).fit(images[:10])
+    without = NPad("filterbank", layers=(2, 3), map_layers=(), **known).fit(images[:10])
+    assert with_map.members_[0].member.prefix == 34
+    a, b = with_map.predict(images[10:]), without.predict(images[10:])
+    np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5)
+    whole = NPad("filterbank", layers=(1, 2, 3), fusion="mahalanobis", **known)
+    alone = NPad(
+        "filterbank", layers=(2, 3), map_layers=(1, 2, 3), fusion="mahalanobis", **known
+    ).fit(images[:10])
+    assert alone.nbytes < whole.fit(images[:10]).nbytes  # on a coarser grid
+    assert not np.allclose(np.stack(a.maps), np.stack(b.maps), rtol=1e-2)
+
+
+def test_two_backbones_are_fused_and_their_order_is_not_felt(
+    images: np.ndarray, weights: Path, tmp_path: Path
+) -> None:
+    both = NPad(["filterbank", "resnet18"], layers=(2, 3), weights=[None, weights], **SMALL)
+    both.fit(images[:10])
+    other = NPad(["resnet18", "filterbank"], layers=(2, 3), weights=[weights, None], **SMALL)
+    a, b = (model.predict(images[10:]) for model in (both, other.fit(images[:10])))
+    np.testing.assert_allclose(a.scores, b.scores, rtol=1e-4)
+    np.testing.assert_allclose(np.stack(a.maps), np.stack(b.maps), rtol=1e-3)
+    assert [one["name"] for one in both.backbones_] == ["filterbank", "resnet18"]
+    both.save(tmp_path / "both.npad")
+    for again in (NPad.load(tmp_path / "both.npad"), pickle.loads(pickle.dumps(both))):
+        assert np.array_equal(again.predict(images[10:]).scores, a.scores)
+    assert both.embed(images[:2]).shape == (2, 8, 8, 34 + 384)
+
+
+def test_a_backbone_of_two_that_is_wrong_is_named(
+    images: np.ndarray, weights: Path, tmp_path: Path
+) -> None:
+    names = ["filterbank", "resnet18"]
+    with pytest.raises(
+        ValueError, match="weights must be one file for each of filterbank, resnet18"
+    ):
+        NPad(names, weights=weights)
+    with pytest.raises(ValueError, match=r"layers .*backbone 'filterbank' has levels 1 .*, 4"):
+        NPad(names, layers=(0, 2), weights=[None, weights], **SMALL).fit(images)
+    tiny = {**SMALL, "image_size": 20}
+    with pytest.raises(ValueError, match="does not work with backbone 'resnet18'"):
+        NPad(["resnet18", "filterbank"], layers=(2, 4), weights=[weights, None], **tiny).fit(images)
+    sizes = r"images of different sizes \(filterbank 256 x 256, vit_tiny_patch16_224 512 x 512\)"
+    token = tmp_path / "token.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), token)
+    with pytest.raises(ValueError, match=sizes):
+        NPad(["filterbank", "vit_tiny_patch16_224"], weights=[None, token]).fit(images)
+    with pytest.raises(BackboneError, match="there is no such file of weights"):
+        NPad(names, weights=[None, tmp_path / "none"], **SMALL).fit(images)
+
+
+def test_a_file_that_names_another_number_of_backbones(images: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "m.npad"
+    NPad("filterbank", **SMALL).fit(images).save(path)
+    header, tensors = read_model(path)
+    write_model(path, header | {"backbones": header["backbones"] * 2}, tensors)
+    with pytest.raises(ModelFileError, match="names 2 backbones"):
+        NPad.load(path)
+
+
+def test_the_sum_is_standardised_on_the_images_held_out(images: np.ndarray) -> None:
+    model = NPad("filterbank", **SMALL, fusion="sum", eps=0.01, window=3).fit(images[:10])
+    moments = model.standardization_
+    assert set(moments) == {"mahalanobis_score", "mahalanobis_map", "euclidean"}
+    assert all(one.std > 0 for one in moments.values())
+    assert moments["mahalanobis_score"] == moments["mahalanobis_map"]  # no finer level
