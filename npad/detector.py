@@ -574,14 +574,9 @@ class NPad:
             path, settings, found, fitted, searched=weights is None
         )
         for member in learned.members:
-            of = networks[member.member.network]
-            own = member.member.levels[0] if member.member.own_grid else None
-            if of.grid(image_size, own) != member.grid:
-                raise ModelFileError(
-                    path,
-                    f"has grid {member.grid}, which its backbone does not make of images of "
-                    f"{image_size}; fit and save the model again",
-                )
+            mismatch = _other_embedding(networks, member, image_size)
+            if mismatch:
+                raise ModelFileError(path, f"{mismatch}; fit and save the model again")
         model._adopt(settings, learned.having(tensors).to(found), networks)
         model.skipped_ = []
         return model
@@ -870,6 +865,27 @@ def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
         f"was fitted on {name} with weights {digest[:12]}, but the weights given are "
         f"{network.name} {network.weights_hash[:12]}; give the same file with weights="
     )
+
+
+def _other_embedding(
+    networks: Sequence[Backbone], learned: LearnedMember, image_size: tuple[int, int]
+) -> str | None:
+    """What is wrong with a member of a file for its backbone; None where they fit."""
+    member = learned.member
+    if not 0 <= member.network < len(networks):
+        return f"has a member of backbone {member.network} of {len(networks)}"
+    network = networks[member.network]
+    missing = [level for level in member.levels if level not in network.level_channels]
+    if missing or not member.levels:
+        return f"has a member of levels {member.levels}, which its backbone does not give"
+    channels = sum(network.level_channels[level] for level in member.levels)
+    grid = network.grid(image_size, member.levels[0] if member.own_grid else None)
+    if (grid, channels) != (learned.grid, learned.channels):
+        return (
+            f"has grid {learned.grid} with {learned.channels} channels, which its backbone does not "
+            f"make of images of {image_size}"
+        )
+    return None
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:
