@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,8 +47,10 @@ def test_maps_of_the_models_size_are_not_resized(
 ) -> None:
     prediction = model.predict(images, map_size="model")
     assert np.array_equal(np.stack(prediction.maps), own_maps.numpy())
-    assert np.array_equal(prediction.scores, own_maps.amax((1, 2)).double().numpy())
     assert prediction.sizes == SIZES
+    one_weight = copy.copy(model).set_params(map_weight=model.fusion_weight)
+    prediction = one_weight.predict(images, map_size="model")  # all layers make the score, too
+    assert np.array_equal(prediction.scores, np.stack(prediction.maps).max((1, 2)).astype(float))
 
 
 @pytest.mark.parametrize("size", [(7, 100), (1, 1), SIZE, (np.int64(7), np.int32(9))])
