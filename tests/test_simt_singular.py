@@ -36,6 +36,6 @@ def test_scores_are_those_of_the_cpu(simt: Simt, case: str) -> None:
     simt("inverse_cholesky", covariance, 20, CHANNELS, workspace, factor, 0, info)
     assert not info.any()
     distance = torch.empty(12, *GRID)
-    simt("mahalanobis", x, 12, *GRID, CHANNELS, mean, factor, 0, 1, distance)
+    simt("mahalanobis", x, 12, *GRID, CHANNELS, mean, factor, 0, 1, 0, distance)
     assert distance.isfinite().all()
     torch.testing.assert_close(distance, expected, rtol=1e-3, atol=1e-3)
