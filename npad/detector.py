@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -525,7 +526,7 @@ class NPad:
         path: str | Path,
         *,
         device: str | torch.device = "cpu",
-        weights: str | Path | None = None,
+        weights: str | Path | Sequence[str | Path | None] | None = None,
         progress: bool | None = None,
     ) -> NPad:
         """Read a model that ``save`` wrote. No code from the file runs.
@@ -535,7 +536,7 @@ class NPad:
         path : the model file
         device : torch device, or "auto": a GPU if there is one
         weights : where the backbone's weights are, if neither where they were when the model was
-            fitted nor beside the model file
+            fitted nor beside the model file; as for ``NPad``
         progress : as for ``NPad``
 
         Raises
@@ -545,16 +546,13 @@ class NPad:
         BackboneError
             The backbone's weights cannot be had.
         ValueError
-            The device cannot be used.
+            The device cannot be used; weights that are not one file for each backbone.
         """
         found = devices.resolve(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
             header, tensors = upgraded(header, tensors)
             given = header["settings"] | {"device": device, "progress": progress}
-            if weights is not None:
-                given["weights"] = weights
-            model = cls(**given)
             settings = Settings(**given)
             learned = Learned.of(header)
             fitted = [
@@ -570,10 +568,19 @@ class NPad:
             )
             raise ModelFileError(path, problem) from error
         model_file.check_tensors(path, tensors, expected)
+        if weights is not None:
+            given["weights"] = weights
+        model, settings = cls(**given), Settings(**given)
         networks, settings = model._networks_of_file(
             path, settings, found, fitted, searched=weights is None
         )
         for member in learned.members:
+            if not _is_of(member, networks):
+                raise ModelFileError(
+                    path,
+                    f"has a member of {member.channels} channels, {member.member}, which its "
+                    "backbones do not make; fit and save the model again",
+                )
             of = networks[member.member.network]
             own = member.member.levels[0] if member.member.own_grid else None
             if of.grid(image_size, own) != member.grid:
@@ -859,6 +866,23 @@ def _expected(
         for i, (member, values) in enumerate(zip(learned.members, members, strict=True))
         for name, what in member.expected(settings, int(values["n_centroids"] or 0)).items()
     }
+
+
+def _is_of(learned: LearnedMember, networks: Sequence[Backbone]) -> bool:
+    """Whether the networks make the embedding of a member."""
+    member = learned.member
+    if member.network not in range(len(networks)):
+        return False
+    network = networks[member.network]
+    channels = [network.level_channels.get(level, 0) for level in member.levels_of(network)]
+    sums = [*accumulate(channels)]
+    if not all(channels) or not sums:
+        return False
+    if member.prefix is None:
+        return sums[-1] == learned.channels
+    if not member.gaussian:
+        return sums[-1] == member.prefix
+    return sums[-1] == learned.channels and member.prefix in sums[:-1]
 
 
 def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
