@@ -248,7 +248,7 @@ def study(
                 "milliseconds": milliseconds(networks, learned, settings),
             }
             value = "/".join(f"{figures[name][0]:.4f}" for name in figures)
-            print(f"{Path(data).name}, {'+'.join(names)}, {variant}: {value}", flush=True)
+            print(f"{title_of(data)}, {'+'.join(names)}, {variant}: {value}", flush=True)
     return rows
 
 
@@ -258,6 +258,12 @@ def category_of(data: str, scratch: Path) -> Path:
     if kind == "synthetic":
         return make_dataset(scratch / "woven", seed=0)
     return framed(Path(folder), scratch / "framed") if kind == "framed" else Path(data)
+
+
+def title_of(data: str) -> str:
+    """Of the columns of a data set."""
+    framed_ = "framed " if data.startswith("framed:") else ""
+    return framed_ + Path(data).name
 
 
 @dataclass(frozen=True)
@@ -339,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = []
     for names in [[name] for name in files] + [text.split(",") for text in args.together]:
         found = {
-            Path(data).name: study(data, names, [files[name] for name in names], args)
+            title_of(data): study(data, names, [files[name] for name in names], args)
             for data in args.data
         }
         variants = {variant for rows in found.values() for variant in rows}

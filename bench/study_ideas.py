@@ -18,7 +18,7 @@ import bootstrap
 import torch
 import torch.nn.functional as F  # noqa: N812
 from embedded import METRICS, EmbeddedCategory
-from study_defaults import Figures, Study, category_of
+from study_defaults import Figures, Study, category_of, title_of
 from torch import Tensor
 
 from npad import ops
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 figures = study.figures(*found)
                 base = base or figures
                 cells = [cell(metric, figures, base) for metric in METRICS if metric in figures]
-                print(f"| {Path(data).name} | {name} |", " | ".join(cells), "|", flush=True)
+                print(f"| {title_of(data)} | {name} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

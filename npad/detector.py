@@ -575,20 +575,9 @@ class NPad:
             path, settings, found, fitted, searched=weights is None
         )
         for member in learned.members:
-            if not _is_of(member, networks):
-                raise ModelFileError(
-                    path,
-                    f"has a member of {member.channels} channels, {member.member}, which its "
-                    "backbones do not make; fit and save the model again",
-                )
-            of = networks[member.member.network]
-            own = member.member.levels[0] if member.member.own_grid else None
-            if of.grid(image_size, own) != member.grid:
-                raise ModelFileError(
-                    path,
-                    f"has grid {member.grid}, which its backbone does not make of images of "
-                    f"{image_size}; fit and save the model again",
-                )
+            mismatch = _other_embedding(networks, member, image_size)
+            if mismatch:
+                raise ModelFileError(path, f"{mismatch}; fit and save the model again")
         model._adopt(settings, learned.having(tensors).to(found), networks)
         model.skipped_ = []
         return model
@@ -868,23 +857,6 @@ def _expected(
     }
 
 
-def _is_of(learned: LearnedMember, networks: Sequence[Backbone]) -> bool:
-    """Whether the networks make the embedding of a member."""
-    member = learned.member
-    if member.network not in range(len(networks)):
-        return False
-    network = networks[member.network]
-    channels = [network.level_channels.get(level, 0) for level in member.levels_of(network)]
-    sums = [*accumulate(channels)]
-    if not all(channels) or not sums:
-        return False
-    if member.prefix is None:
-        return sums[-1] == learned.channels
-    if not member.gaussian:
-        return sums[-1] == member.prefix
-    return sums[-1] == learned.channels and member.prefix in sums[:-1]
-
-
 def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
     """What is wrong with a backbone for a model that was fitted on one; None where it is the same."""
     name, digest = fitted["name"], fitted["weights_hash"]
@@ -894,6 +866,30 @@ def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
         f"was fitted on {name} with weights {digest[:12]}, but the weights given are "
         f"{network.name} {network.weights_hash[:12]}; give the same file with weights="
     )
+
+
+def _other_embedding(
+    networks: Sequence[Backbone], learned: LearnedMember, image_size: tuple[int, int]
+) -> str | None:
+    """What is wrong with a member of a file for its backbone; None where they fit."""
+    member = learned.member
+    if not 0 <= member.network < len(networks):
+        return f"has a member of backbone {member.network} of {len(networks)}"
+    network = networks[member.network]
+    levels = member.levels_of(network)
+    if not levels or not {*levels} <= network.level_channels.keys():
+        return f"has a member of levels {member.levels}, which its backbone does not give"
+    *parts, channels = accumulate(network.level_channels[level] for level in levels)
+    grid = network.grid(image_size, levels[0] if member.own_grid else None)
+    known = learned.channels if levels == member.levels else member.prefix
+    if (grid, channels) != (learned.grid, known):
+        return (
+            f"has grid {learned.grid} with {learned.channels} channels, which its backbone does not "
+            f"make of images of {image_size}"
+        )
+    if member.gaussian and member.prefix not in (None, *parts):
+        return f"has a prefix of {member.prefix} channels, at which no level of {levels} ends"
+    return None
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:

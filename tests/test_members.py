@@ -350,6 +350,29 @@ def test_a_file_that_names_another_number_of_backbones(images: np.ndarray, tmp_p
         NPad.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": 1}, "has a member of backbone 1 of 1"),
+        ({"network": -1}, "has a member of backbone -1 of 1"),
+        ({"levels": [4]}, r"has a member of levels \(4,\), which its backbone does not give"),
+        ({"levels": []}, r"has a member of levels \(\)"),
+        ({"levels": [1, 2]}, r"has grid \(16, 16\) with 17 channels, which its backbone does not"),
+        ({"unknown": 1}, "cannot use"),
+    ],
+)
+def test_a_file_whose_members_are_not_those_of_its_backbone(
+    change: dict[str, object], message: str, images: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.npad"
+    NPad("filterbank", **SMALL, nominal_set=None).fit(images).save(path)
+    header, tensors = read_model(path)
+    header["members"][0]["member"].update(change)
+    write_model(path, header, tensors)
+    with pytest.raises(ModelFileError, match=message):
+        NPad.load(path)
+
+
 def test_the_sum_is_standardised_on_the_images_held_out(images: np.ndarray) -> None:
     model = NPad("filterbank", **SMALL, fusion="sum", eps=0.01, window=3).fit(images[:10])
     moments = model.standardization_

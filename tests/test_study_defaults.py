@@ -106,6 +106,7 @@ def test_rows_are_kept_with_what_they_ran_on(
     report = json.loads((tmp_path / "out" / "study_defaults_filterbank.json").read_text())
     assert list(report["rows"]) == only.split(";")
     assert {"commit", "dirty", "processor", "npad", "torch", "threads"} <= set(report["provenance"])
+    assert set(report["rows"]["base"]) == {"woven", "framed woven", "mean_differences"}
     row = report["rows"]["window 1"]["woven"]
     value, low, high = row["metrics"]["aupro"]
     assert low <= value <= high
