@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -525,7 +526,7 @@ class NPad:
         path: str | Path,
         *,
         device: str | torch.device = "cpu",
-        weights: str | Path | None = None,
+        weights: str | Path | Sequence[str | Path | None] | None = None,
         progress: bool | None = None,
     ) -> NPad:
         """Read a model that ``save`` wrote. No code from the file runs.
@@ -535,7 +536,7 @@ class NPad:
         path : the model file
         device : torch device, or "auto": a GPU if there is one
         weights : where the backbone's weights are, if neither where they were when the model was
-            fitted nor beside the model file
+            fitted nor beside the model file; as for ``NPad``
         progress : as for ``NPad``
 
         Raises
@@ -545,16 +546,13 @@ class NPad:
         BackboneError
             The backbone's weights cannot be had.
         ValueError
-            The device cannot be used.
+            The device cannot be used; weights that are not one file for each backbone.
         """
         found = devices.resolve(device)
         header, tensors = model_file.read_model(path, progress=progress)
         try:
             header, tensors = upgraded(header, tensors)
             given = header["settings"] | {"device": device, "progress": progress}
-            if weights is not None:
-                given["weights"] = weights
-            model = cls(**given)
             settings = Settings(**given)
             learned = Learned.of(header)
             fitted = [
@@ -570,6 +568,9 @@ class NPad:
             )
             raise ModelFileError(path, problem) from error
         model_file.check_tensors(path, tensors, expected)
+        if weights is not None:
+            given["weights"] = weights
+        model, settings = cls(**given), Settings(**given)
         networks, settings = model._networks_of_file(
             path, settings, found, fitted, searched=weights is None
         )
@@ -875,16 +876,19 @@ def _other_embedding(
     if not 0 <= member.network < len(networks):
         return f"has a member of backbone {member.network} of {len(networks)}"
     network = networks[member.network]
-    missing = [level for level in member.levels if level not in network.level_channels]
-    if missing or not member.levels:
+    levels = member.levels_of(network)
+    if not levels or not {*levels} <= network.level_channels.keys():
         return f"has a member of levels {member.levels}, which its backbone does not give"
-    channels = sum(network.level_channels[level] for level in member.levels)
-    grid = network.grid(image_size, member.levels[0] if member.own_grid else None)
-    if (grid, channels) != (learned.grid, learned.channels):
+    *parts, channels = accumulate(network.level_channels[level] for level in levels)
+    grid = network.grid(image_size, levels[0] if member.own_grid else None)
+    known = learned.channels if levels == member.levels else member.prefix
+    if (grid, channels) != (learned.grid, known):
         return (
             f"has grid {learned.grid} with {learned.channels} channels, which its backbone does not "
             f"make of images of {image_size}"
         )
+    if member.gaussian and member.prefix not in (None, *parts):
+        return f"has a prefix of {member.prefix} channels, at which no level of {levels} ends"
     return None
 
 

@@ -49,7 +49,7 @@ class Standardization:
     @classmethod
     def from_json(cls, values: Mapping[str, Any] | None) -> dict[str, Standardization] | None:
         """What `to_json` was given."""
-        return {kind: cls(**one) for kind, one in values.items()} if values else None
+        return {kind: cls(**one) for kind, one in dict(values).items()} if values else None
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,10 @@ class Member:
         )
         return part if part.gaussian or part.nominal_set else None
 
+    def levels_of(self, network: Levels) -> tuple[int, ...]:
+        """The levels that its distances need: those behind the prefix are a Gaussian's alone."""
+        return self.levels if self.gaussian or self.prefix is None else network.layers
+
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
         return {**asdict(self), "levels": list(self.levels)}
@@ -78,7 +82,13 @@ class Member:
         ValueError
             As KeyError.
         """
-        return cls(**{**values, "levels": tuple(int(level) for level in values["levels"])})
+        prefix = values["prefix"]
+        read = {
+            "network": int(values["network"]),
+            "levels": tuple(int(level) for level in values["levels"]),
+            "prefix": None if prefix is None else int(prefix),
+        }
+        return cls(**{**values, **read})
 
 
 def members_of(settings: Settings, networks: Sequence[Levels]) -> tuple[Member, ...]:

@@ -134,6 +134,32 @@ def test_options_reach_the_model(category, tmp_path):
     assert {key: settings[key] for key in wanted} == wanted
 
 
+def test_several_backbones(category, tmp_path, weights):
+    file = weights / "resnet18_layers123.safetensors"
+    names = ("--backbone", "filterbank,resnet18")
+    small = ("--layers", "2,3", "--image-size", "64", "--n-centroids", "50", "--threads", "1")
+    fit = ("fit", category / "train/good", "-o", tmp_path / "m", *names, *small)
+    succeed(*fit, "--weights", f",{file}", "--map-layers", "1,3")
+    settings = NPad.load(tmp_path / "m").settings()
+    assert settings["backbone"] == ["filterbank", "resnet18"]
+    assert settings["weights"] == [None, str(file)]
+    assert settings["map_layers"] == [1, 3]
+
+    one = "weights must be one file for each of filterbank, resnet18, in this order"
+    fail(2, *fit, "--weights", file, says=[one])
+    fail(2, *fit, "--weights", f",{tmp_path / 'none'}", says=["there is no file", "none"])
+    fail(2, *fit[:4], "--backbone", "filterbank,", *small, says=["backbone must be the name"])
+
+    score = ("predict", tmp_path / "m", category / "test", "--threads", "1", "-o")
+    succeed(*score, tmp_path / "a")
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(file.read_bytes())
+    succeed(*score, tmp_path / "b", "--weights", f",{moved}")
+    assert (tmp_path / "a/scores.csv").read_text() == (tmp_path / "b/scores.csv").read_text()
+    fail(1, *score, tmp_path / "c", "--weights", moved, says=[one])
+    fail(2, *score, tmp_path / "c", "--weights", "none,none", says=["there is no file none"])
+
+
 def test_no_centroids(category, tmp_path):
     succeed("fit", category / "train/good", "-o", tmp_path / "m", *SMALL, "--nominal-set", "none")
     assert all(m.centroids is None for m in NPad.load(tmp_path / "m").members_)

@@ -111,6 +111,37 @@ def test_chosen_eps_with_nearly_dead_channels(dead: int, live: int, n: int, seed
     assert gaussian.choose(held_out, [1])[1] == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("n_images", [3, 6, 80])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+def test_chosen_window_is_the_smallest_within_one_standard_error(
+    n_images: int, spread: float
+) -> None:
+    """Against the density of each held-out image in float64, at every position.
+
+    With few images or none of their own to tell positions apart, a wider window pays.
+    """
+    place = spread * torch.randn(1, *GRID, 6)
+    x, held_out = (torch.randn(n, *GRID, 6) + place for n in (n_images, 12))
+    windows, eps = [1, 3, 5], 0.05
+    gaussian = fit(x)
+    densities = []
+    for window in windows:
+        mean, covariance = reference.window_covariance(
+            gaussian.count, gaussian.mean.double(), gaussian.scatter.double(), GRID, window, 0, 20
+        )
+        normal = torch.distributions.MultivariateNormal(mean, covariance + eps * torch.eye(6))
+        densities.append(normal.log_prob(held_out.flatten(1, 2).double()).sum(1))
+    best = max(densities, key=lambda values: values.mean())
+    expected = next(
+        window
+        for window, values in zip(windows, densities, strict=True)
+        if (best - values).mean() <= (best - values).std() / len(values) ** 0.5
+    )
+    assert gaussian.choose(held_out, windows, eps) == (expected, eps)
+    assert gaussian.window == expected
+    assert expected == {(80, 3.0): 1, (3, 0.0): 5}.get((n_images, spread), expected)
+
+
 def test_chosen_eps_follows_the_scale_of_the_features() -> None:
     x, held_out = torch.randn(12, *GRID, 6), torch.randn(8, *GRID, 6)
     window, eps = fit(x).choose(held_out, [1, 3])

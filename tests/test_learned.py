@@ -33,6 +33,17 @@ def model(images: np.ndarray) -> NPad:
     return NPad("filterbank", **small).fit(images)
 
 
+@pytest.fixture(scope="module")
+def saved(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of models of both kinds of Gaussians, with all distances."""
+    found = {}
+    for kind in ("per_layer", "joint"):
+        found[kind] = tmp_path_factory.mktemp("saved") / f"{kind}.npad"
+        known = {"layers": (2, 3), "image_size": (24, 32), "n_centroids": 8, "fusion": "sum"}
+        NPad("filterbank", gaussians=kind, progress=False, **known).fit(images).save(found[kind])
+    return found
+
+
 def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None:
     model = NPad.load(OLD)
     np.testing.assert_allclose(model.predict(images[:4]).scores, OLD_SCORES, rtol=1e-5)
@@ -91,6 +102,48 @@ def test_a_tensor_of_another_shape_or_dtype_is_named(
         write_model(path, header, content)
         with pytest.raises(ModelFileError, match=rf"m\.npad: tensor '{name}' "):
             NPad.load(path)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"network": 1},
+        {"network": -1},
+        {"network": "x"},
+        {"network": None},
+        {"levels": []},
+        {"levels": [9]},
+        {"levels": [1, 2, 3, 1]},
+        {"levels": None},
+        {"prefix": 3},
+        {"prefix": "x"},
+        {"prefix": 1000},
+        {"a field": "of another"},
+    ],
+)
+@pytest.mark.parametrize("gaussians", ["per_layer", "joint"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_member_that_the_backbones_do_not_make(
+    which: int, gaussians: str, forged: dict[str, object], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """Under a checksum that is right: an error of the file, and never one of the prediction."""
+    path = tmp_path / "m.npad"
+    header, tensors = read_model(saved[gaussians])
+    header["members"][which]["member"] |= forged
+    write_model(path, header, tensors)
+    with pytest.raises(ModelFileError, match=r"m\.npad: .*fit and save the model again"):
+        NPad.load(path)
+
+
+@pytest.mark.parametrize("forged", [3, "x", {"euclidean": 3}, {"euclidean": {"mean": 1.0}}])
+def test_a_standardization_that_is_none(
+    forged: object, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.npad"
+    header, tensors = read_model(saved["joint"])
+    write_model(path, header | {"standardization": forged}, tensors)
+    with pytest.raises(ModelFileError, match=r"m\.npad: has a header that this npad cannot use"):
+        NPad.load(path)
 
 
 def test_dtypes_and_shapes_come_from_the_settings() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from torch import Tensor
 
 from npad import NPad
 from npad.features.backbone import Backbone, BackboneError
+from npad.fitting import Fit
 from npad.members import Member, members_of
 from npad.model_file import ModelFileError, read_model, write_model
 from npad.ops import reference
-from npad.settings import Settings
+from npad.scoring.fusion import scores_and_maps
+from npad.scoring.scorer import distances
+from npad.settings import FUSIONS, Settings, uses_gaussians, uses_nominal_set
 
 SMALL: dict[str, Any] = {"image_size": 64, "n_centroids": 40, "progress": False}
 
@@ -45,6 +50,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a transformer, whose grid is coarser."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), path)
+    return path
+
+
 def test_the_members_of_a_model() -> None:
     per_layer = members_of(Settings(), [Network(1, 2, 3)])
     assert [(m.levels, m.gaussian, m.nominal_set) for m in per_layer] == [
@@ -65,6 +79,41 @@ def test_the_members_of_a_model() -> None:
         ((2,), True, False),
         ((3,), True, True),
     ]
+
+
+@pytest.mark.parametrize("gaussians", ["per_layer", "joint"])
+@pytest.mark.parametrize(
+    ("fusion", "nominal_set"), [*((f, "kcenter") for f in FUSIONS), ("mahalanobis", None)]
+)
+def test_every_fusion_has_the_members_that_it_needs(
+    fusion: str, nominal_set: str | None, gaussians: str
+) -> None:
+    """Of each network the same ones, in the order of the networks."""
+    settings = Settings(fusion=fusion, gaussians=gaussians, nominal_set=nominal_set)
+    found = members_of(settings, [Network(1, 2, 3), Network(1, 2, 3)])
+    first, second = ([m for m in found if m.network == i] for i in (0, 1))
+    assert list(found) == [*first, *second]
+    assert [replace(m, network=0) for m in second] == first
+    gaussian = [m.levels for m in first if m.gaussian]
+    nominal = [m.levels for m in first if m.nominal_set]
+    if gaussians == "joint":
+        assert gaussian == [(2, 3, 1)] * uses_gaussians(fusion)
+        assert nominal == [(2, 3, 1)] * uses_nominal_set(fusion)
+        assert all(m.prefix == 16 + 32 and not m.own_grid for m in first)
+    else:
+        assert gaussian == [(1,), (2,), (3,)] * uses_gaussians(fusion)
+        assert nominal == [(2, 3)] * uses_nominal_set(fusion)
+        assert all(m.own_grid == m.gaussian for m in first)
+    assert all(Member.of(json.loads(json.dumps(m.to_json()))) == m for m in found)
+
+
+@pytest.mark.parametrize("map_layers", [(1,), (1, 3), (4,)])
+def test_the_map_may_know_none_of_the_layers(map_layers: tuple[int, ...]) -> None:
+    found = members_of(Settings(), [Network(*map_layers)])
+    assert {m.levels for m in found if m.in_score and m.gaussian} == {(2,), (3,)}
+    assert {m.levels for m in found if m.in_map and m.gaussian} == {(i,) for i in map_layers}
+    with pytest.raises(ValueError, match="lacks"):
+        members_of(Settings(gaussians="joint"), [Network(*map_layers)])
 
 
 def test_what_is_no_prefix() -> None:
@@ -121,12 +170,93 @@ def test_the_prefix_of_a_joint_gaussian_is_that_of_its_layers(images: np.ndarray
     assert with_map.members_[0].member.prefix == 34
     a, b = with_map.predict(images[10:]), without.predict(images[10:])
     np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5)
+    assert torch.equal(with_map.members_[0].centroids, without.members_[0].centroids)
     whole = NPad("filterbank", layers=(1, 2, 3), fusion="mahalanobis", **known)
     alone = NPad(
         "filterbank", layers=(2, 3), map_layers=(1, 2, 3), fusion="mahalanobis", **known
     ).fit(images[:10])
     assert alone.nbytes < whole.fit(images[:10]).nbytes  # on a coarser grid
     assert not np.allclose(np.stack(a.maps), np.stack(b.maps), rtol=1e-2)
+
+
+def test_the_map_of_a_joint_gaussian_is_that_of_all_its_levels(images: np.ndarray) -> None:
+    """As if there were no score and no prefix: one embedding of levels 2, 3 and 1."""
+    known = {**SMALL, "gaussians": "joint", "eps": 0.01, "window": 3, "fusion": "mahalanobis"}
+    model = NPad("filterbank", layers=(2, 3), map_layers=(1, 2, 3), **known).fit(images[:10])
+    network = Backbone("filterbank", layers=(2, 3), map_layers=(1, 2, 3))
+    x = torch.cat(
+        [
+            network.combined(network.levels(pixels), (2, 3, 1))
+            for pixels in torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).split(8)
+        ]
+    )
+    member = Member(0, (2, 3, 1), nominal_set=False)
+    alone = Fit(model.settings_, [member]).update(embeddings=[x[:10]]).finalize()
+    (own,), (expected,) = model.members_, alone.members
+    torch.testing.assert_close(own.mean, expected.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own.factor, expected.factor, rtol=1e-3, atol=1e-2)
+    found = [(member, distances(x[10:], own.mean, own.factor, None, 1))]
+    scores, maps = scores_and_maps(found, model.settings_)
+    actual = model.predict(images[10:])
+    np.testing.assert_allclose(np.stack(actual.maps), maps, rtol=1e-5)
+    assert abs(actual.scores / scores.numpy() - 1).min() > 1e-3  # that of the prefix
+
+
+@pytest.mark.parametrize("gaussians", ["per_layer", "joint"])
+@pytest.mark.parametrize("map_layers", [None, (), (1, 2, 3)])
+@pytest.mark.parametrize("fusion", ["mahalanobis", "euclidean"])
+def test_a_fusion_that_needs_less_than_was_fitted(
+    fusion: str,
+    map_layers: tuple[int, ...] | None,
+    gaussians: str,
+    images: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    """It scores as if it had been fitted so, also from its file."""
+    known = {**SMALL, "layers": (2, 3), "map_layers": map_layers, "gaussians": gaussians}
+    model = NPad("filterbank", **known).fit(images[:10])
+    model.fusion = fusion
+    found = model.predict(images[10:])
+    expected = NPad("filterbank", **known, fusion=fusion).fit(images[:10]).predict(images[10:])
+    assert np.array_equal(found.scores, expected.scores)
+    assert np.array_equal(found.maps, expected.maps)
+    model.save(tmp_path / "m.npad")
+    again = NPad.load(tmp_path / "m.npad").predict(images[10:])
+    assert np.array_equal(again.scores, expected.scores)
+    assert np.array_equal(again.maps, expected.maps)
+
+
+def test_the_fused_distances_are_geometric_means_over_backbones_of_two_grids(
+    images: np.ndarray, tokens: Path
+) -> None:
+    """Of those of each backbone's own model, on the finer grid, in float64."""
+    known = {**SMALL, "layers": (2, 3), "map_layers": ()}
+    arguments = {"filterbank": None, "test_vit": tokens}
+    both = NPad([*arguments], weights=[*arguments.values()], **known).fit(images[:10])
+    alone = [NPad(name, weights=w, **known).fit(images[:10]) for name, w in arguments.items()]
+    assert [m.grid for m in both.members_] == [(8, 8), (4, 4), (8, 8), (4, 4), (4, 4), (4, 4)]
+
+    pixels = torch.from_numpy(images[10:]).permute(0, 3, 1, 2).float() / 255
+    kinds: dict[str, list[Tensor]] = {"mahalanobis": [], "euclidean": []}
+    members = iter(both.members_)
+    for model in alone:
+        scorer = model.scorer()
+        embedded = scorer.embeddings(scorer.levels(pixels))
+        for own, member, x in zip(model.members_, scorer.members, embedded, strict=True):
+            tensors = next(members).tensors()
+            assert all(torch.equal(tensors[name], y) for name, y in own.tensors().items())
+            for kind, distance in member(x).items():
+                up = F.interpolate(distance[:, None].double(), size=(8, 8), mode="bilinear")
+                kinds[kind].append(up[:, 0])
+    m, e = (torch.stack(maps).log().mean(0).exp() for maps in kinds.values())
+    found = both.predict(images[10:])
+    for weight, actual in ((0.4, found.scores), (0.3, np.stack(found.maps))):
+        large = F.interpolate((m**weight * e ** (1 - weight))[:, None], size=64, mode="bilinear")
+        matrix = reference.gaussian_matrix(64, 1.0)
+        expected = matrix @ large[:, 0] @ matrix.T
+        np.testing.assert_allclose(
+            actual, expected if actual.ndim == 3 else expected.amax((1, 2)), rtol=1e-4
+        )
 
 
 def test_two_backbones_are_fused_and_their_order_is_not_felt(
@@ -136,8 +266,8 @@ def test_two_backbones_are_fused_and_their_order_is_not_felt(
     both.fit(images[:10])
     other = NPad(["resnet18", "filterbank"], layers=(2, 3), weights=[weights, None], **SMALL)
     a, b = (model.predict(images[10:]) for model in (both, other.fit(images[:10])))
-    np.testing.assert_allclose(a.scores, b.scores, rtol=1e-4)
-    np.testing.assert_allclose(np.stack(a.maps), np.stack(b.maps), rtol=1e-3)
+    np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5)
+    np.testing.assert_allclose(np.stack(a.maps), np.stack(b.maps), rtol=1e-5)
     assert [one["name"] for one in both.backbones_] == ["filterbank", "resnet18"]
     both.save(tmp_path / "both.npad")
     for again in (NPad.load(tmp_path / "both.npad"), pickle.loads(pickle.dumps(both))):
@@ -165,6 +295,50 @@ def test_a_backbone_of_two_that_is_wrong_is_named(
         NPad(["filterbank", "vit_tiny_patch16_224"], weights=[None, token]).fit(images)
     with pytest.raises(BackboneError, match="there is no such file of weights"):
         NPad(names, weights=[None, tmp_path / "none"], **SMALL).fit(images)
+
+
+def test_a_size_is_refused_by_whichever_backbone_does_not_take_it(
+    images: np.ndarray, tokens: Path
+) -> None:
+    for names, files in (
+        (["filterbank", "test_vit"], [None, tokens]),
+        (["test_vit", "filterbank"], [tokens, None]),
+    ):
+        model = NPad(names, weights=files, **{**SMALL, "image_size": 40}, layers=(2, 3))
+        message = r"image_size \(40, 40\) does not work with backbone 'test_vit': .* divisible"
+        with pytest.raises(ValueError, match=message):
+            model.fit(images)
+
+
+def test_weights_of_two_backbones_are_found_again(
+    images: np.ndarray, weights: Path, tmp_path: Path
+) -> None:
+    """Where they were, beside the model file, or where they are said to be; in their order."""
+    file = tmp_path / "r18.safetensors"
+    file.write_bytes(weights.read_bytes())
+    model = NPad(["filterbank", "resnet18"], layers=(2, 3), weights=[None, file], **SMALL)
+    expected = model.fit(images[:10]).predict(images[10:]).scores
+    path = tmp_path / "both.npad"
+    model.save(path)
+    assert NPad.load(path).settings() == model.settings()
+
+    (tmp_path / "line").mkdir()
+    moved = [p.rename(tmp_path / "line" / p.name) for p in (path, file)]
+    beside = NPad.load(moved[0])
+    assert beside.settings()["weights"] == [None, str(moved[1])]
+    assert np.array_equal(beside.predict(images[10:]).scores, expected)
+
+    elsewhere = moved[1].rename(tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=r"r18\.safetensors: there is no such file of w"):
+        NPad.load(moved[0])
+    said = NPad.load(moved[0], weights=[None, elsewhere])
+    assert np.array_equal(said.predict(images[10:]).scores, expected)
+    again = pickle.loads(pickle.dumps(said))
+    assert np.array_equal(again.predict(images[10:]).scores, expected)
+    for wrong in (elsewhere, [None, elsewhere, elsewhere]):
+        message = r"^NPad: weights must be one file for each of filterbank, resnet18, in this order"
+        with pytest.raises(ValueError, match=message):
+            NPad.load(moved[0], weights=wrong)
 
 
 def test_a_file_that_names_another_number_of_backbones(images: np.ndarray, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ REFUSED = [
     ({"backbone": 18}, "backbone must be the name of a timm model"),
     ({"backbone": []}, "backbone must be the name of a timm model .* or a list of such names"),
     ({"backbone": ["resnet18", 5]}, "backbone must be the name of a timm model"),
+    ({"backbone": ["resnet18", ""]}, "backbone must be the name of a timm model"),
+    ({"backbone": {"resnet18", "resnet34"}}, "backbone must be the name of a timm model"),
+    ({"backbone": None}, "backbone must be the name of a timm model"),
+    ({"backbone": ["timm/a", "b", "a"]}, r"of different models, got \('a', 'b', 'a'\)"),
     ({"backbone": ["a", "a"]}, r"backbone must be a list of different models, got \('a', 'a'\)"),
     ({"layers": []}, "layers must be a sequence of levels"),
     ({"layers": "23"}, "layers must be a sequence of levels"),
@@ -34,6 +38,13 @@ REFUSED = [
     ({"layers": "2,3"}, r"levels by their numbers, here \(2, 3\), got '2,3'"),
     ({"map_layers": "layer1"}, r"map_layers must be .* levels by their numbers, here \(1,\)"),
     ({"map_layers": (1, -1)}, "map_layers must be a sequence of levels"),
+    ({"map_layers": (1.0, 2.0)}, "map_layers must be a sequence of levels"),
+    ({"map_layers": (True,)}, "map_layers must be a sequence of levels"),
+    ({"map_layers": "none"}, "map_layers must be a sequence of levels"),
+    ({"map_layers": iter((1, 2))}, "map_layers must be a sequence of levels"),
+    ({"map_layers": 1.5}, "map_layers must be a sequence of levels"),
+    ({"gaussians": None}, "gaussians must be one of 'per_layer', 'joint', got None"),
+    ({"gaussians": ("joint",)}, "gaussians must be one of"),
     ({"gaussians": "each"}, "gaussians must be one of 'per_layer', 'joint', got 'each'"),
     (
         {"gaussians": "joint", "map_layers": (1, 2), "n_features": 9},
@@ -48,10 +59,16 @@ REFUSED = [
     ({"bit_depth": 12.0}, "bit_depth must be an int from 1 to 16"),
     ({"max_pixels": 0}, "max_pixels must be an int of at least 1"),
     ({"weights": 5}, "weights must be the path of a file, or a list .*, got 5"),
+    ({"weights": []}, "weights must be the path of a file, or a list of one for each backbone"),
+    ({"weights": ["a", 5]}, "weights must be the path of a file, or a list"),
     ({"weights": ["a", "b"]}, "weights must be one file for each of filterbank, .* got 2 files"),
     (
         {"backbone": ["resnet18", "resnet34"], "weights": "r18.pt"},
         r"weights must be one file for each of resnet18, resnet34, in this order .* got r18\.pt",
+    ),
+    (
+        {"backbone": ["resnet18", "resnet34"], "weights": ["a", None, "c"]},
+        "weights must be one file for each of resnet18, resnet34, .* got 3 files",
     ),
     ({"window": 4}, "window must be 'auto' or an odd int of at least 1, got 4"),
     ({"window": "3"}, "window must be 'auto' or an odd int of at least 1, got '3'"),
@@ -78,6 +95,10 @@ REFUSED = [
     ({"fusion_weight": "half"}, "fusion_weight must be a number from 0 to 1, got 'half'"),
     ({"fusion_weight": True}, "fusion_weight must be a number from 0 to 1, got True"),
     ({"map_weight": 1.5}, "map_weight must be a number from 0 to 1, got 1.5"),
+    ({"map_weight": -0.1}, "map_weight must be a number from 0 to 1, got -0.1"),
+    ({"map_weight": math.nan}, "map_weight must be a number from 0 to 1, got nan"),
+    ({"map_weight": "half"}, "map_weight must be a number from 0 to 1, got 'half'"),
+    ({"map_weight": True}, "map_weight must be a number from 0 to 1, got True"),
     ({"map_weight": None}, "map_weight must be a number from 0 to 1, got None"),
     ({"factor_dtype": "int8"}, "factor_dtype must be one of 'float32'"),
     ({"factor_dtype": torch.float16}, "factor_dtype must be one of"),
@@ -161,6 +182,11 @@ def test_what_is_accepted() -> None:
     assert Settings(nominal_set=None).fusion == "mahalanobis"
     assert Settings(n_centroids=0.25).n_centroids == 0.25
     assert Settings(map_layers=[]).map_layers == ()
+    assert Settings(map_layers=1).map_layers == (1,)  # type: ignore[arg-type]
+    assert Settings(map_weight=np.float64(0)).map_weight == 0  # type: ignore[arg-type]
+    assert Settings(gaussians="joint", n_features=9).levels_of_maps == ()
+    assert Settings(fusion="euclidean", map_layers=(9,)).levels_of_maps == ()
+    assert Settings(backbone=["resnet18"], weights=["w.pt"]).weights == "w.pt"  # type: ignore[arg-type]
     assert Settings(backbone=["timm/resnet18"]).backbone == "resnet18"
     two = Settings(backbone=["resnet18", "filterbank"], weights=(Path("w.pt"), None))
     assert two.networks == (("resnet18", "w.pt"), ("filterbank", None))

@@ -32,6 +32,7 @@ __all__ = [
     "command",
     "model_option",
     "new_model",
+    "parsed",
     "run",
     "tell",
     "with_options",
@@ -79,11 +80,10 @@ def _option(argument: Argument, parser: Callable[[str], Any], default: str) -> A
 
 def model_option(name: str) -> Any:
     """The option of an argument that a fitted model heeds; None where it is not given."""
-    (argument,) = (argument for argument in OPTIONS if argument.name == name)
-    parse = _parsed(argument)
+    argument, parse = _named(name), parsed(name)
 
     def value(text: str) -> Any:
-        given = parse(text).value
+        given = parse(text)
         try:
             Settings(**{name: given})
         except ValueError as error:
@@ -91,6 +91,17 @@ def model_option(name: str) -> Any:
         return given
 
     return _option(argument, value, "the model's" if argument.kept else argument.default_text)
+
+
+def parsed(name: str) -> Callable[[str], Any]:
+    """How the words of an argument's option are read."""
+    parse = _parsed(_named(name))
+    return lambda text: parse(text).value
+
+
+def _named(name: str) -> Argument:
+    (argument,) = (argument for argument in OPTIONS if argument.name == name)
+    return argument
 
 
 def _parsed(argument: Argument) -> Callable[[str], Any]:

@@ -208,7 +208,7 @@ class Backbone(nn.Module):
         return self._grid_of(self._grids[image_size], own_of)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of a batch, in one piece (see `embed_in_parts`).
+        """Embeddings of a batch, in one piece (see `levels_in_parts`).
 
         Parameters
         ----------
@@ -260,7 +260,6 @@ class Backbone(nn.Module):
         Returns
         -------
         one (B, channels, height, width) for each
-
 
         Takes and raises what `forward` does.
         """

@@ -26,10 +26,12 @@ def embeddings(
     members: Sequence[Member], networks: Sequence[Backbone], levels: Sequence[Sequence[Tensor]]
 ) -> list[Tensor]:
     """Of each member, (B, h, w, D), from what ``levels`` of the networks gave."""
-    return [
-        networks[m.network].combined(levels[m.network], m.levels, own_grid=m.own_grid)
-        for m in members
-    ]
+    found = []
+    for m in members:
+        network = networks[m.network]
+        needed = m.levels_of(network)
+        found.append(network.combined(levels[m.network], needed, own_grid=m.own_grid))
+    return found
 
 
 def reduce(x: Tensor, projection: Tensor | None) -> Tensor:
