@@ -23,7 +23,7 @@ from npad.features.weights import places
 from npad.fitting import fit_images
 from npad.images import ImageSource, Reading
 from npad.images.depth import Range, least_depth
-from npad.learned import MEANINGS, Learned, LearnedMember
+from npad.learned import MEANINGS, Learned, LearnedMember, Standardization
 from npad.members import members_of
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
@@ -76,6 +76,7 @@ class NPad:
     members_: tuple[LearnedMember, ...]
     darkest_: float
     n_bits_: int | None
+    standardization_: dict[str, Standardization] | None
     skipped_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
@@ -746,10 +747,8 @@ class NPad:
 
     def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
         """Made when it is first used, and again when something that it depends on is another."""
-        learned, networks = (
-            self._learned_for(settings, device),
-            self._own_networks(settings, device),
-        )
+        learned = self._learned_for(settings, device)
+        networks = self._own_networks(settings, device)
         parts = [*networks, *learned.tensors().values()]  # kept: no others get their ids
         weights = settings.fusion_weight, settings.map_weight
         key = *map(id, parts), settings.size, settings.score_window, settings.fusion, *weights

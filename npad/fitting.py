@@ -157,7 +157,7 @@ class Fit:
         )
 
     def _end_holdout(self) -> None:
-        """Fit the images held out, once they have served; all members have held out the same ones."""
+        """Fit the images held out, once they have served; all Gaussians have held out the same."""
         found = [(member.member, member.end_holdout()) for member in self.members]
         known = [(member, distances) for member, distances in found if distances is not None]
         if not known:

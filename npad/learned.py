@@ -209,7 +209,11 @@ def _n_images(value: Any) -> int:
 
 
 def _members(values: Any) -> tuple[LearnedMember, ...]:
-    return tuple(LearnedMember(**_read(LearnedMember, value)) for value in values)
+    members = tuple(LearnedMember(**_read(LearnedMember, value)) for value in values)
+    for learned in members:
+        if learned.member.gaussian and learned.eps is None:
+            raise ValueError("eps is None")
+    return members
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,11 +235,6 @@ class Learned:
         Standardization.from_json,
         default=None,
     )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(H, W) of the maps before they are upsampled: the finest of the members'."""
-        return max(member.grid for member in self.members)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, under the names that they have in a model file."""

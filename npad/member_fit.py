@@ -44,8 +44,8 @@ class MemberFit:
 
     Notes
     -----
-    A share of the images is held out from the statistics until `finalize` has chosen eps and the
-    standardisation on them; then they are fitted too. With principal axes, embeddings wait until there
+    A share of the images is held out from the statistics until `end_holdout` has chosen window and eps
+    on them; then they are fitted too. With principal axes, embeddings wait until there
     are `AXES_IMAGES` of them, unless `choose_axes` came before.
     """
 
@@ -84,8 +84,8 @@ class MemberFit:
         Raises
         ------
         ValueError
-            Embeddings that have not four axes, or another grid or other channels than before; more
-            features asked for than there are channels; values that are not finite.
+            Embeddings that have not four axes, or another grid or other channels than before; values
+            that are not finite.
         MemoryError
             The statistics would not fit into memory.
         """
@@ -243,7 +243,7 @@ class MemberFit:
         Raises
         ------
         ValueError
-            Too few images, identical ones, or a covariance that is not positive definite with this eps.
+            Identical images, or a covariance that is not positive definite with this eps.
         MemoryError
             As for `update`.
         """

@@ -46,8 +46,11 @@ def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:
         **{name: header[name] for name in ("channels", "grid", "eps", "n_centroids")},
     }
     moments = header["standardization"]
-    kinds = {"mahalanobis_score": "mahalanobis", "mahalanobis_map": "mahalanobis"}
-    kinds |= {"euclidean": "euclidean"}
+    kinds = {
+        "mahalanobis_score": "mahalanobis",
+        "mahalanobis_map": "mahalanobis",
+        "euclidean": "euclidean",
+    }
     new = {"gaussians": "joint", "map_layers": [], "map_weight": settings.get("fusion_weight", 0.4)}
     kept = {name: header[name] for name in ("n_images", "darkest", "n_bits") if name in header}
     return {

@@ -115,6 +115,10 @@ def _one_or_more(check: Check, what: str) -> Check:
     return check_all
 
 
+_BACKBONE: Final = "the name of a timm model or 'filterbank', or a list of such names"
+_PATH: Final = "the path of a file, or a list of one for each backbone"
+
+
 def _backbone(value: Any) -> str:
     """As timm names it, whose models stand on the Hugging Face hub under timm/."""
     name: str = _text(_BACKBONE)(value)
@@ -125,10 +129,6 @@ def _path(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return str(os.fspath(value))
     raise _UnfitError(_PATH)
-
-
-_BACKBONE: Final = "the name of a timm model or 'filterbank', or a list of such names"
-_PATH: Final = "the path of a file, or a list of one for each backbone"
 
 
 def _height_width(value: Any) -> tuple[int, int]:
@@ -181,16 +181,12 @@ def _n_centroids(value: Any) -> float:
     raise _UnfitError("a whole number of at least 1 or a fraction below 1")
 
 
-def _eps(value: Any) -> float | str:
-    if isinstance(value, str) and value == "auto":
-        return value
-    return _number("'auto' or a number of at least 0", lambda n: 0 <= n < math.inf)(value)
+def _auto_or(check: Check) -> Check:
+    return lambda value: "auto" if isinstance(value, str) and value == "auto" else check(value)
 
 
-def _window(value: Any) -> int | str:
-    if isinstance(value, str) and value == "auto":
-        return value
-    return _int("'auto' or an odd int of at least 1", lambda n: n >= 1 and n % 2 == 1)(value)
+def _is_odd(n: int) -> bool:
+    return n >= 1 and n % 2 == 1
 
 
 def _device(value: Any) -> Any:
@@ -198,7 +194,9 @@ def _device(value: Any) -> Any:
     return value
 
 
-_odd = _int("an odd int of at least 1", lambda n: n >= 1 and n % 2 == 1)
+_odd = _int("an odd int of at least 1", _is_odd)
+_odd_or_auto = _auto_or(_int("'auto' or an odd int of at least 1", _is_odd))
+_eps = _auto_or(_number("'auto' or a number of at least 0", lambda n: 0 <= n < math.inf))
 _share = _number("a number from 0 to 1", lambda n: 0 <= n <= 1)
 _count = _int("an int of at least 1", lambda n: n >= 1)
 
@@ -245,12 +243,8 @@ def _parse_number(text: str) -> float:
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
 
-def _parse_eps(text: str) -> float | str:
-    return text if text == "auto" else float(text)
-
-
-def _parse_window(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _parse_auto_or(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: text if text == "auto" else number(text)
 
 
 def _parse_nominal_set(text: str) -> str | None:
@@ -400,8 +394,8 @@ class Settings:
         "Side of the training window, in positions of the grid; auto is the one of 1, 3 and 5 that "
         "makes held-out nominal embeddings most likely, and 3 where none are held out.",
         "auto|ODD",
-        _window,
-        _parse_window,
+        _odd_or_auto,
+        _parse_auto_or(int),
     )
     score_window: int = _argument(
         1, "Side of the evaluation window, in positions of the grid.", "ODD", _odd, int, live=True
@@ -412,7 +406,7 @@ class Settings:
         "embeddings most likely.",
         "auto|X",
         _eps,
-        _parse_eps,
+        _parse_auto_or(float),
     )
     nominal_set: str | None = _argument(
         "kcenter",

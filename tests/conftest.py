@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from npad.ops._extension import core, cuda
 
@@ -45,6 +47,17 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def untrained_resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        state = timm.create_model("resnet18").state_dict()
+    path = tmp_path_factory.mktemp("weights") / "r18.safetensors"
+    save_file(state, path)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from image_files import save_image, smooth_pixels
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,14 +108,6 @@ def images() -> Tensor:
     return torch.from_numpy(np.moveaxis(pixels, 3, 1) / np.float32(255))
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "r18.safetensors"
-    save_file(timm.create_model("resnet18").state_dict(), path)
-    return path
-
-
 MODELS: dict[str, dict[str, Any]] = {
     "sum, principal axes": {"fusion": "sum", "n_features": 8},
     "product, random axes": {"n_features": 8, "reduction": "random", "factor_dtype": "float32"},
@@ -126,11 +116,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def results(arguments: dict[str, Any], images: Tensor, weights: Path, folder: Path) -> list[Any]:
+def results(
+    arguments: dict[str, Any], images: Tensor, untrained_resnet18: Path, folder: Path
+) -> list[Any]:
     """All that npad makes of these images, as bytes and texts."""
     known = {"backbone": "filterbank", "image_size": SIZE, "n_centroids": 50, "progress": False}
     if "backbone" in arguments:
-        known["weights"] = weights
+        known["weights"] = untrained_resnet18
     model = NPad(**known | arguments)
     model.fit(images)
     path = folder / "model.npad"
@@ -160,13 +152,13 @@ PLAIN: dict[str, list[Any]] = {}
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("model", MODELS)
 def test_results_are_those_of_a_plain_program(
-    model: str, state: str, images: Tensor, weights: Path, tmp_path: Path
+    model: str, state: str, images: Tensor, untrained_resnet18: Path, tmp_path: Path
 ) -> None:
     if model not in PLAIN:
-        PLAIN[model] = results(MODELS[model], images, weights, tmp_path)
+        PLAIN[model] = results(MODELS[model], images, untrained_resnet18, tmp_path)
     with STATES[state]():
         before = everything()
-        found = results(MODELS[model], images, weights, tmp_path)
+        found = results(MODELS[model], images, untrained_resnet18, tmp_path)
         assert everything() == before
         loaded = NPad.load(tmp_path / "model.npad")
     assert found == PLAIN[model]

@@ -43,14 +43,6 @@ def images() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "r18.safetensors"
-    save_file(timm.create_model("resnet18").state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a transformer, whose grid is coarser."""
     torch.manual_seed(3)
@@ -260,11 +252,15 @@ def test_the_fused_distances_are_geometric_means_over_backbones_of_two_grids(
 
 
 def test_two_backbones_are_fused_and_their_order_is_not_felt(
-    images: np.ndarray, weights: Path, tmp_path: Path
+    images: np.ndarray, untrained_resnet18: Path, tmp_path: Path
 ) -> None:
-    both = NPad(["filterbank", "resnet18"], layers=(2, 3), weights=[None, weights], **SMALL)
+    both = NPad(
+        ["filterbank", "resnet18"], layers=(2, 3), weights=[None, untrained_resnet18], **SMALL
+    )
     both.fit(images[:10])
-    other = NPad(["resnet18", "filterbank"], layers=(2, 3), weights=[weights, None], **SMALL)
+    other = NPad(
+        ["resnet18", "filterbank"], layers=(2, 3), weights=[untrained_resnet18, None], **SMALL
+    )
     a, b = (model.predict(images[10:]) for model in (both, other.fit(images[:10])))
     np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5)
     np.testing.assert_allclose(np.stack(a.maps), np.stack(b.maps), rtol=1e-5)
@@ -276,18 +272,20 @@ def test_two_backbones_are_fused_and_their_order_is_not_felt(
 
 
 def test_a_backbone_of_two_that_is_wrong_is_named(
-    images: np.ndarray, weights: Path, tmp_path: Path
+    images: np.ndarray, untrained_resnet18: Path, tmp_path: Path
 ) -> None:
     names = ["filterbank", "resnet18"]
     with pytest.raises(
         ValueError, match="weights must be one file for each of filterbank, resnet18"
     ):
-        NPad(names, weights=weights)
+        NPad(names, weights=untrained_resnet18)
     with pytest.raises(ValueError, match=r"layers .*backbone 'filterbank' has levels 1 .*, 4"):
-        NPad(names, layers=(0, 2), weights=[None, weights], **SMALL).fit(images)
+        NPad(names, layers=(0, 2), weights=[None, untrained_resnet18], **SMALL).fit(images)
     tiny = {**SMALL, "image_size": 20}
     with pytest.raises(ValueError, match="does not work with backbone 'resnet18'"):
-        NPad(["resnet18", "filterbank"], layers=(2, 4), weights=[weights, None], **tiny).fit(images)
+        NPad(
+            ["resnet18", "filterbank"], layers=(2, 4), weights=[untrained_resnet18, None], **tiny
+        ).fit(images)
     sizes = r"images of different sizes \(filterbank 256 x 256, vit_tiny_patch16_224 512 x 512\)"
     token = tmp_path / "token.safetensors"
     save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), token)
@@ -311,11 +309,11 @@ def test_a_size_is_refused_by_whichever_backbone_does_not_take_it(
 
 
 def test_weights_of_two_backbones_are_found_again(
-    images: np.ndarray, weights: Path, tmp_path: Path
+    images: np.ndarray, untrained_resnet18: Path, tmp_path: Path
 ) -> None:
     """Where they were, beside the model file, or where they are said to be; in their order."""
     file = tmp_path / "r18.safetensors"
-    file.write_bytes(weights.read_bytes())
+    file.write_bytes(untrained_resnet18.read_bytes())
     model = NPad(["filterbank", "resnet18"], layers=(2, 3), weights=[None, file], **SMALL)
     expected = model.fit(images[:10]).predict(images[10:]).scores
     path = tmp_path / "both.npad"

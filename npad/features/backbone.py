@@ -255,13 +255,10 @@ class Backbone(nn.Module):
         return min(height, sides[level][0]), min(width, sides[level][1])
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Features of a batch at ``layers`` and ``map_layers``, in increasing order of the levels.
+        """Features of a batch: one (B, channels, height, width) for each level that is taken.
 
-        Returns
-        -------
-        one (B, channels, height, width) for each
-
-        Takes and raises what `forward` does.
+        Those of ``layers`` and ``map_layers``, in increasing order. Takes and raises what `forward`
+        does.
         """
         _check(images)
         traced = torch.compiler.is_compiling()  # by a program that compiles or exports this module

@@ -6,9 +6,9 @@ nearest to 8 and 16 are taken, layer2 and layer3 of a ResNet, from images of 256
 A plain transformer (ViT, DeiT, EVA, DINOv2, DINOv3) has one grid of tokens throughout.
 
 - Levels: the blocks that end half and three quarters of the depth, 6 and 9 of 12. Published detectors
-  on such networks read the middle (Dinomaly: blocks 3 to 10 of 12) or spread over all of it (MuSc: 6,
-  12, 18 and 24 of 24). Early blocks know edges and colours, the last ones what the pre-training asked
-  for; and what lies behind the deepest chosen block is not computed. That accuracy was not measured.
+  on such networks read the middle (Dinomaly: blocks 3 to 10 of 12). Early blocks know edges and
+  colours, the last ones what the pre-training asked for; and what lies behind the deepest chosen block
+  is not computed. The accuracy was not measured.
 - Size: the largest that costs no more than the default network at its default size, as more tokens
   show smaller defects. ViT-S/16 gets 384 x 384 and ViT-S/14 336 x 336, both 24 x 24 tokens. It is
   never below 224, the least that such networks are usually trained at, so the larger ones cost more.

@@ -94,10 +94,15 @@ def joined(found: Sequence[tuple[Member, Mapping[str, Tensor]]]) -> dict[str, Te
         OF_MAP: [d[MAHALANOBIS] for m, d in gaussians if m.in_map],
         EUCLIDEAN: [d[EUCLIDEAN] for _, d in found if EUCLIDEAN in d],
     }
-    maps = {kind: _geometric_mean(maps) for kind, maps in kinds.items() if maps}
-    if [*map(id, kinds[OF_SCORE])] == [*map(id, kinds[OF_MAP])] and gaussians:
-        maps[OF_SCORE] = maps[OF_MAP]
-    return maps
+    means: dict[tuple[int, ...], Tensor] = {}  # of the same distances, one
+    for maps in kinds.values():
+        if maps and _ids(maps) not in means:
+            means[_ids(maps)] = _geometric_mean(maps)
+    return {kind: means[_ids(maps)] for kind, maps in kinds.items() if maps}
+
+
+def _ids(maps: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, maps))
 
 
 def scores_and_maps(

@@ -175,26 +175,33 @@ class NeighborhoodGaussian:
         """
         if self.count.min() < 2:
             windows = [window for window in windows if window > 1] or windows
-        found = [self._likely(held_out, window, eps) for window in windows]
+        sample = self._sample()
+        x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
+        found = [self._likely(x, sample.tolist(), window, eps) for window in windows]
         best = max((values for values, _ in found), key=lambda values: float(values.mean()))
-        good = (float((best - v).mean()) <= _standard_error(best - v) for v, _ in found)
-        chosen = next(
-            (i for i, is_good in enumerate(good) if is_good), 0
-        )  # `finalize` tells the rest
+        good = [float((best - v).mean()) <= _standard_error(best - v) for v, _ in found]
+        chosen = good.index(True) if any(good) else 0  # none can be factored: `finalize` tells
         self.window = windows[chosen]
         return self.window, found[chosen][1]
 
-    def _likely(self, held_out: Tensor, window: int, eps: float | None) -> tuple[Tensor, float]:
-        """The likeliest log density of each held-out image with a window, and the eps to take."""
-        channels = self.channels
+    def _sample(self) -> Tensor:
+        """Some of the positions that vary, evenly."""
         varied = self._varied()
-        n_sample = max(8, min(64, 2 * 10**9 // channels**3))
-        steps = min(n_sample, len(varied))
+        steps = min(max(8, min(64, 2 * 10**9 // self.channels**3)), len(varied))
         places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
-        sample = varied[places.round().long().unique()]
-        parts = [self._window(p, p + 1, window) for p in sample.tolist()]
+        return varied[places.round().long().unique()]
+
+    def _likely(
+        self, x: Tensor, positions: Sequence[int], window: int, eps: float | None
+    ) -> tuple[Tensor, float]:
+        """The likeliest log density of held-out embeddings with a window, and the eps to take.
+
+        Parameters
+        ----------
+        x : (M, 1, S, C), at these S positions
+        """
+        parts = [self._window(p, p + 1, window) for p in positions]
         mean, covariance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
         variances = covariance.diagonal(dim1=1, dim2=2)
         # Where nothing varies but by rounding, eps stays far above the squares that float32 can hold.
         least = sqrt(NO_VARIANCE) * float(mean.square().mean(dtype=torch.float64))
@@ -208,7 +215,7 @@ class NeighborhoodGaussian:
             factor, info = ops.inverse_cholesky(regular, torch.float32)
             if bool(info.any()):
                 return torch.full((len(x),), -torch.inf, dtype=torch.float64, device="cpu")
-            distance = ops.mahalanobis(x, mean, factor, (1, len(sample)), 1)[:, 0].double()
+            distance = ops.mahalanobis(x, mean, factor, (1, len(positions)), 1)[:, 0].double()
             log_det = factor[:, diagonal].double().log().sum(1)
             return (log_det - distance.square() / 2).sum(1).cpu()
 
@@ -234,9 +241,8 @@ class NeighborhoodGaussian:
         values = likelihood(max(sorted(seen), key=mean_likelihood))
         good = float(values.mean()) - _standard_error(values)
         first = min(i for i in seen if mean_likelihood(i) >= good)
-        return values, float(
-            candidates[min(i for i in around(first) if mean_likelihood(i) >= good)]
-        )
+        chosen = min(i for i in around(first) if mean_likelihood(i) >= good)
+        return values, float(candidates[chosen])
 
     def finalize(
         self,
