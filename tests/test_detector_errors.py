@@ -435,7 +435,7 @@ def test_model_of_another_backbone(fitted, folder, model, tmp_path):
         ),
         (
             lambda header: header["members"][0].update(grid=[3, 4]),
-            r"has grid \(3, 4\), .* fit and save the model",
+            r"has grid \(3, 4\) with 51 channels, .* fit and save the model",
         ),
     ],
 )
