@@ -4,13 +4,14 @@
         tf_efficientnet_lite0 --together resnet18,tf_efficientnet_lite0 --out bench/results
 
 DIR is an MVTec AD category, with masks or without; "framed:DIR" has its images at 0.6 of their size on
-a white ground that never changes; "synthetic" is aligned woven texture. The backbones run once per
-image, and what two configurations share is fitted once: embeddings wait in files below TMPDIR (2 MB an
-image with ResNet-18). Prints a table for each network, and for all of them together; those of
-docs/method.md. All figures are kept: each metric with its 95 % interval
-over the test images (see `bootstrap`), its difference to the defaults on the same draws, megabytes, and
-milliseconds for one image, from its pixels to its map. Joint Gaussians beyond MOST_BYTES are left out.
-Each network has a file of its own, study_defaults_<network>.json.
+a white ground that never changes; "planted:DIR" knows its good images alone, and scores some of them
+with and without a defect that was planted; "synthetic" is aligned woven texture. The backbones run once
+per image, and what two configurations share is fitted once: embeddings wait in files below TMPDIR (2 MB
+an image with ResNet-18). Prints a table for each network, and for all of them together; those of
+docs/method.md. All figures are kept: each metric with its 95 % interval over the test images (see
+`bootstrap`), its difference to the defaults on the same draws, megabytes, and milliseconds for one
+image, from its pixels to its map. Joint Gaussians beyond MOST_BYTES are left out. Each network has a
+file of its own, study_defaults_<network>.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import torch
 from embedded import METRICS, EmbeddedCategory, Rows
 from framed import framed
 from numpy.typing import NDArray
+from planted import planted
 from provenance import provenance
 from torch import Tensor
 
@@ -78,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "64 features": {"n_features": 64},
     "128 features": {"n_features": 128},
 }
+MADE_FROM: dict[str, Callable[[Path, Path], Path]] = {"framed": framed, "planted": planted}
 MOST_BYTES = 4 << 30  # of statistics
 RUNS = 15  # of which the median is told
 
@@ -254,16 +257,16 @@ def study(
 
 def category_of(data: str, scratch: Path) -> Path:
     """The folder of a data set that is named on the command line."""
-    kind, _, folder = data.partition(":")
-    if kind == "synthetic":
-        return make_dataset(scratch / "woven", seed=0)
-    return framed(Path(folder), scratch / "framed") if kind == "framed" else Path(data)
+    kind, _, rest = data.partition(":")
+    if kind in MADE_FROM:
+        return MADE_FROM[kind](category_of(rest, scratch), scratch / kind)
+    return make_dataset(scratch / "woven", seed=0) if data == "synthetic" else Path(data)
 
 
 def title_of(data: str) -> str:
     """Of the columns of a data set."""
-    framed_ = "framed " if data.startswith("framed:") else ""
-    return framed_ + Path(data).name
+    kind, _, rest = data.partition(":")
+    return f"{kind} {title_of(rest)}" if kind in MADE_FROM else Path(data).name
 
 
 @dataclass(frozen=True)
@@ -324,7 +327,7 @@ def table(name: str, data: Sequence[str], rows: dict[str, Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", nargs="+", help="MVTec AD categories, framed:DIR, or 'synthetic'")
+    parser.add_argument("data", nargs="+", help="MVTec AD categories, KIND:DIR, or 'synthetic'")
     parser.add_argument("--networks", nargs="+", default=["filterbank"], metavar="NAME[=FILE]")
     parser.add_argument("--together", nargs="*", default=[], metavar="NAME,NAME")
     parser.add_argument("--image-size", type=int, default=256)

@@ -17,8 +17,8 @@ from typing import Any
 import bootstrap
 import torch
 import torch.nn.functional as F  # noqa: N812
-from embedded import METRICS, EmbeddedCategory
-from study_defaults import Figures, Study, category_of, title_of
+from embedded import METRICS, EmbeddedCategory, Rows
+from study_defaults import Figures, Study, category_of, fit, measured, title_of
 from torch import Tensor
 
 from npad import ops
@@ -30,6 +30,8 @@ from npad.settings import Settings
 from npad.statistics.nominal_set import NominalSet
 
 Idea = tuple[Tensor, Tensor]  # scores and maps
+
+DEGREES = 5  # of freedom, of heavy tails
 
 
 class Ideas:
@@ -90,10 +92,35 @@ class Ideas:
             return torch.stack([x / of[id(x)] ** 0.5 for x in found]).amax(0)
 
         yield "largest of the layers", self.fused(largest, self.euclidean)
+
+        def heavy(found: Sequence[Tensor]) -> Tensor:
+            return geometric_mean([student_t(x, of[id(x)]) for x in found])
+
+        yield f"Student's t, {DEGREES} degrees of freedom", self.fused(heavy, self.euclidean)
+        yield "a second patch size", self._with_larger_patches()
         for strength in (1, 3):
             found = self.fused(geometric_mean, self._with_position(strength))
             yield f"E with the position, strength {strength}", found
         yield "E over the radius of the centroid", self.fused(geometric_mean, self._over_radius())
+
+    def _with_larger_patches(self) -> Idea:
+        """Gaussians and nominal set once more, of means over 3 x 3 embeddings."""
+        both = {
+            level: geometric_mean([x, self._on_grid(self._smooth((level,), nominal_set=False))])
+            for level, x in self.of_layer.items()
+        }
+        smooth = self._smooth(self.whole.levels, nominal_set=True)[EUCLIDEAN]
+        small = self.of_layer
+        self.of_layer = both
+        found = self.fused(geometric_mean, geometric_mean([self.euclidean, smooth]))
+        self.of_layer = small
+        return found
+
+    def _smooth(self, levels: tuple[int, ...], nominal_set: bool) -> dict[str, Tensor]:
+        member = Member(0, levels, not nominal_set, not nominal_set, nominal_set)
+        embedded = self.study.embedded
+        learned, _ = fit(self.settings, member, Smooth(embedded.train(member).parts))
+        return measured(learned, self.settings, Smooth(embedded.test(member).parts))
 
     def _with_position(self, strength: float) -> Tensor:
         """Embeddings with their place behind them: an image is so many nominal distances wide."""
@@ -133,6 +160,19 @@ class Ideas:
             distance, nearest = ops.nearest_centroid(x.flatten(0, 2), centroids)
             found.append((distance / radius[nearest]).view(x.shape[:3]))
         return torch.cat(found)
+
+
+class Smooth(Rows):
+    """Embeddings that are means over 3 x 3 of others."""
+
+    def __getitem__(self, which: slice | list[int]) -> Tensor:
+        x = super().__getitem__(which).permute(0, 3, 1, 2)
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False).permute(0, 2, 3, 1)
+
+
+def student_t(x: Tensor, channels: int) -> Tensor:
+    """The root of -2 log(density / density at the mean) of Student's t of this scatter."""
+    return ((DEGREES + channels) * (x.square() / DEGREES).log1p()).sqrt()
 
 
 def geometric_mean(found: Sequence[Tensor]) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 from embedded import METRICS, EmbeddedCategory
 from framed import framed
 from PIL import Image
+from planted import DEFECTS, planted
 from torch import Tensor
 
 from npad import NPad
 from npad.evaluation.datasets import Category, find_categories
+from npad.evaluation.masks import read_mask
 from npad.evaluation.measure import evaluate
 from npad.evaluation.metrics import image_metrics, pixel_metrics
 from npad.evaluation.synthetic import make_dataset
@@ -149,3 +151,19 @@ def test_framed(category: Category, tmp_path: Path) -> None:
     assert (pixels[:12] == 255).all()
     assert (pixels[14:50, 14:50] < 255).any()
     assert torch.from_numpy(pixels.copy()).float().std() > 0
+
+
+def test_planted(category: Category, tmp_path: Path) -> None:
+    """Of good images alone: a third is kept, and a defect changes nothing outside its mask."""
+    (found,) = find_categories(planted(category.train[0].parents[2], tmp_path / "planted"))
+    good = [s for s in found.test if not s.is_anomalous]
+    assert len(found.train) + len(good) == len(category.train)
+    assert len(good) == len(category.train) // 3
+    assert len(found.test) == len(good) * (1 + len(DEFECTS))
+    clean = {s.path.name: np.asarray(Image.open(s.path)).astype(int) for s in good}
+    for sample in found.test:
+        if sample.mask_path is not None:
+            change = np.abs(np.asarray(Image.open(sample.path)) - clean[sample.path.name]).max(2)
+            mask = read_mask(sample.mask_path)
+            assert change[mask].any()
+            assert not change[~mask].any()
