@@ -12,6 +12,7 @@ from torch import Tensor
 
 from npad import ops
 from npad.ops import reference
+from npad.ops.packed import packed_layout
 
 
 class Case(NamedTuple):
@@ -37,7 +38,7 @@ def gaussians(
     """Means, packed float32 factors, dense factors W and precisions W^T W."""
     torch.manual_seed(0)
     packed = torch.randn(positions, ops.packed_size(channels), device=device).div_(channels**0.5)
-    row, column = (index.to(device) for index in reference.packed_layout(channels))
+    row, column = (index.to(device) for index in packed_layout(channels))
     packed.mul_(column <= row)
     dense = torch.cat([reference.unpack(part, channels) for part in packed.split(64)])
     mean = torch.randn(positions, channels, device=device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npad import ops
 from npad.ops import reference
+from npad.ops.packed import packed_layout
 
 
 class Case(NamedTuple):
@@ -34,7 +35,7 @@ def bench_pack_factor(
     dtype = getattr(torch, name)
     torch.manual_seed(0)
     dense = torch.randn(count, channels, channels, device=device)
-    row, column = (index.to(device) for index in reference.packed_layout(channels))
+    row, column = (index.to(device) for index in packed_layout(channels))
     slot, stored = (row.clamp(min=0) * channels + column), column <= row
 
     def npad() -> Tensor:

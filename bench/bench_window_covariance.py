@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from npad import ops
 from npad.ops import reference
+from npad.ops.packed import packed_layout
 
 
 class Case(NamedTuple):
@@ -51,7 +52,7 @@ def bench_window_covariance(device: torch.device, case: Case, race: Any) -> None
     count = torch.randint(20, 40, (positions,), device=device)
     mean = torch.randn(positions, channels, device=device)
     scatter = torch.rand(positions, ops.packed_size(channels), device=device)
-    row, column = (index.to(device) for index in reference.packed_layout(channels))
+    row, column = (index.to(device) for index in packed_layout(channels))
     scatter.mul_(column <= row)
     lower = torch.cat([reference.unpack(part, channels) for part in scatter.split(64)])
     dense = (lower + lower.tril(-1).mT).view(side, side, channels, channels)

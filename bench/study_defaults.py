@@ -77,6 +77,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4096 centroids": {"n_centroids": 4096},
     "16384 centroids": {"n_centroids": 16384},
     "1024 k-means centroids": {"nominal_set": "kmeans", "n_centroids": 1024},
+    "factors in float32": {"factor_dtype": "float32"},
+    "factors in int8": {"factor_dtype": "int8"},
     "64 features": {"n_features": 64},
     "128 features": {"n_features": 128},
 }

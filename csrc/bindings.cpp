@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-using npad::FloatType;
+using npad::DataType;
 namespace cpu = npad::cpu;
 
 std::vector<const cpu::Isa*> isas() {
@@ -91,6 +91,7 @@ void define_cpu(py::module_& m) {
         cpu::use_huge_pages(reinterpret_cast<void*>(memory), bytes);
     });
     m.def("packed_size", [](int64_t channels) { return npad::PackedLayout(channels).size(); });
+    m.def("byte_size", [](int64_t channels) { return npad::PackedLayout(channels).byte_size(); });
     m.def("centroid_index_axes", cpu::centroid_index_axes);
     m.def("farthest_first_axes", cpu::farthest_first_axes);
 
@@ -156,10 +157,11 @@ void define_cuda(py::module_ m) {
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Kernels of npad. Use npad.ops: nothing is checked here.";
-    py::enum_<FloatType>(m, "FloatType")
-        .value("float32", FloatType::kFloat32)
-        .value("float16", FloatType::kFloat16)
-        .value("bfloat16", FloatType::kBFloat16);
+    py::enum_<DataType>(m, "DataType")
+        .value("float32", DataType::kFloat32)
+        .value("float16", DataType::kFloat16)
+        .value("bfloat16", DataType::kBFloat16)
+        .value("int8", DataType::kInt8);
     define_cpu(m);
 #if defined(NPAD_HAS_CUDA)
     define_cuda(m.def_submodule("cuda"));

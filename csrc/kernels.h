@@ -10,8 +10,8 @@ struct CUstream_st;  // CUDA's own, not npad's: a launcher has one name with and
 
 namespace npad {
 
-// Storage of embeddings, feature levels and factors.
-enum class FloatType { kFloat32, kFloat16, kBFloat16 };
+// Storage of feature levels and factors; of kInt8, factors alone.
+enum class DataType { kFloat32, kFloat16, kBFloat16, kInt8 };
 
 // A level of features, (batch, channels, height, width), which may have any strides; in elements.
 // In Python a row of eight int64: level_table() of npad/ops/_extension.py.
@@ -31,7 +31,7 @@ struct Progress {
 namespace cpu {
 
 // levels, each with stride_c or stride_w 1 -> embedding (batch, height, width, sum of channels).
-using Embed = void(const Level* levels, int64_t n_levels, FloatType type, int64_t batch,
+using Embed = void(const Level* levels, int64_t n_levels, DataType type, int64_t batch,
                    int64_t height, int64_t width, float* embedding, int threads);
 
 // x (batch, positions, channels); count (positions), mean (positions, channels) and
@@ -58,7 +58,7 @@ using InverseCholesky = void(const float* covariance, int64_t count, int64_t cha
 // x (batch, height * width, channels) -> distance (batch, height * width); with a prefix, which is
 // not 0, (2, batch, height * width): in so many of the channels, and in all.
 using Mahalanobis = void(const float* x, int64_t batch, int64_t height, int64_t width,
-                         int64_t channels, const float* mean, const void* factor, FloatType type,
+                         int64_t channels, const float* mean, const void* factor, DataType type,
                          int64_t window, int64_t prefix, float* distance, int threads);
 
 // Axes of a centroid index, a multiple of four; those above the number of channels are zero.
@@ -137,7 +137,7 @@ int runtime_version();
 int driver_version();
 
 // `levels` lies in the host's memory; their data on the device.
-int embed(const Level* levels, int64_t n_levels, FloatType type, int64_t batch, int64_t height,
+int embed(const Level* levels, int64_t n_levels, DataType type, int64_t batch, int64_t height,
           int64_t width, float* embedding, Stream stream);
 
 int neighborhood_moments(const float* x, int64_t batch, int64_t positions, int64_t channels,
@@ -147,16 +147,16 @@ int window_covariance(const int64_t* count, const float* mean, const float* scat
                       int64_t width, int64_t channels, int64_t window, int64_t start, int64_t stop,
                       float* window_mean, float* covariance, Stream stream);
 
-int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FloatType type,
+int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, DataType type,
                 Stream stream);
 
 // Bytes that the next launcher's workspace needs, aligned to 256.
 int64_t inverse_cholesky_workspace(int64_t count, int64_t channels);
 int inverse_cholesky(const float* covariance, int64_t count, int64_t channels, void* workspace,
-                     void* packed, FloatType type, int32_t* info, Stream stream);
+                     void* packed, DataType type, int32_t* info, Stream stream);
 
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                const float* mean, const void* factor, FloatType type, int64_t window,
+                const float* mean, const void* factor, DataType type, int64_t window,
                 int64_t prefix, float* distance, Stream stream);
 
 int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);

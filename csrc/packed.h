@@ -11,8 +11,11 @@
 //
 //   stored / needed: 1.018 at C = 384, 1.027 at C = 256, 1.071 at C = 100
 //
-// npad/ops/reference.py holds the same definition in Python for the reference ops; a test compares
-// them.
+// A matrix of bytes has a scale for every 32 columns of a panel, counted from `pad` before the
+// first so that panel p ends at column 8 (p + 1): 256 numbers, the last block of a panel fewer. The
+// scales, float32, follow its bytes, panel after panel.
+//
+// npad/ops/packed.py holds the same definitions in Python; tests compare them.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +25,7 @@
 namespace npad {
 
 inline constexpr int64_t kPanel = 8;
+inline constexpr int64_t kBlockColumns = 32;  // of a panel, which share a scale
 
 struct PackedLayout {
     int64_t channels;
@@ -41,6 +45,17 @@ struct PackedLayout {
     }
     // Elements in one packed matrix.
     NPAD_HOST_DEVICE constexpr int64_t size() const { return offset(panels); }
+
+    // Number of the first scale of panel p, which has p / 4 + 1.
+    NPAD_HOST_DEVICE static constexpr int64_t first_scale(int64_t p) {
+        return (p / 4 + 1) * (2 * (p / 4) + p % 4);
+    }
+    // Bytes of one matrix of bytes, a multiple of 16.
+    NPAD_HOST_DEVICE constexpr int64_t byte_size() const {
+        const int64_t bytes = size() + 4 * first_scale(panels);
+        return (bytes + 15) / 16 * 16;
+    }
 };
+static_assert(kBlockColumns == 4 * kPanel);  // see first_scale()
 
 }  // namespace npad

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npad.members import Member
-from npad.ops.reference import packed_size
+from npad.ops.packed import stored_size
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
 
 __all__ = [
@@ -132,9 +132,9 @@ class LearnedMember:
         "P, C", "float32", "means of the Gaussians", lambda _, member: member.gaussian
     )
     factor: Tensor | None = _tensor(
-        "P, packed",
+        "P, stored",
         "factor_dtype",
-        "inverse Cholesky factors of their covariances, packed lower triangles",
+        "inverse Cholesky factors of their covariances, packed lower triangles; of int8, with scales",
         lambda _, member: member.gaussian,
     )
     centroids: Tensor | None = _tensor(
@@ -192,7 +192,7 @@ class LearnedMember:
             "D": self.channels,
             "C": reduced,
             "E": self.member.prefix or reduced,
-            "packed": packed_size(reduced),
+            "stored": stored_size(reduced, getattr(torch, settings.factor_dtype)),
             "K": n_centroids,
         }
         return {

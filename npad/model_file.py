@@ -43,6 +43,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
     "U8": torch.uint8,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -107,7 +108,7 @@ def write_model(
     header : dict
         Anything that JSON can hold, without NaN and infinity.
     tensors : mapping of str to Tensor
-        float64, float32, float16, bfloat16, int64, int32 or uint8; any shape, strides and device.
+        float64, float32, float16, bfloat16, int64, int32, int8 or uint8; any shape, strides and device.
         They are written one at a time, and a tensor that is contiguous in memory is not copied.
     progress : bool, optional
         As `enabled` of `npad.progress.task`.

@@ -32,7 +32,8 @@ __all__ = [
 
 FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
 GAUSSIANS: Final = ("per_layer", "joint")
-DTYPES: Final = ("float32", "float16", "bfloat16")
+DTYPES: Final = ("float32", "float16", "bfloat16")  # of a backbone
+FACTOR_DTYPES: Final = (*DTYPES, "int8")
 REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
@@ -451,7 +452,10 @@ class Settings:
         live=True,
     )
     factor_dtype: str = _argument(
-        "float16", "Storage of the Gaussians' factors.", "|".join(DTYPES), _one_of(*DTYPES)
+        "float16",
+        "Storage of the Gaussians' factors; int8 has a scale for every 256 numbers.",
+        "|".join(FACTOR_DTYPES),
+        _one_of(*FACTOR_DTYPES),
     )
     n_features: int | None = _argument(
         None,

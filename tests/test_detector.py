@@ -116,6 +116,8 @@ def test_a_stream_of_batches_fits_without_its_length(cloth: Path) -> None:
         {"n_features": 16, "score_window": 3, "eps": 0.01, "holdout": 0.0},
         {"gaussians": "joint", "layers": (2, 3), "map_layers": (1, 2, 3), "fusion": "sum"},
         {"map_layers": (1,), "layers": (2, 3), "map_weight": 0.9},
+        {"factor_dtype": "int8", "score_window": 3},
+        {"factor_dtype": "int8", "gaussians": "joint", "map_layers": (1, 2, 3), "layers": (2, 3)},
         {"n_features": 16, "reduction": "random", "image_size": (64, 96), "layers": (2, 3)},
     ],
 )
@@ -130,6 +132,18 @@ def test_save_and_load(cloth: Path, tmp_path: Path, arguments: dict[str, object]
     assert np.array_equal(a.scores, b.scores)
     assert all(np.array_equal(x, y) for x, y in zip(a.maps, b.maps, strict=True))
     assert np.isfinite(a.scores).all()
+
+
+def test_bytes_score_as_float32_does(cloth: Path) -> None:
+    """Two models of the same images whose factors are stored otherwise."""
+    exact, bytes_ = (
+        NPad("filterbank", **SMALL, nominal_set=None, factor_dtype=dtype).fit(cloth / "train/good")
+        for dtype in ("float32", "int8")
+    )
+    assert bytes_.nbytes < 0.35 * exact.nbytes
+    a, b = exact.predict(cloth / "test"), bytes_.predict(cloth / "test")
+    np.testing.assert_allclose(b.scores, a.scores, rtol=0.03)
+    assert not np.array_equal(a.scores, b.scores)
 
 
 def maps_of(path: Path, images: Path, **settings: object) -> np.ndarray:

@@ -16,7 +16,7 @@ from command_line import SMALL, fail, succeed
 from image_files import make_category, save_image, smooth_pixels
 from PIL import Image
 
-from npad import NPad, model_file
+from npad import NPad, model_file, ops
 from npad.evaluation.datasets import DatasetError, find_categories
 from npad.evaluation.measure import evaluate
 from npad.images import ImageError
@@ -446,6 +446,19 @@ def test_model_whose_header_does_not_fit(change, message, tmp_path, pixels):
     change(header)
     model_file.write_model(path, header, tensors)
     with pytest.raises(ModelFileError, match=message):
+        NPad.load(path)
+
+
+def test_model_whose_bytes_have_no_scales(tmp_path, pixels):
+    path = tmp_path / "m.npad"
+    small(factor_dtype="int8", nominal_set=None).fit(pixels).save(path)
+    header, tensors = model_file.read_model(path)
+    size = ops.packed_size(tensors["0.mean"].shape[1])
+    tensors["0.factor"] = tensors["0.factor"][:, :size]
+    model_file.write_model(path, header, tensors)
+    with pytest.raises(
+        ModelFileError, match=r"m\.npad: tensor '0\.factor' must be .*int8 of shape"
+    ):
         NPad.load(path)
 
 

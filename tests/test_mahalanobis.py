@@ -14,7 +14,8 @@ from npad.ops import reference
 
 
 def double(x: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.double(), mean.double(), factor.double()
+    """The reference takes a factor's own numbers in the precision of the mean."""
+    return x.double(), mean.double(), factor
 
 
 @pytest.mark.parametrize("dtype", ops.FACTOR_DTYPES)
@@ -257,9 +258,11 @@ def test_rejects() -> None:
         ops.mahalanobis(x, mean, factor, (3, 2))
     with pytest.raises(ValueError, match=r"mean must have shape \(P, C\) = \(6, 9\), got \(6, 8\)"):
         ops.mahalanobis(x, mean[:, :8], factor, grid)
-    with pytest.raises(ValueError, match=r"factor must have shape \(P, packed\)"):
+    with pytest.raises(ValueError, match=r"factor must have shape \(P, stored\)"):
         ops.mahalanobis(x, mean, factor[:, :-1], grid)
-    with pytest.raises(TypeError, match="factor must be float32 or float16 or bfloat16"):
+    with pytest.raises(ValueError, match=r"factor must have shape \(P, stored\) = \(6, 96\)"):
+        ops.mahalanobis(x, mean, factor.to(torch.int8), grid)  # without scales
+    with pytest.raises(TypeError, match="factor must be float32 or float16 or bfloat16 or int8"):
         ops.mahalanobis(x, mean, factor.double(), grid)
     with pytest.raises(ValueError, match="mean is on meta but x is on cpu"):
         ops.mahalanobis(x, mean.to("meta"), factor, grid)

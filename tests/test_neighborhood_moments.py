@@ -11,6 +11,7 @@ from torch import Tensor
 
 from npad import ops
 from npad.ops import reference
+from npad.ops.packed import packed_layout
 
 
 def moments(*batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +107,7 @@ def test_nan_stays_where_it_is() -> None:
 
 def test_padding_stays_zero() -> None:
     state = moments(torch.randn(6, 1, 1, 13))
-    row, column = reference.packed_layout(13)
+    row, column = packed_layout(13)
     assert (state[2][0][column > row] == 0).all()
 
 

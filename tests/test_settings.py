@@ -100,7 +100,7 @@ REFUSED = [
     ({"map_weight": "half"}, "map_weight must be a number from 0 to 1, got 'half'"),
     ({"map_weight": True}, "map_weight must be a number from 0 to 1, got True"),
     ({"map_weight": None}, "map_weight must be a number from 0 to 1, got None"),
-    ({"factor_dtype": "int8"}, "factor_dtype must be one of 'float32'"),
+    ({"factor_dtype": "int4"}, "factor_dtype must be one of 'float32'"),
     ({"factor_dtype": torch.float16}, "factor_dtype must be one of"),
     ({"n_features": 2.5}, "n_features must be an int of at least 1, got 2.5"),
     ({"n_features": 0}, "n_features must be an int of at least 1"),

@@ -10,6 +10,7 @@ from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
 from npad.ops import reference
+from npad.ops.packed import packed_layout
 
 
 @pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
@@ -39,7 +40,7 @@ def check(simt: Simt, x: Tensor, first: int) -> None:
     assert torch.equal(state[0], oracle[0])
     assert_accurate(state[1], single[1], oracle[1])
     assert_accurate(state[2], single[2], oracle[2])
-    row, column = reference.packed_layout(x.shape[3])
+    row, column = packed_layout(x.shape[3])
     assert (state[2][:, (column > row) | (row < 0)] == 0).all()
 
 

@@ -29,7 +29,7 @@ class Sizes:
 
 def in_c(argument: Any) -> Any:
     if isinstance(argument, torch.dtype):
-        return ctypes.c_int(ops.FACTOR_DTYPES.index(argument))  # in the order of FloatType
+        return ctypes.c_int(ops.FACTOR_DTYPES.index(argument))  # in the order of DataType
     if isinstance(argument, bool):
         return ctypes.c_bool(argument)
     return ctypes.c_double(argument) if isinstance(argument, float) else argument

@@ -9,7 +9,7 @@ from simt_device import Simt, load
 from npad import ops
 from npad.ops import reference
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of FloatType
+TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of DataType
 
 
 @pytest.fixture(params=["simt_fast", "simt_checked"])

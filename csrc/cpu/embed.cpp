@@ -226,15 +226,17 @@ void run(const Level* levels, int64_t n_levels, int64_t batch, int64_t height, i
 
 }  // namespace
 
-void embed(const Level* levels, int64_t n_levels, FloatType type, int64_t batch, int64_t height,
+void embed(const Level* levels, int64_t n_levels, DataType type, int64_t batch, int64_t height,
            int64_t width, float* embedding, int threads) {
     switch (type) {
-        case FloatType::kFloat32:
+        case DataType::kFloat32:
             return run<float>(levels, n_levels, batch, height, width, embedding, threads);
-        case FloatType::kFloat16:
+        case DataType::kFloat16:
             return run<Float16>(levels, n_levels, batch, height, width, embedding, threads);
-        case FloatType::kBFloat16:
+        case DataType::kBFloat16:
             return run<BFloat16>(levels, n_levels, batch, height, width, embedding, threads);
+        case DataType::kInt8:
+            return;  // no level is
     }
 }
 

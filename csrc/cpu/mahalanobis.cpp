@@ -9,6 +9,9 @@
 // atomically on integers that order like the distances, so neither threads nor their timing change
 // the result.
 //
+// A factor in bytes is multiplied by the scales of its blocks as it is loaded: the distance is that
+// of the float32 factor which the bytes stand for.
+//
 // The first rows of W use the first channels alone, so the distance in a prefix of the channels is
 // what the sum of squares has reached there: one more sum for each embedding, taken on the way. A
 // group of rows that the prefix ends in stops at its last column, since what comes behind reaches
@@ -23,10 +26,9 @@ namespace npad::cpu::NPAD_ISA {
 
 namespace {
 
-constexpr int kGroupVectors = 2;                               // vectors of rows per tile
-constexpr int kGroupPanels = kGroupVectors * kLanes / kPanel;  // 4 with AVX-512, 2 with AVX2
-constexpr int kMaxTile = kLanes == 16 ? 12 : 6;                // embeddings per tile: 24 or 12 sums
-constexpr int64_t kMaxEmbeddings = 576;                        // z of one position stays in L2
+constexpr int kMaxTile = kLanes == 16 ? 12 : 6;  // embeddings per tile: 24 or 12 vectors of sums
+constexpr int kFew = 2;                          // embeddings, whose sums alone wait for each other
+constexpr int64_t kMaxEmbeddings = 576;          // z of one position stays in L2
 
 // Squared distances as integers whose order is NaN < 0 < ... < infinity < not yet written: one
 // minimum then finds the nearest Gaussian and lets NaN through.
@@ -38,6 +40,11 @@ float decode(uint32_t key) {
     return key == 0 ? __builtin_bit_cast(float, 0x7fc00000u) : __builtin_bit_cast(float, key - 1);
 }
 
+// A tile takes a group of panels at once: this many vectors of rows. How panels are grouped changes
+// no sum.
+constexpr int group_vectors(int64_t embeddings) { return embeddings <= kFew ? 4 : 2; }
+constexpr int kPanels = kLanes / kPanel;  // to a vector
+
 void atomic_min(uint32_t* target, uint32_t key) {
     uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
     while (key < seen && !__atomic_compare_exchange_n(target, &seen, key, true, __ATOMIC_RELAXED,
@@ -45,34 +52,85 @@ void atomic_min(uint32_t* target, uint32_t key) {
     }
 }
 
-// acc[e][v] += sum over columns of W[rows, column] z_e[column], for a group of panels.
-template <int kTile, class T>
-inline void multiply(const T* const* panel, const int64_t* step, const float* z, int64_t stride,
-                     int64_t columns, Vec (*acc)[kGroupVectors]) {
-    const T* w[kGroupPanels];
-    for (int i = 0; i < kGroupPanels; ++i) w[i] = panel[i];
-    for (int64_t j = 0; j < columns; ++j) {
-        Vec rows[kGroupVectors];
-        for (int v = 0; v < kGroupVectors; ++v) rows[v] = load_panels(w + v * (kLanes / kPanel));
-        for (int i = 0; i < kGroupPanels; ++i) w[i] += step[i];
-        for (int e = 0; e < kTile; ++e) {
-            const Vec z_j = broadcast(z[e * stride + j]);
-            for (int v = 0; v < kGroupVectors; ++v) acc[e][v] += rows[v] * z_j;
+template <class T>
+inline constexpr bool kHasScales = false;
+template <>
+inline constexpr bool kHasScales<Int8> = true;
+
+// Elements from one factor to the next.
+template <class T>
+int64_t stored_size(const PackedLayout& layout) {
+    return kHasScales<T> ? layout.byte_size() : layout.size();
+}
+
+// The scale of each lane's panel in a block of columns.
+template <class T>
+inline Vec scales_of(const T* factor, const PackedLayout& layout, int64_t p, int64_t block) {
+    Vec scale;
+    for (int i = 0; i < kLanes; i += kPanel, ++p) {
+        float of_panel = 0;  // where there is none, the columns are zero
+        if (p < layout.panels && block <= p / 4)
+            std::memcpy(&of_panel, factor + layout.size() + 4 * (layout.first_scale(p) + block), 4);
+        for (int lane = i; lane < i + kPanel; ++lane) scale[lane] = of_panel;
+    }
+    return scale;
+}
+
+// acc[e][v] += sum over columns [begin, end) of W[rows, column] z_e[column], for panels from p0 on;
+// those before `first` have ended.
+template <int kTile, int kVectors, class T>
+inline void multiply(const T* factor, const PackedLayout& layout, int64_t p0, int64_t first,
+                     int64_t begin, int64_t end, const float* z, int64_t stride,
+                     Vec (*acc)[kVectors]) {
+    static constexpr T kZeros[kPanel] = {};
+    const T* w[kVectors * kPanels];
+    int64_t step[kVectors * kPanels];
+    for (int64_t i = 0; i < kVectors * kPanels; ++i) {
+        const bool live = i >= first && p0 + i < layout.panels;
+        w[i] = live ? factor + layout.offset(p0 + i) + begin * kPanel : kZeros;
+        step[i] = live ? kPanel : 0;
+    }
+    Vec sums[kTile][kVectors];  // in registers, whatever else may point to acc
+    for (int e = 0; e < kTile; ++e)
+        for (int v = 0; v < kVectors; ++v) sums[e][v] = acc[e][v];
+    for (int64_t j = begin; j < end;) {
+        int64_t stop = end;
+        [[maybe_unused]] Vec scale[kVectors];
+        if constexpr (kHasScales<T>) {
+            const int64_t block = (j + layout.pad) / kBlockColumns;
+            const int64_t block_end = (block + 1) * kBlockColumns - layout.pad;
+            stop = block_end < end ? block_end : end;
+            for (int v = 0; v < kVectors; ++v)
+                scale[v] = scales_of(factor, layout, p0 + v * kPanels, block);
+        }
+        for (; j < stop; ++j) {
+            Vec rows[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                rows[v] = load_panels(w + v * kPanels);
+                if constexpr (kHasScales<T>) rows[v] *= scale[v];
+            }
+            for (int i = 0; i < kVectors * kPanels; ++i) w[i] += step[i];
+            for (int e = 0; e < kTile; ++e) {
+                const Vec z_j = broadcast(z[e * stride + j]);
+                for (int v = 0; v < kVectors; ++v) sums[e][v] += rows[v] * z_j;
+            }
         }
     }
+    for (int e = 0; e < kTile; ++e)
+        for (int v = 0; v < kVectors; ++v) acc[e][v] = sums[e][v];
 }
 
 // above[e] = squares[e] and the squares of what the group's first `rows` rows have come to.
-template <int kTile>
-void add_rows(const Vec (*acc)[kGroupVectors], int64_t rows, const float* squares, float* above) {
+template <int kTile, int kVectors>
+void add_rows(const Vec (*acc)[kVectors], int64_t rows, const float* squares, float* above) {
     Lanes lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    Lanes taken[kGroupVectors];
-    for (int v = 0; v < kGroupVectors; ++v)
+    Lanes taken[kVectors];
+    for (int v = 0; v < kVectors; ++v)
         taken[v] = lane < static_cast<int32_t>(rows) - v * kLanes;  // all ones, or zero
     for (int e = 0; e < kTile; ++e) {
         Vec total = load(squares + e * kLanes);
-        for (int v = 0; v < kGroupVectors; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
             const Vec square = acc[e][v] * acc[e][v];
             total += reinterpret_cast<Vec>(reinterpret_cast<Lanes>(square) & taken[v]);
         }
@@ -82,30 +140,23 @@ void add_rows(const Vec (*acc)[kGroupVectors], int64_t rows, const float* square
 
 // squares[e] += the squares of the group's rows of W z_e, for kTile embeddings; above[e] = their
 // sum over the rows of W above row `prefix`, which is one of the group's, or negative for none.
-template <int kTile, class T>
+template <int kTile, int kVectors, class T>
 void apply_group(const T* factor, const PackedLayout& layout, int64_t p0, const float* z,
                  int64_t stride, float* squares, int64_t prefix, float* above) {
-    static constexpr T kZeros[kPanel] = {};
-    Vec acc[kTile][kGroupVectors] = {};
-    const T* panel[kGroupPanels];
-    int64_t step[kGroupPanels];
+    Vec acc[kTile][kVectors] = {};
     int64_t done = 0;
     // Panels end 8 columns apart; one that has ended, or does not exist, goes on as zeros.
-    for (int64_t last = 0; last < kGroupPanels && p0 + last < layout.panels;) {
+    for (int64_t last = 0; last < kVectors * kPanels && p0 + last < layout.panels;) {
         const int64_t end = layout.columns(p0 + last);
         const int64_t columns = done < prefix && prefix < end ? prefix : end;
-        for (int64_t i = 0; i < kGroupPanels; ++i) {
-            const bool live = i >= last && p0 + i < layout.panels;
-            panel[i] = live ? factor + layout.offset(p0 + i) + done * kPanel : kZeros;
-            step[i] = live ? kPanel : 0;
-        }
-        multiply<kTile>(panel, step, z + done, stride, columns - done, acc);
+        multiply<kTile, kVectors>(factor, layout, p0, last, done, columns, z, stride, acc);
         done = columns;
-        if (done == prefix) add_rows<kTile>(acc, prefix - layout.first_row(p0), squares, above);
+        if (done == prefix)
+            add_rows<kTile, kVectors>(acc, prefix - layout.first_row(p0), squares, above);
         if (done == end) ++last;
     }
     for (int e = 0; e < kTile; ++e)
-        for (int v = 0; v < kGroupVectors; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
             float* s = squares + e * kLanes;
             store(s, load(s) + acc[e][v] * acc[e][v]);
         }
@@ -117,7 +168,7 @@ using ApplyGroup = void(const T*, const PackedLayout&, int64_t, const float*, in
 
 template <class T, int... kTiles>
 struct Tiles {
-    static constexpr ApplyGroup<T>* kApply[] = {apply_group<kTiles, T>...};
+    static constexpr ApplyGroup<T>* kApply[] = {apply_group<kTiles, group_vectors(kTiles), T>...};
 };
 template <class T>
 ApplyGroup<T>* apply_for(int64_t embeddings) {
@@ -137,9 +188,6 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
     auto* keys = reinterpret_cast<uint32_t*>(distance);
     auto* all_keys = keys + (outputs - 1) * batch * positions;
     for (int64_t i = 0; i < size; ++i) keys[i] = kNotWritten;
-    // The first panel of the group that the prefix ends in, if there is one.
-    constexpr int64_t kGroupRows = kGroupPanels * kPanel;
-    const int64_t split = prefix > 0 ? (prefix + layout.pad) / kGroupRows * kGroupPanels : -1;
 
     const int64_t side_y = window < 2 * height ? window : 2 * height;
     const int64_t side_x = window < 2 * width ? window : 2 * width;
@@ -155,7 +203,11 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
         const auto flush = [&](const T* factor_q, int64_t held) {
             std::memset(squares.data(), 0, static_cast<size_t>(held * kLanes) * sizeof(float));
             const int64_t tiles = (held + kMaxTile - 1) / kMaxTile;
-            for (int64_t p0 = 0; p0 < layout.panels; p0 += kGroupPanels)
+            const int64_t panels = group_vectors(held) * kPanels;
+            // The first panel of the group that the prefix ends in, if there is one.
+            const int64_t split =
+                prefix > 0 ? (prefix + layout.pad) / kPanel / panels * panels : -1;
+            for (int64_t p0 = 0; p0 < layout.panels; p0 += panels)
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t begin = held * t / tiles, end = held * (t + 1) / tiles;
                     apply_for<T>(end - begin)(factor_q, layout, p0, z.data() + begin * channels,
@@ -175,7 +227,7 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
             // Windows are symmetric: the positions that have q in their window are those in q's.
             const Window w(q, height, width, window);
             const float* mean_q = mean + q * channels;
-            const T* factor_q = factor + q * layout.size();
+            const T* factor_q = factor + q * stored_size<T>(layout);
             int64_t held = 0;
             for (int64_t n = 0; n < batch; ++n)
                 for (int64_t row = w.top; row < w.bottom; ++row)
@@ -198,18 +250,21 @@ void run(const float* x, int64_t batch, int64_t height, int64_t width, int64_t c
 }  // namespace
 
 void mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                 const float* mean, const void* factor, FloatType type, int64_t window,
+                 const float* mean, const void* factor, DataType type, int64_t window,
                  int64_t prefix, float* distance, int threads) {
     switch (type) {
-        case FloatType::kFloat32:
+        case DataType::kFloat32:
             return run(x, batch, height, width, channels, mean, static_cast<const float*>(factor),
                        window, prefix, distance, threads);
-        case FloatType::kFloat16:
+        case DataType::kFloat16:
             return run(x, batch, height, width, channels, mean, static_cast<const Float16*>(factor),
                        window, prefix, distance, threads);
-        case FloatType::kBFloat16:
+        case DataType::kBFloat16:
             return run(x, batch, height, width, channels, mean,
                        static_cast<const BFloat16*>(factor), window, prefix, distance, threads);
+        case DataType::kInt8:
+            return run(x, batch, height, width, channels, mean, static_cast<const Int8*>(factor),
+                       window, prefix, distance, threads);
     }
 }
 

@@ -110,7 +110,10 @@ inline Vec8 part8(Vec v, int i) {
     return part;
 }
 
-// 16-bit storage types: bits only, widened to float32 when loaded.
+// Storage types, widened to float32 when loaded. Of those of 16 bits, the bits.
+struct Int8 {
+    int8_t value;
+};
 struct Float16 {
     uint16_t bits;
 };
@@ -122,6 +125,16 @@ inline Bits8 widen_bits(const void* p) {
     Half8 h;
     std::memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, Bits8);
+}
+inline Vec8 load8(const Int8* p) {
+#if defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return reinterpret_cast<Vec8>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+    Vec8 v;
+    for (int i = 0; i < 8; ++i) v[i] = p[i].value;
+    return v;
+#endif
 }
 inline Vec8 load8(const BFloat16* p) { return reinterpret_cast<Vec8>(widen_bits(p) << 16); }
 inline Vec8 load8(const Float16* p) {
@@ -152,6 +165,16 @@ inline Vec load_panels(const T* const* panel) {
     return load8(panel[0]);
 #endif
 }
+
+#if defined(__AVX512F__)
+inline Vec load_panels(const Int8* const* panel) {
+    int64_t low, high;
+    std::memcpy(&low, panel[0], sizeof low);
+    std::memcpy(&high, panel[1], sizeof high);
+    const __m512i words = _mm512_cvtepi8_epi32(_mm_set_epi64x(high, low));
+    return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(words));
+}
+#endif
 
 // As many neighbours as a vector holds.
 template <class T>

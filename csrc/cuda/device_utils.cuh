@@ -231,6 +231,13 @@ __device__ __forceinline__ void mma_by_shuffles(float (&c)[4], const uint32_t (&
     }
 }
 
+// x - y of the two float16 in each.
+__device__ __forceinline__ uint32_t subtract_halves(uint32_t x, uint32_t y) {
+    const __half2 difference =
+        __hsub2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
+    return reinterpret_cast<const uint32_t&>(difference);
+}
+
 // c += a b by a whole warp: c is 16 x 8 float32, a is 16 x K, b is K x 8.
 //
 // Think of a row of a, and of a column of b, as 8 words of 32 bits. A word is one element of Tf32

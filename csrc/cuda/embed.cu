@@ -310,15 +310,17 @@ cudaError_t run(const Level* levels, int64_t n_levels, int64_t batch, int64_t he
 
 }  // namespace
 
-int embed(const Level* levels, int64_t n_levels, FloatType type, int64_t batch, int64_t height,
+int embed(const Level* levels, int64_t n_levels, DataType type, int64_t batch, int64_t height,
           int64_t width, float* embedding, Stream stream) {
     switch (type) {
-        case FloatType::kFloat32:
+        case DataType::kFloat32:
             return run<float>(levels, n_levels, batch, height, width, embedding, stream);
-        case FloatType::kFloat16:
+        case DataType::kFloat16:
             return run<__half>(levels, n_levels, batch, height, width, embedding, stream);
-        case FloatType::kBFloat16:
+        case DataType::kBFloat16:
             return run<__nv_bfloat16>(levels, n_levels, batch, height, width, embedding, stream);
+        case DataType::kInt8:
+            break;
     }
     return cudaErrorInvalidValue;
 }

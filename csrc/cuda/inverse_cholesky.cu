@@ -278,16 +278,18 @@ int64_t inverse_cholesky_workspace(int64_t count, int64_t channels) {
 }
 
 int inverse_cholesky(const float* covariance, int64_t count, int64_t channels, void* workspace,
-                     void* packed, FloatType type, int32_t* info, Stream stream) {
+                     void* packed, DataType type, int32_t* info, Stream stream) {
     if (count == 0) return cudaSuccess;
     if (count > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
     switch (type) {
-        case FloatType::kFloat32:
+        case DataType::kFloat32:
             return run<float>(covariance, count, channels, workspace, packed, info, stream);
-        case FloatType::kFloat16:
+        case DataType::kFloat16:
             return run<__half>(covariance, count, channels, workspace, packed, info, stream);
-        case FloatType::kBFloat16:
+        case DataType::kBFloat16:
             return run<__nv_bfloat16>(covariance, count, channels, workspace, packed, info, stream);
+        case DataType::kInt8:
+            break;  // made of float32, in npad/ops/packed.py
     }
     return cudaErrorInvalidValue;
 }

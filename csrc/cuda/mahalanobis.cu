@@ -15,6 +15,8 @@
 //   float16    the same in float16, z scaled by a power of two so that its largest |z_i| is near
 //              2^14; what is lost is at most 2^-40 of that
 //   float32    W is split as well; W_lo hi + W_hi lo + W_hi hi in TF32
+//   int8       as float16, which holds every byte; the products of 16 columns are multiplied by the
+//              scale of their block when they are added
 //
 // Matrix instructions round their sums towards zero, so each covers 8 or 16 columns at most, and
 // these are added in float32.
@@ -45,17 +47,33 @@ constexpr int64_t kReserved = 2048;
 template <int kTiles>
 constexpr int kDepth = kTiles == 1 ? 3 : (kTiles == 2 ? 2 : 1);
 
-// Columns in a step of T, in slices of 8.
+// Columns in a step of T, in slices of 8. One of bytes is a block, which has one scale a panel.
 template <typename T>
-constexpr int kSlices = sizeof(T) == 4 ? 1 : 2;
+constexpr int kSlices = 4 / static_cast<int>(sizeof(T));
+template <typename T>
+constexpr bool kHasScales = std::is_same_v<T, int8_t>;
 template <typename T>
 constexpr int kColumns = 8 * kSlices<T>;
+static_assert(kColumns<int8_t> == kBlockColumns);
 
 // What the matrix instruction takes, and how many of them follow one another along a step.
 template <typename T>
-using Word = std::conditional_t<std::is_same_v<T, __half>, __half, Tf32>;
+constexpr bool kInHalf = std::is_same_v<T, __half> || kHasScales<T>;
 template <typename T>
-constexpr int kInstructions = std::is_same_v<T, __half> ? 1 : kSlices<T>;
+using Word = std::conditional_t<kInHalf<T>, __half, Tf32>;
+template <typename T>
+constexpr int kInstructions = kInHalf<T> ? kSlices<T> / 2 : kSlices<T>;
+
+// Instructions whose products are summed before they are added to those of other columns.
+template <typename T>
+constexpr int kTogether = kHasScales<T> ? 1 : kInstructions<T>;
+
+// Elements from one factor to the next.
+template <typename T>
+__device__ __forceinline__ int64_t stored_size(int64_t channels) {
+    const PackedLayout layout(channels);
+    return kHasScales<T> ? layout.byte_size() : layout.size();
+}
 
 // Squared distances as integers whose order is NaN < 0 < ... < infinity < not yet written: one
 // minimum then finds the nearest Gaussian and lets NaN through.
@@ -73,13 +91,14 @@ struct Shape {
     int warps;                         // two groups each, or a larger even number
     int stride;  // floats per z: the columns of all steps, and 4 that spread 8 rows over all banks
 
-    explicit Shape(int64_t channels) {
+    Shape(int64_t channels, int slices) {
         panels = static_cast<int>(PackedLayout(channels).panels);
         pad = static_cast<int>(PackedLayout(channels).pad);
         groups = static_cast<int>(ceil_div(panels, kGroup));
         missing = groups * kGroup - panels;
         warps = static_cast<int>(ceil_div(groups, 2 * ceil_div(groups, 2 * kMaxWarps)));
-        stride = static_cast<int>(ceil_div(panels, 2)) * 16 + 4;
+        const int whole = max(slices, 2);  // slices, of which there are no parts
+        stride = static_cast<int>(ceil_div(panels, whole)) * whole * 8 + 4;
     }
 };
 
@@ -96,24 +115,47 @@ __device__ __forceinline__ int steps_of(const Shape& shape, int group) {
     return group < 0 ? 0 : ((group + 1) * kGroup - shape.missing + kSlices<T> - 1) / kSlices<T>;
 }
 
+// What a lane holds of W for one step; of bytes, the scale of its panel's block as well.
+template <typename T>
+struct Step {
+    uint4 words[kLoads];
+    float scale;
+};
+
 // Reads a warp's groups of W, each from its first column to its last. In a step, lane l gets
 // columns t and t + 4 of each slice of panel g of the group, where g = l / 4 and t = l % 4: four
-// lanes read 64 bytes in a row or more. Where the panel has no such column it gets zeros.
+// lanes read 64 bytes in a row or more, of bytes 32. Where the panel has no such column it gets
+// zeros.
 template <typename T>
 class Reader {
   public:
-    __device__ Reader(const Shape& shape, const T* factor, int warp)
-        : shape_(shape), factor_(factor), warp_(warp) {
+    __device__ Reader(const Shape& shape, const T* factor, const float* scales, int warp)
+        : shape_(shape), factor_(factor), scales_(scales), warp_(warp) {
         open();
     }
 
-    __device__ __forceinline__ void load(uint4 (&words)[kLoads]) {
+    __device__ __forceinline__ void load(Step<T>& step) {
         if (left_ == 0) return;
+        if constexpr (kHasScales<T>) {
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            const bool stored = static_cast<unsigned>(column_ + i / kParts * 4) < columns_;
-            words[i] = stored ? load_once<uint4>(source_ + (i / kParts * 32 + i % kParts * 4))
-                              : make_uint4(0, 0, 0, 0);
+            for (int i = 0; i < 2 * kLoads; ++i) {
+                const bool stored = static_cast<unsigned>(column_ + 4 * i) < columns_;
+                const uint2 word = stored ? load_once<uint2>(source_ + 32 * i) : make_uint2(0, 0);
+                (i % 2 ? step.words[i / 2].z : step.words[i / 2].x) = word.x;
+                (i % 2 ? step.words[i / 2].w : step.words[i / 2].y) = word.y;
+            }
+            step.scale = blocks_ > 0 ? *block_ : 0;
+            ++block_;
+            --blocks_;
+        } else {
+            constexpr int kParts = sizeof(T) / 2;  // of 16 bytes in one column
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                const bool stored = static_cast<unsigned>(column_ + i / kParts * 4) < columns_;
+                step.words[i] = stored
+                                    ? load_once<uint4>(source_ + (i / kParts * 32 + i % kParts * 4))
+                                    : make_uint4(0, 0, 0, 0);
+            }
         }
         column_ += kColumns<T>;
         source_ += kColumns<T> * 8;
@@ -123,8 +165,6 @@ class Reader {
     }
 
   private:
-    static constexpr int kParts = kLoads / (2 * kSlices<T>);  // of 16 bytes in one column
-
     __device__ __forceinline__ void open() {
         const int group = group_of(shape_, warp_, round_), lane = threadIdx.x % kWarp;
         const int p = group * kGroup - shape_.missing + lane / 4;
@@ -132,15 +172,30 @@ class Reader {
         columns_ = static_cast<unsigned>(max(8 * (p + 1) - shape_.pad, 0));
         column_ = lane % 4 - shape_.pad;
         source_ = factor_ + 8 * p * (4 * (p + 1) - shape_.pad) + column_ * 8;
+        if constexpr (kHasScales<T>) {
+            blocks_ = p < 0 ? 0 : p / 4 + 1;
+            block_ = scales_ + PackedLayout::first_scale(p);
+        }
     }
 
     const Shape& shape_;
     const T* factor_;
+    const float* scales_;
     int warp_, round_ = 0, left_;
     unsigned columns_;
     int column_;  // of the panel; what is negative or too large is not stored
     const T* source_;
+    int blocks_ = 0;  // of the panel that are left, and the scale of the next
+    const float* block_ = nullptr;
 };
+
+// The bytes of x and y, of which `row` tells the place, as float16. The byte with its sign turned
+// is the mantissa of 1024 to 1279 = 1152 + the byte.
+__device__ __forceinline__ uint32_t halves(uint32_t x, uint32_t y, int row) {
+    constexpr uint32_t kMiddle = 0x64806480;  // 1152, twice
+    const uint32_t bytes = __byte_perm(x, y, row | (4 + row) << 8) & 0x00ff00ff;
+    return subtract_halves(bytes ^ kMiddle, kMiddle);
+}
 
 // Two 16-bit words of x and y in one: the lower halves, or the upper ones.
 __device__ __forceinline__ uint32_t lower(uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; }
@@ -170,6 +225,11 @@ __device__ __forceinline__ void split_factor(const uint4 (&words)[kLoads], int m
             if (i % 2 == 1) continue;  // columns t and t + 4 of a slice are the halves of a word
             hi[0][i] = lower(at(i, m), at(i + 1, m));
             hi[0][i + 1] = upper(at(i, m), at(i + 1, m));
+        } else if constexpr (kHasScales<T>) {
+            if (i % 2 == 1) continue;  // as float16; two columns to 16 bytes
+            const uint32_t x = at(i / 2, m / 2), y = at(i / 2, 2 + m / 2);
+            hi[i / 4][i % 4] = halves(x, y, m % 2 * 2);
+            hi[i / 4][i % 4 + 1] = halves(x, y, m % 2 * 2 + 1);
         } else {
             const float2 rows = unpack<T>(at(i, m));
             hi[i / 2][i % 2 * 2] = __float_as_uint(rows.x);
@@ -184,9 +244,9 @@ __device__ __forceinline__ void split_z(const float* z, uint32_t (&hi)[kInstruct
                                         uint32_t (&lo)[kInstructions<T>][2]) {
 #pragma unroll
     for (int s = 0; s < kSlices<T>; ++s)
-        if constexpr (std::is_same_v<T, __half>) {  // see halve()
-            hi[0][s] = __float_as_uint(z[8 * s]);
-            lo[0][s] = __float_as_uint(z[8 * s + 4]);
+        if constexpr (kInHalf<T>) {  // see halve()
+            hi[s / 2][s % 2] = __float_as_uint(z[8 * s]);
+            lo[s / 2][s % 2] = __float_as_uint(z[8 * s + 4]);
         } else {
             split_tf32(z[8 * s], hi[s][0], lo[s][0]);
             split_tf32(z[8 * s + 4], hi[s][1], lo[s][1]);
@@ -219,36 +279,43 @@ __device__ __forceinline__ float halve(float* z, int columns) {
     return __int_as_float((254 - scale) << 23);
 }
 
-// sums[tile][m] += W z over one step; `words` get the step that comes into flight. Which rows of W
+// sums[tile][m] += W z over one step; `step` gets the one that comes into flight. Which rows of W
 // make up the 16 rows of an instruction is free, since their squares are added in the end: rows g
 // and g + 8 of instruction m are rows 2 m and 2 m + 1 of panel g, so that a thread feeds four
 // instructions with the columns it has loaded.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply(uint4 (&words)[kLoads], Reader<T>& reader,
+__device__ __forceinline__ void multiply(Step<T>& step, Reader<T>& reader,
                                          const float* const (&z)[kTiles], int column,
                                          float (&sums)[kTiles][4][4]) {
     uint32_t hi[4][kInstructions<T>][4], lo[4][kInstructions<T>][4];
 #pragma unroll
-    for (int m = 0; m < 4; ++m) split_factor<T>(words, m, hi[m], lo[m]);
-    reader.load(words);
+    for (int m = 0; m < 4; ++m) split_factor<T>(step.words, m, hi[m], lo[m]);
+    const float scale = kHasScales<T> ? step.scale : 1;
+    reader.load(step);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t z_hi[kInstructions<T>][2], z_lo[kInstructions<T>][2];
         split_z<T>(z[tile] + column, z_hi, z_lo);
-        float product[4][4] = {};
-        const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-            for (int i = 0; i < kInstructions<T>; ++i)
+        for (int first = 0; first < kInstructions<T>; first += kTogether<T>) {
+            float product[4][4] = {};
+            const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-                for (int m = 0; m < 4; ++m) mma<Word<T>>(product[m], a[m][i], b[i]);
-        };
-        if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
-        add(hi, z_lo);
-        add(hi, z_hi);
+                for (int i = first; i < first + kTogether<T>; ++i)
 #pragma unroll
-        for (int m = 0; m < 4; ++m)
+                    for (int m = 0; m < 4; ++m) mma<Word<T>>(product[m], a[m][i], b[i]);
+            };
+            if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
+            add(hi, z_lo);
+            add(hi, z_hi);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[tile][m][i] += product[m][i];
+            for (int m = 0; m < 4; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float& sum = sums[tile][m][i];
+                    sum = kHasScales<T> ? fmaf(scale, product[m][i], sum) : sum + product[m][i];
+                }
+        }
     }
 }
 
@@ -283,8 +350,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     // warp takes the same turns.
     const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
     const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
-    Reader<T> reader(shape, factor + q * PackedLayout(channels).size(), warp);
-    uint4 ring[kDepth<kTiles>][kLoads] = {};
+    const T* factor_q = factor + q * stored_size<T>(channels);
+    const auto* scales = reinterpret_cast<const float*>(factor_q + PackedLayout(channels).size());
+    Reader<T> reader(shape, factor_q, scales, warp);
+    Step<T> ring[kDepth<kTiles>] = {};
 #pragma unroll
     for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
 
@@ -309,7 +378,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
         }
     }
     __syncthreads();
-    if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kInHalf<T>) {
         for (int e = warp; e < count; e += shape.warps) {
             const float factor_e = halve(z + e * shape.stride, columns);
             if (lane == 0) unscale[e] = factor_e;
@@ -369,7 +438,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
         for (int part = 0; part < kSums; ++part) {
             float sum = 0;
             for (int w = 0; w < shape.warps; ++w) sum += partial[part][w][thread];
-            if constexpr (std::is_same_v<T, __half>) sum = sum * unscale[thread] * unscale[thread];
+            if constexpr (kInHalf<T>) sum = sum * unscale[thread] * unscale[thread];
             float* target = distance + part * batch * positions + owner[thread];
             if (window == 1)
                 *target = sqrtf(sum);
@@ -399,7 +468,7 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
     if (error != cudaSuccess) return error;
 
     // As many embeddings to a block as leave room for a second one, dealt out evenly; and the mean.
-    const Shape shape(channels);
+    const Shape shape(channels, kSlices<T>);
     const int64_t row_bytes = shape.stride * static_cast<int64_t>(sizeof(float));
     const int64_t most = batch * min(window, height) * min(window, width);
     const int64_t rows = (shared / 2 - kReserved) / row_bytes;
@@ -430,18 +499,21 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
 }  // namespace
 
 int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                const float* mean, const void* factor, FloatType type, int64_t window,
+                const float* mean, const void* factor, DataType type, int64_t window,
                 int64_t prefix, float* distance, Stream stream) {
     switch (type) {
-        case FloatType::kFloat32:
+        case DataType::kFloat32:
             return run<float>(x, batch, height, width, channels, mean, factor, window, prefix,
                               distance, stream);
-        case FloatType::kFloat16:
+        case DataType::kFloat16:
             return run<__half>(x, batch, height, width, channels, mean, factor, window, prefix,
                                distance, stream);
-        case FloatType::kBFloat16:
+        case DataType::kBFloat16:
             return run<__nv_bfloat16>(x, batch, height, width, channels, mean, factor, window,
                                       prefix, distance, stream);
+        case DataType::kInt8:
+            return run<int8_t>(x, batch, height, width, channels, mean, factor, window, prefix,
+                               distance, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -64,15 +64,17 @@ cudaError_t run(const float* factor, int64_t count, int64_t channels, void* pack
 
 }  // namespace
 
-int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, FloatType type,
+int pack_factor(const float* factor, int64_t count, int64_t channels, void* packed, DataType type,
                 Stream stream) {
     switch (type) {
-        case FloatType::kFloat32:
+        case DataType::kFloat32:
             return run<float>(factor, count, channels, packed, stream);
-        case FloatType::kFloat16:
+        case DataType::kFloat16:
             return run<__half>(factor, count, channels, packed, stream);
-        case FloatType::kBFloat16:
+        case DataType::kBFloat16:
             return run<__nv_bfloat16>(factor, count, channels, packed, stream);
+        case DataType::kInt8:
+            break;  // made of float32, in npad/ops/packed.py
     }
     return cudaErrorInvalidValue;
 }

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from npad.ops import _cpu, _cuda  # noqa: F401  (whoever imports the ops gets the kernels)
 from npad.ops._progress import report_progress
-from npad.ops.reference import centroid_index_size, packed_size
+from npad.ops.packed import packed_size, stored_size
+from npad.ops.reference import centroid_index_size
 
 __all__ = [
     "FACTOR_DTYPES",
+    "FLOAT_DTYPES",
     "anomaly_map",
     "centroid_index",
     "embed",
@@ -31,10 +33,12 @@ __all__ = [
     "packed_size",
     "report_progress",
     "resize_maps",
+    "stored_size",
     "window_covariance",
 ]
 
-FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of embeddings and levels, too
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of embeddings and levels
+FACTOR_DTYPES = (*FLOAT_DTYPES, torch.int8)
 MAX_CHANNELS = 4096
 MAX_POINTS = 2**32 - 2  # of farthest_first, which numbers them in 32 bits
 
@@ -89,7 +93,7 @@ def _check_size(op: str, name: str, size: tuple[int, int]) -> None:
 
 def _embeddings(op: str, x: Tensor) -> tuple[int, int]:
     """Check (N, H, W, C) embeddings; return (P, C)."""
-    _check_dtype(op, "x", x, *FACTOR_DTYPES)
+    _check_dtype(op, "x", x, *FLOAT_DTYPES)
     if x.ndim != 4 or x.shape[1] * x.shape[2] == 0:
         raise ValueError(
             f"npad.{op}: x must have shape (N, H, W, C) with H, W >= 1, got {tuple(x.shape)}"
@@ -110,7 +114,7 @@ def _statistics(op: str, count: Tensor, mean: Tensor, scatter: Tensor, p: int, c
 def _check_matrices(op: str, name: str, matrices: Tensor, dtype: torch.dtype) -> None:
     _check_dtype(op, name, matrices, torch.float32)
     if dtype not in FACTOR_DTYPES:
-        raise TypeError(f"npad.{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise TypeError(f"npad.{op}: dtype must be float32, float16, bfloat16 or int8, got {dtype}")
     if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2]:
         raise ValueError(
             f"npad.{op}: {name} must have shape (R, C, C), got {tuple(matrices.shape)}"
@@ -177,7 +181,7 @@ def embed(levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
     _check_size(op, "grid", grid)
     named = {f"levels[{i}]": level for i, level in enumerate(levels)}
     for name, level in named.items():
-        _check_dtype(op, name, level, *FACTOR_DTYPES)
+        _check_dtype(op, name, level, *FLOAT_DTYPES)
         _check_dtype(op, name, level, levels[0].dtype)
         if level.ndim != 4 or level.shape[1] * level.shape[2] * level.shape[3] == 0:
             raise ValueError(
@@ -282,11 +286,12 @@ def pack_factor(factor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Parameters
     ----------
     factor : (R, C, C) float32; what lies above the diagonal is ignored
-    dtype : float32 | float16 | bfloat16, the storage type
+    dtype : float32 | float16 | bfloat16 | int8, the storage type
 
     Returns
     -------
-    (R, packed) of ``dtype``
+    (R, stored) of ``dtype``, stored = ``stored_size(C, dtype)``: the packed triangle; of int8, bytes
+    with a scale for every 256 of them (see `npad.ops.packed`)
 
     Raises
     ------
@@ -307,11 +312,11 @@ def inverse_cholesky(
     Parameters
     ----------
     covariance : (R, C, C) float32, symmetric
-    dtype : float32 | float16 | bfloat16, the storage type; all sums are float32
+    dtype : float32 | float16 | bfloat16 | int8, the storage type; all sums are float32
 
     Returns
     -------
-    factor : (R, packed) of ``dtype``; NaN where the factorisation failed
+    factor : (R, stored) of ``dtype``, as of ``pack_factor``; NaN where the factorisation failed
     info : (R,) int32; 0, or the order of the first leading minor that is not positive definite
 
     Raises
@@ -346,8 +351,8 @@ def mahalanobis(
     ----------
     x : (N, H, W, C) float32 | float16 | bfloat16, any strides
     mean : (P, C) float32, P = H * W
-    factor : (P, packed) float32 | float16 | bfloat16: W = L^-1 of the covariance L L^T, packed by
-        ``pack_factor``
+    factor : (P, stored) float32 | float16 | bfloat16 | int8: W = L^-1 of the covariance L L^T, stored
+        by ``pack_factor``
     grid : (H, W)
     window : odd side of the evaluation window; 1 is the position itself
     prefix : 1 to C - 1, a number of channels whose own distances are wanted, too
@@ -377,7 +382,7 @@ def mahalanobis(
     _check_dtype(op, "mean", mean, torch.float32)
     _check_dtype(op, "factor", factor, *FACTOR_DTYPES)
     _check_shape(op, "mean", mean, "P, C", (p, c))
-    _check_shape(op, "factor", factor, "P, packed", (p, packed_size(c)))
+    _check_shape(op, "factor", factor, "P, stored", (p, stored_size(c, factor.dtype)))
     _check_devices(op, x=x, mean=mean, factor=factor)
     _check_window(op, window)
     if prefix is not None and not 1 <= prefix < c:

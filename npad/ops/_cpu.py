@@ -11,6 +11,7 @@ from npad.ops import _outputs, _progress
 from npad.ops._extension import bands, core, dense, integers, level_table, passed
 from npad.ops._schemas import register
 from npad.ops.axes import as_rows, fixed_axes, leading_axes
+from npad.ops.packed import store
 
 NEW_MEMORY = 32 << 20  # bytes; as much is not kept by the allocator but cleared anew by the system
 
@@ -65,14 +66,14 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     factor = factor.contiguous()
     packed = _outputs.pack_factor(factor, torch.float32)
     _run("pack_factor", factor, *factor.shape[:2], packed)
-    return packed.to(dtype)
+    return store(packed, factor.shape[1], dtype)
 
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     covariance = covariance.contiguous()
     packed, info = _outputs.inverse_cholesky(covariance, torch.float32)
     _run("inverse_cholesky", covariance, *covariance.shape[:2], packed, info)
-    return packed.to(dtype), info
+    return store(packed, covariance.shape[1], dtype), info
 
 
 def mahalanobis(

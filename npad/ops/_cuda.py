@@ -12,6 +12,7 @@ from npad import devices
 from npad.ops import _outputs, _schemas
 from npad.ops._extension import bands, cuda, dense, integers, level_table, passed
 from npad.ops.axes import as_rows, leading_axes
+from npad.ops.packed import store
 
 AXES_SHARE = 0.5  # of the free memory, which what makes farthest_first fast may take
 
@@ -60,6 +61,8 @@ def window_covariance(
 
 
 def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.int8:
+        return store(pack_factor(factor, torch.float32), factor.shape[1], dtype)
     factor = factor.contiguous()
     packed = _outputs.pack_factor(factor, dtype)
     _run("pack_factor", factor, factor, *factor.shape[:2], packed, dtype)
@@ -67,6 +70,9 @@ def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if dtype == torch.int8:
+        packed, info = inverse_cholesky(covariance, torch.float32)
+        return store(packed, covariance.shape[1], dtype), info
     covariance = covariance.contiguous()
     sizes = covariance.shape[:2]
     workspace = _workspace(covariance, cuda.inverse_cholesky_workspace(*sizes))

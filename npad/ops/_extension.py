@@ -48,7 +48,7 @@ def _passed(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     if isinstance(argument, torch.dtype):
-        return getattr(core.FloatType, str(argument).removeprefix("torch."))
+        return getattr(core.DataType, str(argument).removeprefix("torch."))
     return argument
 
 

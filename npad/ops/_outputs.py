@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from npad.ops.reference import centroid_index_size, packed_size
+from npad.ops.packed import stored_size
+from npad.ops.reference import centroid_index_size
 
 
 def embed(levels: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
@@ -35,7 +36,7 @@ def window_covariance(
 
 
 def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return factor.new_empty(factor.shape[0], packed_size(factor.shape[1]), dtype=dtype)
+    return factor.new_empty(factor.shape[0], stored_size(factor.shape[1], dtype), dtype=dtype)
 
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -7,54 +7,16 @@ any device and in any floating dtype, which is how the tests use them in float64
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 from operator import add, mul
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-PANEL = 8
+from npad.ops.packed import pack, restore, store, unpack
+
 TRUNCATE = 4.0  # standard deviations at which the smoothing kernel ends
-
-
-@lru_cache(maxsize=32)
-def packed_layout(channels: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every slot of the packed lower triangle; rows of padding are negative.
-
-    Panels of 8 rows, each stored column after column; the short panel comes first. The kernels hold
-    the same definition in ``csrc/packed.h``.
-    """
-    pad = -channels % PANEL
-    rows, columns = [], []
-    for first in range(-pad, channels, PANEL):
-        width = first + PANEL
-        rows.append(torch.arange(first, first + PANEL, device="cpu").repeat(width))
-        columns.append(torch.arange(width, device="cpu").repeat_interleave(PANEL))
-    return torch.cat(rows), torch.cat(columns)
-
-
-def packed_size(channels: int) -> int:
-    """Elements of one packed C x C lower triangle."""
-    pad = -channels % PANEL
-    panels = (channels + pad) // PANEL
-    return PANEL * panels * (PANEL * (panels + 1) // 2 - pad)
-
-
-def pack(dense: Tensor) -> Tensor:
-    """(..., C, C) -> (..., packed): the lower triangle, zeros in the padding."""
-    row, column = (index.to(dense.device) for index in packed_layout(dense.shape[-1]))
-    lower = dense[..., row.clamp(min=0), column]
-    return torch.where(column <= row, lower, torch.zeros_like(lower))
-
-
-def unpack(packed: Tensor, channels: int) -> Tensor:
-    """(..., packed) -> (..., C, C): the lower triangle, zeros above it."""
-    row, column = (index.to(packed.device) for index in packed_layout(channels))
-    stored = column <= row
-    dense = packed.new_zeros(*packed.shape[:-1], channels, channels)
-    dense[..., row[stored], column[stored]] = packed[..., stored]
-    return dense
 
 
 def window_positions(position: int, grid: tuple[int, int], window: int) -> Tensor:
@@ -126,7 +88,7 @@ def window_covariance(
 
 def pack_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Dense lower-triangular factors in the packed layout, rounded to ``dtype``."""
-    return pack(factor).to(dtype)
+    return store(pack(factor), factor.shape[-1], dtype)
 
 
 def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,9 +96,9 @@ def inverse_cholesky(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     lower, info = torch.linalg.cholesky_ex(covariance)
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-    packed = pack(inverse).to(dtype)
+    packed = pack(inverse)
     packed[info != 0] = torch.nan
-    return packed, info
+    return store(packed, lower.shape[-1], dtype), info
 
 
 def mahalanobis(
@@ -154,7 +116,7 @@ def mahalanobis(
     z = x.reshape(len(x), height * width, channels).to(mean.dtype)
     distance = z.new_full((len(ends), len(x), height * width), torch.inf)
     for q in range(height * width):
-        w = unpack(factor[q].to(mean.dtype), channels)
+        w = unpack(restore(factor[q : q + 1], channels, mean.dtype)[0], channels)
         near = window_positions(q, grid, window).to(x.device)  # who has q in their window
         for i, end in enumerate(ends):
             white = (z[:, near, :end] - mean[q, :end]) @ w[:end, :end].T

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops
-from npad.ops.reference import packed_layout
+from npad.ops.packed import is_finite, packed_layout
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
 # again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices
@@ -257,13 +257,13 @@ class NeighborhoodGaussian:
         Parameters
         ----------
         eps : added to the diagonal, in squared units of the features
-        dtype : storage type of the factor, float32 | float16 | bfloat16
+        dtype : storage type of the factor, float32 | float16 | bfloat16 | int8
         advance : called with the number of positions done since the last call
 
         Returns
         -------
         mean : (P, C) float32
-        factor : (P, packed) of ``dtype``, W = L^-1 packed by ``npad.ops.pack_factor``
+        factor : (P, stored) of ``dtype``, W = L^-1 as ``npad.ops.pack_factor`` stores it
 
         Raises
         ------
@@ -274,7 +274,8 @@ class NeighborhoodGaussian:
         """
         positions, channels = self.mean.shape
         means = torch.empty_like(self.mean)
-        factors = self.scatter.new_empty(self.scatter.shape, dtype=dtype)
+        stored = ops.stored_size(channels, dtype)
+        factors = self.scatter.new_empty(positions, stored, dtype=dtype)
         step = max(torch.get_num_threads(), self._chunk_bytes() // (4 * channels**2))
         for start in range(0, positions, step):
             stop = min(start + step, positions)
@@ -284,7 +285,7 @@ class NeighborhoodGaussian:
             if bool(info.any()):
                 failed = info.nonzero().flatten()
                 factor[failed] = self._in_float64(covariance[failed], failed + start, eps, dtype)
-            if not bool(factor.sum(dtype=torch.float32).isfinite()):
+            if not is_finite(factor, channels):
                 enough = _least_eps(dtype)
                 raise SmallEpsError(
                     f"npad: with eps={eps:g} the factor needs values larger than "
@@ -347,4 +348,5 @@ def _standard_error(values: Tensor) -> float:
 
 def _least_eps(dtype: torch.dtype) -> float:
     """That with which every factor can be stored: no element of one exceeds 1 / sqrt(eps)."""
-    return 1.01 / torch.finfo(dtype).max ** 2
+    scales = torch.float32 if dtype == torch.int8 else dtype
+    return 1.01 / torch.finfo(scales).max ** 2

@@ -16,7 +16,7 @@
 
 namespace {
 
-using npad::FloatType;
+using npad::DataType;
 using npad::PackedLayout;
 using npad::cpu::Isa;
 using Floats = std::vector<float>;
@@ -62,7 +62,7 @@ void test_embed(const Isa& isa, int64_t batch, int64_t height, int64_t width, in
     }
     const int64_t all = sizes[0].channels + sizes[1].channels;
     Floats embedding(static_cast<size_t>(batch * height * width * all));
-    isa.kernels.embed(levels.data(), 2, FloatType::kFloat32, batch, height, width, embedding.data(),
+    isa.kernels.embed(levels.data(), 2, DataType::kFloat32, batch, height, width, embedding.data(),
                       threads);
 
     // Bilinear weight of pixel r for a cell, and the average over the patch around a pixel.
@@ -178,7 +178,7 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
         const Floats& w_all = half ? rounded : packed;
         isa.kernels.mahalanobis(x.data(), batch, height, width, channels, mean.data(),
                                 half ? static_cast<const void*>(bits.data()) : packed.data(),
-                                half ? FloatType::kBFloat16 : FloatType::kFloat32, window, prefix,
+                                half ? DataType::kBFloat16 : DataType::kFloat32, window, prefix,
                                 distance.data(), threads);
         for (int64_t n = 0; n < batch; ++n)
             for (int64_t p = 0; p < positions; ++p) {

@@ -266,6 +266,13 @@ inline unsigned __float_as_uint(float x) { return simt::bits_as<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bits_as<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bits_as<float>(x); }
 inline float __int_as_float(int x) { return simt::bits_as<float>(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
@@ -283,6 +290,10 @@ inline __half __float2half_rn(float x) { return simt::bits_as<__half>(static_cas
 inline __half __float2half(float x) { return __float2half_rn(x); }
 inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+    return __floats2half2_rn(__half2float(a.x) - __half2float(b.x),
+                             __half2float(a.y) - __half2float(b.y));
+}
 
 struct __nv_bfloat16 {
     unsigned short bits;
