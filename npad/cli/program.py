@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
@@ -51,11 +51,11 @@ class UsageError(Exception):
 OPTIONS = tuple(argument for argument in ARGUMENTS if argument.parse is not None)
 
 
-def _options(overrides: Arguments) -> list[inspect.Parameter]:
+def _options(defaults: Mapping[str, str]) -> list[inspect.Parameter]:
     """NPad's arguments as options that are None where they are not given."""
     parameters = []
     for argument in OPTIONS:
-        default = overrides.get(argument.name, argument.default_text)
+        default = defaults.get(argument.name, argument.default_text)
         option = _option(argument, _parsed(argument), default)
         parameters.append(
             inspect.Parameter(
@@ -150,13 +150,14 @@ def check_device(name: Any) -> None:
 
 
 def command(
-    app: typer.Typer, *modules: str, **overrides: Any
+    app: typer.Typer, *modules: str, **defaults: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the application.
 
     A parameter ``arguments: Arguments`` of the function stands for the options of NPad: it gets
-    those that were given, and ``overrides`` of NPad's defaults. ``--debug`` is added to all.
-    ``modules`` are imported before the function is called.
+    those that were given. ``defaults`` are what the help says of them where the function has
+    defaults of its own. ``--debug`` is added to all. ``modules`` are imported before the function is
+    called.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -178,11 +179,12 @@ def command(
             show_traceback = given.pop("debug")
             if takes_model:
                 chosen = {argument.name: given.pop(argument.name) for argument in OPTIONS}
-                chosen = {name: option.value for name, option in chosen.items() if option}
-                given["arguments"] = overrides | chosen
+                given["arguments"] = {
+                    name: option.value for name, option in chosen.items() if option
+                }
             _run_job(function, given, modules, show_traceback)
 
-        parameters = [*own, *(_options(overrides) if takes_model else []), debug]
+        parameters = [*own, *(_options(defaults) if takes_model else []), debug]
         job.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         job.__annotations__ = {p.name: p.annotation for p in parameters}
         job.__name__, job.__doc__ = function.__name__, function.__doc__
