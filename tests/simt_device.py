@@ -57,9 +57,9 @@ class Simt:
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                     raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
 
-    def once(self, op: str, *args: Tensor | int | None) -> None:
-        """Run a launcher in one order and without copies, for tensors that are too large for them."""
-        self._run(op, args, (), ORDERS[0], 3)
+    def once(self, op: str, *args: Tensor | int | None, reached: Sequence[Tensor] = ()) -> None:
+        """Run a launcher in one order and without copies."""
+        self._run(op, args, reached, ORDERS[0], 3)
 
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
