@@ -310,6 +310,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 namespace npad::cuda::ptx {
 
 inline void* dynamic_shared() { return simt::dynamic_shared(); }
+inline void keep_memory_order() {}
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              SIMT_WHERE) {
     simt::mma(simt::Element::kTf32, c, a, b, where);
