@@ -64,12 +64,13 @@ def check(
             assert torch.equal(a, o)
 
 
+@pytest.mark.parametrize("library", ["simt_fast", "simt_fma"])
 @pytest.mark.parametrize("channels", [7, 40])
 @pytest.mark.parametrize("name", OPS)
 def test_launchers_get_their_arguments(
-    name: str, channels: int, monkeypatch: pytest.MonkeyPatch
+    name: str, channels: int, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check("simt_fast", name, OPS[name][2](channels), monkeypatch)
+    check(library, name, OPS[name][2](channels), monkeypatch)
 
 
 @pytest.mark.parametrize("name", OPS)
