@@ -1,22 +1,28 @@
 # The CUDA kernels: one static library with the runtime in it, so that the module loads where there is
-# no driver. A developer names one architecture: CUDAARCHS=90 in the environment.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-  set(npad_all_architectures ON)
+# no driver.
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(NPAD_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "NPAD_CUDA=ON, but no nvcc was found; put it on PATH or set CUDACXX")
+  endif()
+  return()
 endif()
+
+include(cmake/architectures.cmake)
+npad_choose_architectures(${CMAKE_CUDA_COMPILER} architectures)
+if(NOT architectures)
+  message(STATUS "npad: no CUDA kernels: nvcc is here, but no GPU that it compiles for. CUDAARCHS=90 in "
+                 "the environment builds them for one, NPAD_CUDA=ON for all, which takes minutes")
+  return()
+endif()
+# Not in the cache, where CMake too would put CUDAARCHS: the next run chooses anew.
+set(CMAKE_CUDA_ARCHITECTURES ${architectures})
+unset(ENV{CUDAARCHS})
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
   message(WARNING "npad: nvcc ${CMAKE_CUDA_COMPILER_VERSION} has no C++20; CUDA kernels need 12.0")
   return()
-endif()
-if(npad_all_architectures)
-  # Machine code for each, and PTX of the newest for what comes after it.
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-    set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
-  else()
-    set(architectures 75-real 80-real 86-real 89-real 90)
-  endif()
-  # In the cache, where CMake's own default would be found the next time.
-  set(CMAKE_CUDA_ARCHITECTURES ${architectures} CACHE STRING "CUDA architectures" FORCE)
 endif()
 message(STATUS "npad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
@@ -32,7 +38,7 @@ else()
   set(CMAKE_CUDA17_EXTENSION_COMPILE_OPTION "-std=c++20")
   set_target_properties(npad_cuda PROPERTIES CUDA_STANDARD 17)
 endif()
-target_compile_options(npad_cuda PRIVATE -Werror all-warnings "-Xcompiler=-Wall,-Wextra")
+target_compile_options(npad_cuda PRIVATE "-Xcompiler=-Wall,-Wextra")
 list(JOIN CMAKE_CUDA_ARCHITECTURES "," architectures)
 target_compile_definitions(
   npad_cuda INTERFACE NPAD_HAS_CUDA NPAD_CUDA_ARCHITECTURES="${architectures}")

@@ -146,6 +146,23 @@ def strided(arguments: Arguments) -> Arguments:
     return tuple(torch.stack([a, a], -1)[..., 0] if isinstance(a, Tensor) else a for a in arguments)
 
 
+def room_of(x: Tensor) -> Tensor:
+    """What a view may be read from: its first to its last element, as one dense tensor."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((last + 1,), (1,))
+
+
+def off_by_one(arguments: Arguments) -> Arguments:
+    """The same values with the same strides, one element past where memory was allocated."""
+
+    def move(a: object) -> object:
+        if not isinstance(a, Tensor):
+            return a
+        return a.new_empty(1 + room_of(a).numel()).as_strided(a.shape, a.stride(), 1).copy_(a)
+
+    return tuple(map(move, arguments))
+
+
 # name: arguments that ask for nothing, and the shapes of the results
 EMPTY: dict[str, tuple[Arguments, list[tuple[int, ...]]]] = {
     "embed": ((*(x[:0] for x in levels(9)[:3]), (5, 6)), [(0, 5, 6, 16)]),

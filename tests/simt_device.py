@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,9 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from npad.ops._extension import core
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simt"
 ORDERS = (0, 1, 2)  # of the threads' and blocks' turns: forward, reverse, shuffled
+LIBRARIES = ("simt_fast", "simt_fma", "simt_sm75", "simt_checked")
+
+# Bytes of shared memory that a block may ask for.
+SM75, SM86, SM90 = 64 << 10, 99 << 10, 227 << 10
 
 
 class LaunchError(RuntimeError):
@@ -24,9 +31,10 @@ class LaunchError(RuntimeError):
 
 
 class Simt:
-    """One library of kernels; calling it runs a launcher."""
+    """One library of kernels, on a device of so much shared memory; calling it runs a launcher."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, shared_bytes: int) -> None:
+        self._shared_bytes = shared_bytes
         self._library = ctypes.CDLL(str(library))
         self._library.simt_report.restype = ctypes.c_char_p
 
@@ -57,9 +65,9 @@ class Simt:
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                     raise AssertionError(f"{op}: tensor {i} depends on the order ({order})")
 
-    def once(self, op: str, *args: Tensor | int | None) -> None:
-        """Run a launcher in one order and without copies, for tensors that are too large for them."""
-        self._run(op, args, (), ORDERS[0], 3)
+    def once(self, op: str, *args: Tensor | int | None, reached: Sequence[Tensor] = ()) -> None:
+        """Run a launcher in one order and without copies."""
+        self._run(op, args, reached, ORDERS[0], 3)
 
     def workspace(self, op: str, *sizes: int) -> Tensor:
         """The memory that ``op`` asks for, in bytes that stand for NaN."""
@@ -82,7 +90,7 @@ class Simt:
         library = self._library
         launcher = ctypes.c_void_p.in_dll(library, f"simt_{op}").value
         assert launcher is not None
-        library.simt_configure(order, processors)
+        library.simt_configure(order, processors, ctypes.c_size_t(self._shared_bytes))
         library.simt_clear_buffers()
         named = [(f"argument {i}", a) for i, a in enumerate(args) if isinstance(a, Tensor)]
         named += [(f"reached tensor {i}", tensor) for i, tensor in enumerate(reached)]
@@ -109,10 +117,9 @@ def build() -> str:
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if cmake is None or compiler is None:
         return "cmake is not installed" if cmake is None else "there is no C++ compiler"
-    targets = ["--target", "simt_fast", "simt_sm75", "simt_checked"]
     for command in (
         [cmake, "-S", ROOT, "-B", BUILD, "-DNPAD_BUILD_TESTS=ON", "-DNPAD_CUDA=OFF"],
-        [cmake, "--build", BUILD, *targets],
+        [cmake, "--build", BUILD, "--target", *LIBRARIES],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -121,9 +128,12 @@ def build() -> str:
 
 
 @lru_cache
-def load(name: str) -> Simt:
-    """``simt_fast``, ``simt_sm75`` or ``simt_checked``."""
+def load(name: str, shared_bytes: int | None = None) -> Simt:
+    """One of the libraries, on a device that has as little shared memory as any, or as much as told."""
     reason = build()
     if reason:
         pytest.skip(f"the CUDA kernels cannot be built for the CPU: {reason}")
-    return Simt(next(BUILD.glob(f"**/lib{name}.so")))
+    if name == "simt_fma" and platform.machine() == "x86_64" and "avx2" not in core.isas():
+        pytest.skip("this processor does not fuse products and sums")
+    least = SM75 if name == "simt_sm75" else SM86
+    return Simt(next(BUILD.glob(f"**/lib{name}.so")), shared_bytes or least)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accuracy import assert_accurate
 from fitted import SINGULAR, singular
-from op_cases import EMPTY, GRID, OPS, SEVERAL, moved, on, strided, tensors
+from op_cases import EMPTY, GRID, OPS, SEVERAL, Arguments, moved, off_by_one, on, strided, tensors
 
 from npad import ops
 from npad.statistics.gaussian import NeighborhoodGaussian
@@ -59,12 +61,14 @@ def test_graph_capture(name: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("channels", [31, 32])
+@pytest.mark.parametrize("views", [strided, off_by_one])
 @pytest.mark.parametrize("name", OPS)
-def test_strided_views(name: str) -> None:
+def test_views(name: str, views: Callable[[Arguments], Arguments], channels: int) -> None:
     op, _, make = OPS[name]
-    arguments = on("cuda", make(31))
+    arguments = on("cuda", make(channels))
     expected = tensors(op(*arguments))
-    actual = tensors(op(*strided(arguments)))
+    actual = tensors(op(*views(arguments)))
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 

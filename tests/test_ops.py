@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_cases import EMPTY, GRID, OPS, SEVERAL, moved, strided, tensors
+from op_cases import EMPTY, GRID, OPS, SEVERAL, moved, off_by_one, strided, tensors
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -46,6 +46,17 @@ def test_strided_views(name: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_odd_addresses(name: str) -> None:
+    op, _, make = OPS[name]
+    arguments = make(32)
+    moved_by_one = off_by_one(arguments)
+    assert not any(a.data_ptr() % 16 == 0 for a in moved_by_one if isinstance(a, Tensor))
+    expected = tensors(op(*arguments))
+    for a, b in zip(tensors(op(*moved_by_one)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("position", [1, 2, 3])
 def test_what_is_updated_in_place_is_contiguous(position: int) -> None:
     _, _, make = OPS["neighborhood_moments"]
@@ -53,6 +64,15 @@ def test_what_is_updated_in_place_is_contiguous(position: int) -> None:
     arguments[position] = strided((arguments[position],))[0]
     with pytest.raises(ValueError, match="is updated in place and must be contiguous"):
         ops.neighborhood_moments(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_scatter_at_an_odd_address_is_not_updated_in_place() -> None:
+    _, _, make = OPS["neighborhood_moments"]
+    x, count, mean, scatter = off_by_one(make(8))
+    said = r"scatter .* must start at a multiple of 16 bytes, got 4 bytes past one; give it"
+    with pytest.raises(ValueError, match=said):
+        ops.neighborhood_moments(x, count, mean, scatter)  # type: ignore[arg-type]
+    ops.neighborhood_moments(x, count, mean, scatter.clone())  # type: ignore[arg-type, attr-defined]
 
 
 @pytest.mark.parametrize("name", EMPTY)

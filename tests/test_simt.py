@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from simt_device import LaunchError, Simt, load
+from simt_device import SM86, SM90, LaunchError, Simt, load
 
 
 @pytest.fixture(params=["simt_fast", "simt_checked"])
@@ -169,6 +169,19 @@ def test_split_tf32(simt: Simt) -> None:
     assert ((hi.double() + lo.double() - x).abs() <= 2.0**-23 * x.abs()).all()
 
 
+@pytest.mark.parametrize("library", ["simt_fast", "simt_fma", "simt_checked"])
+def test_products_and_sums_are_fused_in_one_library(library: str) -> None:
+    """Of x^2 - 1, rounding x^2 loses the last bits."""
+    x = 1 + torch.arange(1, 65) * 2.0**-20
+    plain, rounded = nan(64), nan(64)
+    load(library)("fuse", x, 64, plain, rounded)
+    exact = x.double() ** 2 - 1
+    apart = (x * x - 1).float()
+    assert torch.equal(rounded, apart)
+    assert torch.equal(plain, exact.float() if library == "simt_fma" else apart)
+    assert not torch.equal(exact.float(), apart)
+
+
 def test_split_tf32_keeps_nan(simt: Simt) -> None:
     x = torch.tensor([0x7FFFFFFF, -1, 0x7F800000]).to(torch.int32).view(torch.float32)
     hi, lo = nan(3), nan(3)
@@ -205,6 +218,8 @@ NOT_REACHED = {
     16: "does not name the calling lane",
     17: "reads lane 20, which the mask does not name",
     18: "grid barrier in a launch that is not cooperative",
+    21: r"__shfl_sync at self_test.cu:(\d+) while thread .* waits in __shfl_sync at (?!.*:\1$)",
+    22: r"__any_sync at self_test.cu:\d+ while thread .* waits in __any_sync at self_test.cu:\d+",
 }
 MEMORY = {
     1: r"out of bounds: reads 4 bytes at byte 512 of argument 1, which has 512, at self_test.cu",
@@ -244,10 +259,17 @@ def test_runs_after_a_fault(checked: Simt) -> None:
 
 
 def test_limits_of_a_launch(simt: Simt) -> None:
-    simt("idle", 3, 1024, 99 * 1024)
-    for blocks, threads, shared_bytes in [(0, 32, 0), (1, 1025, 0), (1, 32, 99 * 1024 + 1)]:
+    for blocks, threads, shared_bytes in [(0, 32, 0), (1, 1025, 0)]:
         with pytest.raises(LaunchError, match="cudaError"):
             simt("idle", blocks, threads, shared_bytes)
     simt("meet", 6)
     with pytest.raises(LaunchError, match="cudaError 720"):
         simt("meet", 7)
+
+
+@pytest.mark.parametrize("shared_bytes", [SM90, SM86])
+def test_limit_of_shared_memory(shared_bytes: int) -> None:
+    simt = load("simt_fast", shared_bytes)
+    simt("idle", 3, 1024, shared_bytes)
+    with pytest.raises(LaunchError, match="cudaError 1"):
+        simt("idle", 1, 32, shared_bytes + 1)

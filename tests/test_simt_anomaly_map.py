@@ -7,7 +7,7 @@ from ctypes import c_double
 import pytest
 import torch
 from accuracy import assert_accurate
-from simt_device import Simt, load
+from simt_device import SM86, SM90, LaunchError, Simt, load
 from torch import Tensor
 
 from npad.ops import reference
@@ -15,7 +15,7 @@ from npad.ops import reference
 PRODUCT, SUM, ALONE = (True, (0.4, 0.6, 0.5)), (False, (0.3, -0.7, 2.0)), (False, (1.0, 0.0, 0.0))
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
@@ -69,6 +69,17 @@ def test_against_reference(
     for a, w, o in zip(actual, working, oracle, strict=True):
         assert_accurate(a, w, o)
     assert torch.equal(actual[1], actual[0].amax((1, 2)))
+
+
+def test_a_wide_grid_takes_shared_memory() -> None:
+    """Eight floats for each of its columns."""
+    m = torch.rand(1, 3, 7000)
+    arguments = (m, None, False, (1.0, 0.0, 0.0), (4, 7000), 0.0)
+    actual = run(load("simt_fast", SM90), *arguments)
+    for a, e in zip(actual, reference.anomaly_map(*arguments), strict=True):
+        torch.testing.assert_close(a, e)
+    with pytest.raises(LaunchError, match="cudaError 1"):
+        run(load("simt_fast", SM86), *arguments)
 
 
 def test_one_map_alone(simt: Simt) -> None:

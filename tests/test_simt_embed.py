@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from accuracy import assert_accurate
+from op_cases import room_of
 from simt_device import LaunchError, Simt, load
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from npad.ops import reference
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of DataType
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
@@ -23,12 +24,6 @@ def simt(request: pytest.FixtureRequest) -> Simt:
 @pytest.fixture
 def fast() -> Simt:
     return load("simt_fast")
-
-
-def room_of(level: Tensor) -> Tensor:
-    """What the level may be read from: its first to its last element, as one dense tensor."""
-    last = sum((n - 1) * step for n, step in zip(level.shape, level.stride(), strict=True))
-    return level.as_strided((last + 1,), (1,))
 
 
 def run(simt: Simt, levels: Sequence[Tensor], grid: tuple[int, int], offset: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from npad.ops.axes import leading_axes
 AXES = 64  # rows of them, the first zero, for points of more than 96 dimensions
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_checked"])
 def simt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Simt:
     """In place of the device of npad's own function, too."""
     return use(request.param, monkeypatch)

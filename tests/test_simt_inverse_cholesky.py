@@ -15,7 +15,7 @@ from npad.ops import reference
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of DataType
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked", "simt_sm75"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_checked", "simt_sm75"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 

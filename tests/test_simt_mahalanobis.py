@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from fitted import gaussians
-from simt_device import Simt, load
+from simt_device import SM90, Simt, load
 from torch import Tensor
 
 from npad.ops import reference
@@ -14,7 +14,7 @@ from npad.ops import reference
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # in the order of DataType
 
 
-@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
@@ -60,6 +60,13 @@ def test_channels(simt: Simt, channels: int, dtype: torch.dtype) -> None:
 def test_several_groups_of_panels_per_warp(dtype: torch.dtype) -> None:
     """13 groups on 4 warps; what a processor holds limits the embeddings of a block."""
     check(load("simt_fast"), 15, (1, 1), 830, 1, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("batch", "channels"), [(32, 830), (25, 1100)])
+def test_shared_memory_of_sm_90(batch: int, channels: int, dtype: torch.dtype) -> None:
+    """Four tiles of embeddings in one block, and as many as fit, in two; elsewhere far fewer fit."""
+    check(load("simt_fast", SM90), batch, (1, 1), channels, 1, dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -11,7 +11,7 @@ from torch import Tensor
 from npad.ops import reference
 
 
-@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 

@@ -13,7 +13,7 @@ from npad.ops import reference
 from npad.ops.packed import packed_layout
 
 
-@pytest.fixture(params=["simt_fast", "simt_sm75", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_sm75", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
-from op_cases import OPS, on, tensors
+from op_cases import OPS, Arguments, off_by_one, on, room_of, tensors
 from simt_device import Simt, load
 from torch import Tensor
 
@@ -35,22 +35,24 @@ def in_c(argument: Any) -> Any:
     return ctypes.c_double(argument) if isinstance(argument, float) else argument
 
 
-@pytest.mark.parametrize("channels", [7, 40])
-@pytest.mark.parametrize("name", OPS)
-def test_launchers_get_their_arguments(
-    name: str, channels: int, monkeypatch: pytest.MonkeyPatch
+def check(
+    library: str,
+    name: str,
+    arguments: Arguments,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    simt, launched = load("simt_fast"), []
+    """An op through the wrappers for CUDA: one launch, of the op's own launcher, and its results."""
+    simt, launched = load(library), []
 
-    def run(op: str, x: Tensor, *arguments: Any) -> None:
+    def run(op: str, x: Tensor, *passed: Any) -> None:
         launched.append(op)
-        simt.once(op, *map(in_c, arguments))
+        levels = [room_of(a) for a in arguments if op == "embed" and isinstance(a, Tensor)]
+        simt.once(op, *map(in_c, passed), reached=levels)
 
     monkeypatch.setattr(_cuda, "cuda", Sizes(simt))
     monkeypatch.setattr(_cuda, "_run", run)
     monkeypatch.setattr(torch.ops, "npad", _cuda)  # in place of the dispatcher, which sees the CPU
-    op, reference, make = OPS[name]
-    arguments = make(channels)
+    op, reference, _ = OPS[name]
     actual = tensors(op(*arguments))
     assert launched == [name]
     working = tensors(reference(*arguments))
@@ -60,3 +62,18 @@ def test_launchers_get_their_arguments(
             assert_accurate(a, w, o)
         else:
             assert torch.equal(a, o)
+
+
+@pytest.mark.parametrize("library", ["simt_fast", "simt_fma"])
+@pytest.mark.parametrize("channels", [7, 40])
+@pytest.mark.parametrize("name", OPS)
+def test_launchers_get_their_arguments(
+    name: str, channels: int, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(library, name, OPS[name][2](channels), monkeypatch)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_odd_addresses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vector is loaded from one: the wrapper copies, or the kernel takes element by element."""
+    check("simt_checked", name, off_by_one(OPS[name][2](8)), monkeypatch)

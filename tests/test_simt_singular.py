@@ -13,7 +13,7 @@ from npad.statistics.gaussian import NeighborhoodGaussian
 GRID, CHANNELS = (4, 5), 10
 
 
-@pytest.fixture(params=["simt_fast", "simt_sm75"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_sm75"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from npad.ops import reference
 
 
-@pytest.fixture(params=["simt_fast", "simt_checked"])
+@pytest.fixture(params=["simt_fast", "simt_fma", "simt_checked"])
 def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 

@@ -123,6 +123,7 @@ __device__ __forceinline__ void cp_async_commit() { __pipeline_commit(); }
 template <int kGroups>
 __device__ __forceinline__ void cp_async_wait() {
     __pipeline_wait_prior(kGroups);
+    ptx::keep_memory_order();
 }
 
 // ---- Reductions --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from npad.ops import _cpu, _cuda  # noqa: F401  (whoever imports the ops gets the kernels)
+from npad.ops._extension import VECTOR_BYTES, is_aligned
 from npad.ops._progress import report_progress
 from npad.ops.packed import packed_size, stored_size
 from npad.ops.reference import centroid_index_size
@@ -202,15 +203,17 @@ def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor
     x : (B, H, W, C) float32 | float16 | bfloat16, any strides
     count : (P,) int64, P = H * W, contiguous; updated
     mean : (P, C) float32, contiguous; updated
-    scatter : (P, packed) float32, contiguous; updated. Sum of squared deviations, the lower triangle
-        in the packed layout (``packed_size(C)`` elements per position).
+    scatter : (P, packed) float32, contiguous, at an address that is a multiple of 16, as that of
+        every new tensor; updated. Sum of squared deviations, the lower triangle in the packed layout
+        (``packed_size(C)`` elements per position).
 
     Raises
     ------
     TypeError
         A dtype other than those above.
     ValueError
-        Shapes that do not fit, different devices, a non-contiguous statistic.
+        Shapes that do not fit, different devices, a non-contiguous statistic, a scatter at another
+        address.
 
     Notes
     -----
@@ -225,6 +228,13 @@ def neighborhood_moments(x: Tensor, count: Tensor, mean: Tensor, scatter: Tensor
     for name, tensor in (("count", count), ("mean", mean), ("scatter", scatter)):
         if not tensor.is_contiguous():
             raise ValueError(f"npad.{op}: {name} is updated in place and must be contiguous")
+    # A program that is traced has no addresses.
+    if not torch.compiler.is_compiling() and not is_aligned(scatter):
+        raise ValueError(
+            f"npad.{op}: scatter is updated in place and must start at a multiple of {VECTOR_BYTES} "
+            f"bytes, got {scatter.data_ptr() % VECTOR_BYTES} bytes past one; give it memory of its "
+            "own (scatter.clone())"
+        )
     torch.ops.npad.neighborhood_moments(x, count, mean, scatter)
 
 

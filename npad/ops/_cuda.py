@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npad import devices
 from npad.ops import _outputs, _schemas
-from npad.ops._extension import bands, cuda, dense, integers, level_table, passed
+from npad.ops._extension import aligned, bands, cuda, dense, integers, level_table, passed
 from npad.ops.axes import as_rows, leading_axes
 from npad.ops.packed import store
 
@@ -51,7 +51,7 @@ def window_covariance(
     start: int,
     stop: int,
 ) -> tuple[Tensor, Tensor]:
-    count, mean, scatter = count.contiguous(), mean.contiguous(), scatter.contiguous()
+    count, mean, scatter = count.contiguous(), mean.contiguous(), aligned(scatter)
     outputs = _outputs.window_covariance(count, mean, scatter, grid, window, start, stop)
     _run(
         "window_covariance", mean, count, mean, scatter, *grid, mean.shape[1], window, start, stop,
@@ -89,7 +89,7 @@ def mahalanobis(
     window: int,
     prefix: int | None = None,
 ) -> Tensor:
-    x, mean, factor = dense(x), mean.contiguous(), factor.contiguous()
+    x, mean, factor = dense(x), mean.contiguous(), aligned(factor)
     distance = _outputs.mahalanobis(x, mean, factor, grid, window, prefix)
     _run(
         "mahalanobis", x, x, len(x), *grid, x.shape[3], mean, factor, factor.dtype, window,

@@ -26,6 +26,8 @@ except ImportError as error:  # the package still works, only slower
     )
 cuda: Any = getattr(core, "cuda", None)  # None where it was built without
 
+VECTOR_BYTES = 16  # of one load or store in CUDA kernels; an address that is no multiple is a fault
+
 
 def info() -> dict[str, Any]:
     """What the extension was built with and what it uses here."""
@@ -55,6 +57,17 @@ def _passed(argument: Any) -> Any:
 def dense(x: Tensor) -> Tensor:
     """The same embeddings, contiguous and in float32."""
     return x.to(torch.float32).contiguous()
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether a kernel may load and store whole vectors from where the tensor starts."""
+    return x.data_ptr() % VECTOR_BYTES == 0
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same values, contiguous and where a kernel may load whole vectors."""
+    x = x.contiguous()
+    return x if is_aligned(x) else x.clone()
 
 
 def integers(values: Any) -> Tensor:

@@ -135,6 +135,10 @@ void wait(State state, const char* name, const Where& where);
 // Whether both wait at the same warp function with the same mask (`b` may be about to).
 bool waits_with(const Fiber& a, const Fiber& b);
 
+// Threads that wait for one another do so at one place of the source: fails if the current one, in
+// `name` at `where`, and `other` do not.
+void check_place(const char* name, const Where& where, const Fiber& other);
+
 // Ends the launch; the message begins with the current thread.
 [[noreturn]] void fail(const std::string& message);
 std::string text(const Fiber& fiber);

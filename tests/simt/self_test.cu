@@ -145,6 +145,14 @@ __global__ void split_kernel(const float* x, int64_t n, float* hi, float* lo) {
     lo[i] = __uint_as_float(bits_lo);
 }
 
+// A product and a sum that a compiler may fuse, and the same that it may not.
+__global__ void fuse_kernel(const float* x, int64_t n, float* plain, float* rounded) {
+    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    plain[i] = x[i] * x[i] - 1;
+    rounded[i] = __fsub_rn(__fmul_rn(x[i], x[i]), 1);
+}
+
 template <typename T>
 __global__ void unpack_kernel(const uint32_t* words, int64_t n, float* values) {
     const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -242,6 +250,15 @@ __global__ void fault_kernel(int fault, float* x, int64_t n) {
         case 20:  // a read past the end by an instruction of 16 bytes
             x[i] = load_once<float4>(x + 4 * (n / 4)).y;
             break;
+        case 21:  // a shuffle in both branches
+            if (t % 32 < 7)
+                x[i] = __shfl_sync(kAllLanes, x[i], 0);
+            else
+                x[i] = __shfl_sync(kAllLanes, x[i], 0);
+            break;
+        case 22:  // a vote in both branches, on one line
+            x[i] = static_cast<float>(t % 2 ? __any_sync(kAllLanes, t) : __any_sync(kAllLanes, i));
+            break;
     }
 }
 
@@ -309,6 +326,12 @@ cudaError_t split(const float* x, int64_t n, float* hi, float* lo, cudaStream_t 
                   lo);
 }
 SIMT_EXPORT(split)
+
+cudaError_t fuse(const float* x, int64_t n, float* plain, float* rounded, cudaStream_t stream) {
+    return launch(fuse_kernel, static_cast<unsigned>(ceil_div(n, 64)), 64, 0, stream, x, n, plain,
+                  rounded);
+}
+SIMT_EXPORT(fuse)
 
 cudaError_t unpack_words(bool bfloat16, const uint32_t* words, int64_t n, float* values,
                          cudaStream_t stream) {

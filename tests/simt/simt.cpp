@@ -22,6 +22,7 @@ std::map<const void*, size_t> g_dynamic_limit;
 std::string g_report;
 unsigned g_order = 0;
 int g_processors = 3;
+size_t g_most_shared = 0;
 std::mt19937 g_random;
 jmp_buf g_scheduler;
 thread_local volatile char t_anchor;  // so that this library has thread-local storage
@@ -218,6 +219,15 @@ void wait(State state, const char* name, const Where& where) {
     if (!_setjmp(f.resume)) _longjmp(g_scheduler, 1);
 }
 
+void check_place(const char* name, const Where& where, const Fiber& other) {
+    const Where& place = other.where;
+    if (place.line() == where.line() && place.column() == where.column() &&
+        std::strcmp(place.file_name(), where.file_name()) == 0)
+        return;
+    fail(std::string(name) + " at " + text(where) + " while " + text(other) + " waits in " +
+         other.waits_at + " at " + text(place));
+}
+
 uint3 thread_index() { return g_current->thread; }
 uint3 block_index() { return g_current->block->index; }
 int lane() { return g_current->index % kWarp; }
@@ -227,11 +237,10 @@ void* dynamic_shared() { return g_current->block->storage.get() + kMargin; }
 int block_barrier(const char* name, int value, Where where) {
     Fiber& f = *g_current;
     Block& block = *f.block;
-    if (block.arrived++ == 0) block.first = &f;
-    const Where& first = block.arrived == 1 ? where : block.first->where;
-    if (first.line() != where.line() || std::strcmp(first.file_name(), where.file_name()) != 0)
-        fail(std::string(name) + " at " + text(where) + " while " + text(*block.first) +
-             " waits in " + block.first->waits_at + " at " + text(first));
+    if (block.arrived++ == 0)
+        block.first = &f;
+    else
+        check_place(name, where, *block.first);
     block.votes += value != 0;
     if (block.arrived < block.fibers.size()) {
         wait(State::kBlock, name, where);
@@ -257,9 +266,10 @@ void grid_barrier(Where where) {
 // ---- Launches ----------------------------------------------------------------------------------
 
 int processors() { return g_processors; }
+size_t most_shared() { return g_most_shared; }
 
 cudaError_t allow_dynamic_shared(const void* kernel, size_t bytes) {
-    if (bytes > kMostShared) return cudaErrorInvalidValue;
+    if (bytes > g_most_shared) return cudaErrorInvalidValue;
     g_dynamic_limit[kernel] = bytes;
     return cudaSuccess;
 }
@@ -274,7 +284,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const B
         threads > 1024 || b.z > 64)
         return cudaErrorInvalidConfiguration;
     const auto limit = g_dynamic_limit.find(kernel);
-    if (shared > (limit == g_dynamic_limit.end() ? 48 * 1024 : limit->second))
+    if (shared > g_most_shared ||
+        shared > (limit == g_dynamic_limit.end() ? 48 * 1024 : limit->second))
         return cudaErrorInvalidValue;
     if (cooperative && blocks > static_cast<size_t>(g_processors * kBlocksPerProcessor))
         return cudaErrorCooperativeLaunchTooLarge;
@@ -320,11 +331,14 @@ dim3 simt_grid_size() { return simt::g_grid->grid; }
 
 // ---- What tests call ---------------------------------------------------------------------------
 
-// Order of turns: 0 forward, 1 reverse, others shuffled from that seed.
+// Order of turns: 0 forward, 1 reverse, others shuffled from that seed. The device: how many
+// processors it has, and how many bytes of shared memory a block may ask for.
 extern "C" __attribute__((visibility("default"))) void simt_configure(unsigned order,
-                                                                      int processors) {
+                                                                      int processors,
+                                                                      size_t most_shared) {
     simt::g_order = order;
     simt::g_processors = processors;
+    simt::g_most_shared = most_shared;
 }
 
 // What happened in the latest launch; empty if it went well.

@@ -4,7 +4,8 @@
 // in an order that the test chooses. What is reported:
 //
 //   always    threads that wait for one another in vain: a barrier or a warp function that some
-//             thread of the block or lane of the mask does not reach
+//             thread of the block or lane of the mask does not reach, or reaches at another place
+//             of the source
 //   checked   (kernels compiled with -fsanitize=thread,bounds,alignment and linked without any
 //             sanitizer's library) accesses out of bounds or misaligned, races in shared and global
 //             memory, shared memory that is read before it is written
@@ -13,8 +14,9 @@
 //
 // Only the part of CUDA that npad's kernels use is here. A kernel may not use volatile variables or
 // spinning to pass data on: nothing ever runs at the same time. Numbers are those of the host:
-// products and sums are fused only where the code says fmaf. A matrix instruction truncates its sum
-// as tensor cores do.
+// products and sums are fused where the code says fmaf and, in simt_fma, wherever the compiler can,
+// as nvcc does, though perhaps not the same ones. A matrix instruction truncates its sum as tensor
+// cores do.
 #pragma once
 
 #include <algorithm>
@@ -111,9 +113,9 @@ struct Body {
 };
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const Body& body);
 cudaError_t allow_dynamic_shared(const void* kernel, size_t bytes);
-inline constexpr int kMostShared = 99 * 1024;  // what one block may have on most architectures
 inline constexpr int kBlocksPerProcessor = 2;
 int processors();
+size_t most_shared();  // bytes that a block may have
 
 template <typename To, typename From>
 inline To bits_as(From value) {
@@ -255,9 +257,10 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
+// Never fused with what is around them.
+[[gnu::noinline]] inline float __fadd_rn(float a, float b) { return a + b; }
+[[gnu::noinline]] inline float __fsub_rn(float a, float b) { return a - b; }
+[[gnu::noinline]] inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
@@ -321,6 +324,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 namespace npad::cuda::ptx {
 
 inline void* dynamic_shared() { return simt::dynamic_shared(); }
+inline void keep_memory_order() {}
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              SIMT_WHERE) {
     simt::mma(simt::Element::kTf32, c, a, b, where);
@@ -383,12 +387,8 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    constexpr int kShared = 64 * 1024;
-#else
-    constexpr int kShared = simt::kMostShared;
-#endif
-    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors() : kShared;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::processors()
+                                                         : static_cast<int>(simt::most_shared());
     return cudaSuccess;
 }
 template <typename Kernel>

@@ -1,4 +1,4 @@
-// Warp functions: the lanes that the mask names meet, and the last one works for all.
+// Warp functions: the lanes that the mask names meet at one call, and the last one works for all.
 #include <bit>
 
 #include "emulator.h"
@@ -27,6 +27,7 @@ void meet(const char* name, unsigned mask, T* mine, const Where& where,
     f.mask = mask;
     f.payload = mine;
     f.waits_at = name;
+    f.where = where;
     Lanes<T> lanes{};
     bool all = true;
     for (int l = 0; l < kWarp; ++l) {
@@ -36,7 +37,11 @@ void meet(const char* name, unsigned mask, T* mine, const Where& where,
         if (other->state == State::kReturned)
             misuse("names lane " + std::to_string(l) + ", which has returned");
         lanes[l] = static_cast<T*>(other->payload);
-        all = all && (other == &f || waits_with(*other, f));
+        if (other == &f) continue;
+        if (waits_with(*other, f))
+            check_place(name, where, *other);
+        else
+            all = false;
     }
     if (!all) return wait(State::kWarp, name, where);
     work(lanes);
