@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,5 +215,8 @@ def test_nothing_to_check(device: str, text: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.cuda
-def test_on_a_gpu() -> None:
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert succeed("check", "--device", "cuda").out.splitlines()[-1] == "cuda:0: right"
+    (verdict,) = (tmp_path / "npad").iterdir()
+    assert json.loads(verdict.read_text())["faults"] == {}

@@ -21,10 +21,10 @@ import torch
 from npad._version import __version__
 from npad.ops._extension import core, cuda
 from npad.ops._schemas import OPS
-from npad.ops.trust import children
+from npad.ops.trust import children, verdicts
 from npad.ops.trust.architectures import covers
 from npad.ops.trust.findings import Finding
-from npad.ops.trust.kept import Faults, Key, keep, kept
+from npad.ops.trust.verdicts import Faults, Key
 
 __all__ = ["check", "failed"]
 
@@ -115,7 +115,7 @@ def _judge(gpu: Gpu) -> tuple[frozenset[str], str]:
         return frozenset(), ""
     command = f"`npad check --device cuda:{gpu.index}`"
     key = gpu.key
-    faults = kept(key)
+    faults = verdicts.kept(key)
     if faults is None:
         try:
             faults = _faults(list(children.findings(gpu.uuid, full=False)))
@@ -124,7 +124,7 @@ def _judge(gpu: Gpu) -> tuple[frozenset[str], str]:
                 f"the kernels could not be checked on {gpu} and run unchecked ({error}); run "
                 f"{command}, or set NPAD_CHECK=0 to go without"
             )
-        keep(key, faults)
+        verdicts.keep(key, faults)
     if not faults:
         return frozenset(), ""
     listed = "; ".join(f"{op} ({fault})" for op, fault in faults.items())
@@ -157,5 +157,5 @@ def check(device: torch.device) -> list[Finding]:
     if gpu.uncovered:
         raise RuntimeError(gpu.uncovered)
     findings = list(children.findings(gpu.uuid, full=True))
-    keep(gpu.key, _faults(findings))
+    verdicts.keep(gpu.key, _faults(findings))
     return findings
