@@ -9,9 +9,10 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
   return()
 endif()
 if(npad_all_architectures)
-  # Machine code for each, and PTX of the newest for what comes after it.
+  # Machine code for each, and PTX of 90, 100 and the newest, of which the driver of any other GPU from
+  # there on makes its own.
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-    set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
+    set(architectures 75-real 80-real 86-real 89-real 90 100 120)
   else()
     set(architectures 75-real 80-real 86-real 89-real 90)
   endif()
