@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from simt_device import BUILD, Simt
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from npad import check
 from npad.check.__main__ import main
+from npad.check.cases import CASES
 
 planted, fault, _, extent, after = sys.argv[1:]
 
@@ -39,6 +41,8 @@ def plant(op: str, arguments: tuple[Any, ...]) -> None:
 
 
 check.SIZES, check.FEW_SIZES = (7,), ()  # type: ignore[assignment]
+for name, case in CASES.items():
+    CASES[name] = case._replace(large=partial(case.make, 20))  # for the emulator
 use(Simt(next(BUILD.glob("**/libsimt_fast.so"))), then=plant)
 if fault == "no GPU":
     sys.exit("a child process does not see the GPU")

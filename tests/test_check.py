@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import fail, npad, succeed
 from torch import Tensor
 
+import npad as npad_package
 from npad import check
+from npad.check import __main__ as child
 from npad.check.accuracy import WrongError, error_over_bound
 from npad.check.cases import CASES, tensors
 from npad.ops import _cuda, _extension, trust
@@ -133,6 +137,37 @@ def test_a_child_checks_every_op() -> None:
 def test_a_device_that_a_child_does_not_see() -> None:
     with pytest.raises(children.UncheckedError, match="does not see the GPU none-of-these"):
         list(children.findings("none-of-these", full=False))
+
+
+def test_a_gpu_that_another_process_has_to_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends before the first op, of which that says nothing."""
+
+    def busy(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"uuid-{i}")
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
+    monkeypatch.setattr(torch, "zeros", busy)
+    with pytest.raises(RuntimeError, match="busy or unavailable"):
+        child.main("uuid-0", "quick", "")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_child_imports_what_this_process_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what lies in the current folder; and it does not stop at a warning."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    program = "import os, npad, torch, warnings; print(npad.__file__, os.environ['NPAD_CHECK'])"
+    out, ended = children._run([sys.executable, "-c", f"{program}; warnings.warn('of no use')"])
+    assert (out.split(), ended) == ([npad_package.__file__, "0"], "")
 
 
 def test_a_program_without_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from simt_device import load
 from simt_wrappers import use
 
 from npad import check
-from npad.check.cases import on, tensors
+from npad.check.cases import CASES, on, tensors
 
 
 @pytest.mark.parametrize("channels", [7, 40])
@@ -41,6 +42,8 @@ def test_every_variant_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     use(load("simt_fast"), monkeypatch.setattr)
     monkeypatch.setattr(check, "SIZES", ())
     monkeypatch.setattr(check, "FEW_SIZES", (13,))
+    case = CASES[name]
+    monkeypatch.setitem(CASES, name, case._replace(large=partial(case.make, 20)))
     found = check.examine(name, torch.device("cpu"))
     assert (found.op, found.fault) == (name, None)
     assert found.error_over_bound is not None

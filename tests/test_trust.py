@@ -286,13 +286,13 @@ def plant(op: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("wrong", "size 7: the error is "),
         ("access", "npad.window_covariance: cudaErrorIllegalAddress: an illegal memory access"),
         ("crash", "the process was killed by signal 11 (Segmentation fault)"),
-        ("hang", "it was not done in 30 s"),
+        ("hang", "it was not done in 40 s"),
     ],
 )
 def test_a_planted_fault_is_found(fault: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And all others are right, whatever became of the process."""
     plant("window_covariance", fault, monkeypatch)
-    monkeypatch.setattr(children, "LIMIT", 30)
+    monkeypatch.setattr(children, "LIMIT", 40)
     found = {f.op: f.fault for f in children.findings("uuid", full=False)}
     assert list(found) == list(CASES)
     assert str(found.pop("window_covariance")).startswith(text)

@@ -29,7 +29,7 @@ def examine(name: str, device: torch.device, clock: Clock | None = None) -> Find
     ----------
     name : of the op, in `npad.check.cases`
     device : with its index
-    clock : of the device; None leaves out the large shape and the times
+    clock : of the device; None leaves out the times
 
     Returns
     -------
@@ -44,7 +44,7 @@ def examine(name: str, device: torch.device, clock: Clock | None = None) -> Find
     worst = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for label, arguments in _shapes(case, large=clock is not None):
+        for label, arguments in _shapes(case):
             try:
                 error = _error(case, device, arguments)
             except WrongError as wrong:
@@ -55,18 +55,17 @@ def examine(name: str, device: torch.device, clock: Clock | None = None) -> Find
                     name, f"{label}: the error is {error:.3g} times what is allowed", shown
                 )
             worst = max(worst, error)
-    times = {} if clock is None else clock.times(case, arguments)
+    times = {} if clock is None else clock.times(case, arguments)  # of the last, which are large
     return Finding(name, None, round(worst, 3), **times)
 
 
-def _shapes(case: Case, large: bool) -> Iterator[tuple[str, Arguments]]:
+def _shapes(case: Case) -> Iterator[tuple[str, Arguments]]:
     for size in SIZES:
         yield f"size {size}", case.make(size)
     for label, make in case.variants.items():
         for size in FEW_SIZES:
             yield f"size {size}, {label}", make(size)
-    if large:
-        yield "large", case.large()
+    yield "large", case.large()
 
 
 def _error(case: Case, device: torch.device, arguments: Arguments) -> float:

@@ -74,7 +74,7 @@ def _levels(channels: int, dtype: torch.dtype = torch.float32) -> Arguments:
 
 
 def _large_levels() -> Arguments:
-    shapes = (8, 64, 64, 64), (8, 128, 32, 32), (8, 256, 16, 16)
+    shapes = (4, 64, 64, 64), (4, 128, 32, 32), (4, 256, 16, 16)
     return *(torch.randn(s).to(memory_format=torch.channels_last) for s in shapes), (64, 64)
 
 
@@ -208,7 +208,7 @@ CASES: dict[str, Case] = {
         reference.nearest_centroid,
         _search,
         {"index": partial(_search, indexed=True), "one centroid": partial(_search, k=1)},
-        partial(_search, 100, n=2048, k=1024),
+        partial(_search, 100, n=1024, k=1024),
     ),
     "farthest_first": Case(
         ops.farthest_first,

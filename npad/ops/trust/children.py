@@ -16,7 +16,7 @@ __all__ = ["SHORT_OF_MEMORY", "UncheckedError", "findings"]
 COMMAND = ("-m", "npad.check")
 LIMIT = 300  # seconds of one child; a driver that has to compile PTX first may take a minute
 SHORT_OF_MEMORY = 75  # exit status of a child: it says nothing about the kernels
-ROOT = Path(__file__).parents[3]  # that holds the package
+ROOT = Path(__file__).parents[3]  # that holds the package, which may have been found in another way
 
 
 class UncheckedError(RuntimeError):
@@ -29,7 +29,7 @@ def findings(device: str, *, full: bool) -> Iterator[Finding]:
     Parameters
     ----------
     device : "cpu", or the UUID of a GPU that this process sees
-    full : with a large shape and times
+    full : with times
 
     Yields
     ------
@@ -70,7 +70,7 @@ def _run(command: list[str]) -> tuple[str, str]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=LIMIT,
-            cwd=ROOT,  # which is in front of PYTHONPATH before Python 3.11
+            cwd="/",  # before Python 3.11 it stands in front of PYTHONPATH
             env=_environment(),
             check=False,
         )
@@ -93,5 +93,6 @@ def _text(written: bytes | None) -> str:
 
 def _environment() -> dict[str, str]:
     """Of a child that imports what this process would, and does not check in its turn."""
-    path = os.pathsep.join([str(ROOT), *(str(Path(p).absolute()) for p in sys.path if p)])
-    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "NPAD_CHECK": "0"}
+    path = os.pathsep.join(str(Path(folder).absolute()) for folder in [*sys.path, str(ROOT)])
+    own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore", "NPAD_CHECK": "0"}
+    return os.environ | own
