@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,34 @@ def test_the_large_shape_is_timed_beside_a_copy(monkeypatch: pytest.MonkeyPatch)
     assert found.of_bandwidth is not None
     assert 0.01 < found.milliseconds < 1e4
     assert 0.001 < found.of_bandwidth < 20
+
+
+def test_on_a_gpu_an_op_is_queued_behind_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the time to launch it is not measured. Nothing waits before all is queued."""
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.place = len(queue)
+            queue.append("event")
+
+        def synchronize(self) -> None:
+            queue.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.place - self.place)
+
+    clock = check.Clock(CPU)
+    clock._device = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(clock, "_copy", lambda: queue.append("copy"))
+    seconds = clock._pair(lambda: queue.extend(["op", "op"]))
+    assert queue == ["event", "copy", "event", "op", "op", "event", "wait"]
+    assert seconds == (2.0, 3.0)
 
 
 # --- child processes ---

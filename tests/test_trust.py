@@ -20,7 +20,7 @@ from simt_wrappers import use
 from npad import ops
 from npad.atomic_file import replacing
 from npad.check.cases import CASES, tensors
-from npad.ops import _cuda, trust
+from npad.ops import _cuda, reference, trust
 from npad.ops.trust import children, verdicts
 from npad.ops.trust.architectures import covers
 from npad.ops.trust.findings import Finding
@@ -167,6 +167,17 @@ def test_no_verdict_is_no_fault_and_is_not_kept(
         with pytest.warns(RuntimeWarning, match=r"could not be checked on cuda:0 .*\(no memory\)"):
             assert trust.failed(0) == frozenset()
     assert len(made.devices) == 2
+
+
+def test_a_full_check_that_cannot_be_made_is_an_error(
+    gpu: trust.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks(monkeypatch, error="no memory")
+    for device, named in (("cuda:0", r"cuda:0 \(Fake 9000\)"), ("cpu", "cpu")):
+        message = rf"^the kernels could not be checked on {named}: no memory$"
+        with pytest.raises(RuntimeError, match=message):
+            trust.check(torch.device(device))
+    assert verdicts.kept(gpu.key) is None
 
 
 def test_a_gpu_without_code_runs_the_reference(
@@ -338,6 +349,33 @@ def test_a_wrong_kernel_never_gives_a_score(
     expected = CASES["mahalanobis"].reference(*given["mahalanobis"])
     assert torch.equal(results["mahalanobis"][0], tensors(expected)[0])
     assert launched == [name for name in CASES if name != "mahalanobis"]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("failed", [True, False])
+def test_pytorch_calls_the_kernel_or_the_reference(
+    failed: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dispatcher passes arguments in its own way; None stands for the GPU's index."""
+    monkeypatch.setitem(trust._failed, None, frozenset({name} if failed else ()))  # type: ignore[misc]
+    ran = []
+
+    def kernel(*arguments: object) -> object:
+        ran.append(name)
+        return getattr(reference, name)(*arguments)
+
+    kernel.__name__ = name
+    schema = str(getattr(torch.ops.npad, name).default._schema).replace("npad::", "npad_trust::")
+    with torch.library._scoped_library("npad_trust", "DEF") as library:
+        library.define(schema.removeprefix("npad_trust::"))
+        library.impl(name, _cuda._trusted(kernel), "CPU")
+        monkeypatch.setattr(torch.ops, "npad", torch.ops.npad_trust)
+        case = CASES[name]
+        arguments = case.make(7)
+        results = tensors(case.op(*arguments))
+    for a, b in zip(results, tensors(case.reference(*arguments)), strict=True):
+        assert torch.equal(a, b)
+    assert ran == ([] if failed else [name])
 
 
 def test_the_gpu_of_the_tensors_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,11 +151,15 @@ def check(device: torch.device) -> list[Finding]:
     RuntimeError
         The build has no code for the GPU, or the check could not be made.
     """
-    if device.type == "cpu":
-        return list(children.findings("cpu", full=True))
-    gpu = Gpu.of(device.index)
-    if gpu.uncovered:
+    gpu = Gpu.of(device.index) if device.type == "cuda" else None
+    if gpu is not None and gpu.uncovered:
         raise RuntimeError(gpu.uncovered)
-    findings = list(children.findings(gpu.uuid, full=True))
-    verdicts.keep(gpu.key, _faults(findings))
+    try:
+        findings = list(children.findings(gpu.uuid if gpu is not None else "cpu", full=True))
+    except children.UncheckedError as error:
+        raise RuntimeError(
+            f"the kernels could not be checked on {gpu or device}: {error}"
+        ) from error
+    if gpu is not None:
+        verdicts.keep(gpu.key, _faults(findings))
     return findings
