@@ -764,7 +764,7 @@ class NPad:
         scorer = self._scorer(settings, device)
         run = partial(score_in_parts, scorer)
         # The reference, where it runs on a GPU, waits for it, which no graph records.
-        if device.type != "cuda" or not (_cuda.registered and cuda_graphs.SAFE):
+        if device.type != "cuda" or not (cuda_graphs.SAFE and _cuda.run_on(device)):
             return run
         with _lock:
             kept = self._graphs

@@ -25,14 +25,6 @@ def reference_moments(x: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
     return moments
 
 
-def gaussians(grid: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
-    """Random means and well-conditioned dense lower factors: (P, C), (P, C, C)."""
-    positions = grid[0] * grid[1]
-    mean = torch.randn(positions, channels)
-    factor = torch.randn(positions, channels, channels).tril(-1) / channels**0.5
-    return mean, factor + torch.eye(channels) * (0.5 + torch.rand(positions, channels, 1))
-
-
 SINGULAR = ["constant channels", "duplicates", "large", "dead position"]
 
 

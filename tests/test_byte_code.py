@@ -67,6 +67,7 @@ def test_every_command(folder: Path, tmp_path: Path) -> None:
         ["evaluate", category, "-o", report, *SMALL],
     ]
     run(folder, "-m", "npad", "--help")
+    run(folder, "-m", "npad.check", "cpu", "quick", "anomaly_map")  # the child of `npad check`
     run(folder, "-c", RUN, folder / "npad/detector.pyc", json.dumps(commands, default=str))
     assert (report / "report.html").is_file()
 

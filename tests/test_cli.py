@@ -170,7 +170,7 @@ def test_no_centroids(category, tmp_path):
 def test_version_and_help():
     assert succeed("--version").out == f"npad {__version__}\n"
     assert succeed().out == succeed("--help").out
-    for name in ("fit", "predict", "evaluate", "demo", "backbones", "fetch", "info"):
+    for name in ("fit", "predict", "evaluate", "demo", "backbones", "fetch", "check", "info"):
         assert max(map(len, succeed(name, "--help").out.splitlines())) <= 80
 
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate
-from fitted import gaussians
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from npad import ops
+from npad.check.cases import gaussians
 from npad.ops import reference
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import OPS, tensors
+from op_cases import OPS
 
+from npad.check.cases import tensors
 from npad.ops import _cuda
 
 

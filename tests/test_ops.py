@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_cases import EMPTY, GRID, OPS, SEVERAL, moved, off_by_one, strided, tensors
+from op_cases import EMPTY, OPS, SEVERAL, moved, off_by_one, strided
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from npad import ops
+from npad.check.cases import GRID, tensors
 
 LIMIT = ops.MAX_CHANNELS
 MIXED = r"is on (\S+) but \S+ is on (?!\1)\S+; move one"

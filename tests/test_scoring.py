@@ -20,7 +20,7 @@ import torch
 
 from npad import NPad, detector
 from npad.images import Batch, ImageError
-from npad.ops import _cuda
+from npad.ops import _cuda, trust
 from npad.scoring import pipeline
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.pipeline import Run, started_ahead
@@ -176,16 +176,24 @@ def test_a_copy_records_graphs_of_its_own(model: NPad, images: np.ndarray) -> No
     assert np.array_equal(twin.predict(images).scores, model.predict(images).scores)
 
 
-@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize(
+    ("registered", "failed", "recorded"),
+    [(True, [], True), (False, [], False), (True, ["embed"], False)],
+)
 def test_only_kernels_are_recorded(
-    registered: bool, model: NPad, monkeypatch: pytest.MonkeyPatch
+    registered: bool,
+    failed: list[str],
+    recorded: bool,
+    model: NPad,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     twin, scorer = copy.copy(model), model.scorer()
     monkeypatch.setattr(twin, "_scorer", lambda settings, device: scorer)
     monkeypatch.setattr(_cuda, "registered", registered)
+    monkeypatch.setitem(trust._failed, 0, frozenset(failed))
     monkeypatch.setattr("npad.scoring.cuda_graphs.SAFE", True)  # whatever this torch is
     run = twin._on_device(twin._settings(), torch.device("cuda:0"))
-    assert isinstance(run, Graphs) is registered
+    assert isinstance(run, Graphs) is recorded
 
 
 def test_on_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

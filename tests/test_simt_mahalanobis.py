@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_accurate
-from fitted import gaussians
 from simt_device import SM90, Simt, load
 from torch import Tensor
 
+from npad.check.cases import gaussians
 from npad.ops import reference
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # in the order of DataType

@@ -171,8 +171,9 @@ inline Vec load_panels(const Int8* const* panel) {
     int64_t low, high;
     std::memcpy(&low, panel[0], sizeof low);
     std::memcpy(&high, panel[1], sizeof high);
-    const __m512i words = _mm512_cvtepi8_epi32(_mm_set_epi64x(high, low));
-    return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(words));
+    // With a mask of all lanes, since gcc 12 warns of what the plain intrinsics leave undefined.
+    const __m512i words = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_set_epi64x(high, low));
+    return __builtin_convertvector(reinterpret_cast<Lanes>(words), Vec);
 }
 #endif
 

@@ -1,4 +1,4 @@
-"""The command line: fit, predict, evaluate, demo, backbones, fetch, info."""
+"""The command line: fit, predict, evaluate, demo, backbones, fetch, check, info."""
 
 from __future__ import annotations
 
@@ -413,7 +413,34 @@ def fetch(
         print(f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
 
 
-# --- info ---
+# --- check and info ---
+
+
+@command(app, "npad.cli.kernels")
+def check(
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Torch device, such as cuda:0, or auto.")
+    ] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a report.")] = False,
+) -> None:
+    """Check that the kernels compute what they should on this machine.
+
+    Runs every op on small, odd and large shapes beside its reference in float64. Shows the error as a
+    share of what is allowed, the time of the large shape, and the share of the bandwidth of a copy.
+    """
+    from npad.cli.kernels import check_kernels, print_findings, print_json, wrong  # noqa: PLC0415
+    from npad.devices import resolve  # noqa: PLC0415
+
+    check_device(device)
+    found = resolve(device)
+    findings = check_kernels(found)
+    (print_json if as_json else print_findings)(found, findings)
+    names = wrong(findings)
+    if names:
+        raise RuntimeError(
+            f"kernels are wrong on {found}: {', '.join(names)}; please report it with what `npad check "
+            f"--device {found} --json` prints"
+        )
 
 
 @command(app, "npad.environment")

@@ -2,7 +2,9 @@
 
 Each calls a ``torch.library`` op in the namespace ``npad``, so the device of the tensors picks the
 kernel and ``torch.compile`` and ``torch.export`` see it. Where no kernel is registered for a device,
-the definition in `npad.ops.reference` runs. Arguments are checked here and nowhere else.
+the definition in `npad.ops.reference` runs; so it does on a GPU on which the kernel has failed its
+check, which the first op on a GPU makes and a RuntimeWarning tells of. Arguments are checked here and
+nowhere else.
 """
 
 from __future__ import annotations

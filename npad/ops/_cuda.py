@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from npad import devices
-from npad.ops import _outputs, _schemas
+from npad.ops import _outputs, _schemas, reference, trust
 from npad.ops._extension import aligned, bands, cuda, dense, integers, level_table, passed
 from npad.ops.axes import as_rows, leading_axes
 from npad.ops.packed import store
@@ -157,6 +159,31 @@ def resize_maps(maps: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     return resized
 
 
+def _trusted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, and the op's reference on a GPU on which that kernel must not run."""
+    op = kernel.__name__
+    definition = getattr(reference, op)
+
+    @wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        chosen = definition if op in trust.failed(_index(arguments)) else kernel
+        return chosen(*arguments)
+
+    return run
+
+
+def _index(arguments: tuple[Any, ...]) -> int:
+    """Of the GPU on which all tensors are."""
+    first = arguments[0] if arguments[0] is not None else arguments[1]  # one map may be left out
+    x = first if isinstance(first, Tensor) else first[0]  # levels are a list
+    return cast(int, x.device.index)
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether every op runs by its kernel on a GPU; where one does not, the reference waits for it."""
+    return registered and not trust.failed(device.index)
+
+
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
@@ -175,8 +202,7 @@ def register() -> bool:
             stacklevel=2,
         )
         return False
-    _schemas.register(
-        "CUDA",
+    kernels: tuple[Callable[..., Any], ...] = (
         embed,
         neighborhood_moments,
         window_covariance,
@@ -188,6 +214,7 @@ def register() -> bool:
         anomaly_map,
         resize_maps,
     )
+    _schemas.register("CUDA", *map(_trusted, kernels))
     return True
 
 

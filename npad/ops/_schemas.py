@@ -25,6 +25,7 @@ _SCHEMAS = {
     "int[2] size, float sigma) -> (Tensor, Tensor)",
     "resize_maps": "(Tensor maps, int[] heights, int[] widths) -> Tensor",
 }
+OPS = tuple(_SCHEMAS)
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"npad::{_name}", _schema)
     torch.library.impl(f"npad::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))

@@ -93,7 +93,7 @@ def store(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         steps = (values / scale[:, :, None]).nan_to_num(0, 0, 0).round()
         stored[:, first:stop] = steps.flatten(1)[:, pad : pad + stop - first]
         scales.append(scale)
-    _scales(stored, channels)[:] = torch.cat(scales, dim=1)
+    stored[:, _of_scales(channels)] = torch.cat(scales, dim=1).view(torch.int8)
     return stored
 
 
@@ -119,10 +119,16 @@ def _panels(channels: int) -> Iterator[tuple[int, int, int]]:
         first += PANEL * columns
 
 
-def _scales(stored: Tensor, channels: int) -> Tensor:
-    """(R, scales) float32, in the memory of the bytes that they follow."""
+def _of_scales(channels: int) -> slice:
+    """The bytes of a matrix that are its scales."""
     first = packed_size(channels)
-    return stored[:, first : first + 4 * n_scales(channels)].view(torch.float32)
+    return slice(first, first + 4 * n_scales(channels))
+
+
+def _scales(stored: Tensor, channels: int) -> Tensor:
+    """(R, scales) float32; a copy, since a view may start at any byte."""
+    rows = stored[:, _of_scales(channels)]
+    return rows.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 @lru_cache(maxsize=32)
