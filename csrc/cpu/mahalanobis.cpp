@@ -90,6 +90,9 @@ inline void multiply(const T* factor, const PackedLayout& layout, int64_t p0, in
         w[i] = live ? factor + layout.offset(p0 + i) + begin * kPanel : kZeros;
         step[i] = live ? kPanel : 0;
     }
+    // Panels are too short for a processor to foresee the next ones. The next group follows in
+    // memory and is about as large: it is asked for as this one is read.
+    const T* next = factor + layout.offset(p0 + kVectors * kPanels);
     Vec sums[kTile][kVectors];  // in registers, whatever else may point to acc
     for (int e = 0; e < kTile; ++e)
         for (int v = 0; v < kVectors; ++v) sums[e][v] = acc[e][v];
@@ -104,6 +107,7 @@ inline void multiply(const T* factor, const PackedLayout& layout, int64_t p0, in
                 scale[v] = scales_of(factor, layout, p0 + v * kPanels, block);
         }
         for (; j < stop; ++j) {
+            if constexpr (kTile <= kFew) __builtin_prefetch(next + j * kVectors * kLanes);
             Vec rows[kVectors];
             for (int v = 0; v < kVectors; ++v) {
                 rows[v] = load_panels(w + v * kPanels);
