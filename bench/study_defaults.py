@@ -78,7 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "16384 centroids": {"n_centroids": 16384},
     "1024 k-means centroids": {"nominal_set": "kmeans", "n_centroids": 1024},
     "factors in float32": {"factor_dtype": "float32"},
-    "factors in int8": {"factor_dtype": "int8"},
+    "factors in float16": {"factor_dtype": "float16"},
     "64 features": {"n_features": 64},
     "128 features": {"n_features": 128},
 }

@@ -102,7 +102,7 @@ class NPad:
         fusion: str | None = None,
         fusion_weight: float = 0.4,
         map_weight: float = 0.3,
-        factor_dtype: str = "float16",
+        factor_dtype: str = "int8",
         n_features: int | None = None,
         reduction: str = "pca",
         holdout: float = 0.1,

@@ -452,7 +452,7 @@ class Settings:
         live=True,
     )
     factor_dtype: str = _argument(
-        "float16",
+        "int8",
         "Storage of the Gaussians' factors; int8 has a scale for every 256 numbers.",
         "|".join(FACTOR_DTYPES),
         _one_of(*FACTOR_DTYPES),

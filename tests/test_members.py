@@ -174,6 +174,7 @@ def test_the_prefix_of_a_joint_gaussian_is_that_of_its_layers(images: np.ndarray
 def test_the_map_of_a_joint_gaussian_is_that_of_all_its_levels(images: np.ndarray) -> None:
     """As if there were no score and no prefix: one embedding of levels 2, 3 and 1."""
     known = {**SMALL, "gaussians": "joint", "eps": 0.01, "window": 3, "fusion": "mahalanobis"}
+    known |= {"factor_dtype": "float32"}
     model = NPad("filterbank", layers=(2, 3), map_layers=(1, 2, 3), **known).fit(images[:10])
     network = Backbone("filterbank", layers=(2, 3), map_layers=(1, 2, 3))
     x = torch.cat(
