@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -151,6 +152,45 @@ void test_moments_and_covariance(const Isa& isa, int64_t batch, int64_t height, 
     }
 }
 
+// Calls f(slot, byte, scale) with the places of every element of packed matrices in one of bytes.
+template <class F>
+void each_byte(const PackedLayout& layout, int64_t positions, F f) {
+    for (int64_t q = 0; q < positions; ++q)
+        for (int64_t p = 0; p < layout.panels; ++p)
+            for (int64_t k = 0; k < layout.columns(p) * npad::kPanel; ++k) {
+                const int64_t block = (k / npad::kPanel + layout.pad) / npad::kBlockColumns;
+                const int64_t scale = layout.size() + 4 * (layout.first_scale(p) + block);
+                const int64_t at = layout.offset(p) + k, matrix = q * layout.byte_size();
+                f(q * layout.size() + at, matrix + at, matrix + scale);
+            }
+}
+
+std::vector<int8_t> to_bytes(const Floats& packed, const PackedLayout& layout, int64_t positions) {
+    std::vector<int8_t> bytes(static_cast<size_t>(positions * layout.byte_size()));
+    each_byte(layout, positions, [&](int64_t slot, int64_t, int64_t scale) {
+        float largest;
+        std::memcpy(&largest, &bytes[scale], sizeof largest);
+        largest = std::max(largest, std::abs(packed[slot]) / 127);
+        std::memcpy(&bytes[scale], &largest, sizeof largest);
+    });
+    each_byte(layout, positions, [&](int64_t slot, int64_t byte, int64_t at) {
+        float scale;
+        std::memcpy(&scale, &bytes[at], sizeof scale);
+        bytes[byte] = static_cast<int8_t>(scale > 0 ? std::lround(packed[slot] / scale) : 0);
+    });
+    return bytes;
+}
+
+Floats from_bytes(const std::vector<int8_t>& bytes, const PackedLayout& layout, int64_t positions) {
+    Floats packed(static_cast<size_t>(positions * layout.size()));
+    each_byte(layout, positions, [&](int64_t slot, int64_t byte, int64_t at) {
+        float scale;
+        std::memcpy(&scale, &bytes[at], sizeof scale);
+        packed[slot] = bytes[byte] * scale;
+    });
+    return packed;
+}
+
 void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t width,
                       int64_t channels, int64_t window, int threads) {
     const PackedLayout layout(channels);
@@ -171,15 +211,22 @@ void test_mahalanobis(const Isa& isa, int64_t batch, int64_t height, int64_t wid
         rounded[i] = std::bit_cast<float>(word & 0xffff0000u);
     }
 
+    const std::vector<int8_t> bytes = to_bytes(packed, layout, positions);
+    const Floats widened = from_bytes(bytes, layout, positions);
+
     const int64_t prefix = channels / 2;                       // none of one channel
     const int64_t first = prefix > 0 ? batch * positions : 0;  // of the distances in all channels
     Floats distance(static_cast<size_t>(first + batch * positions));
-    for (const bool half : {false, true}) {
-        const Floats& w_all = half ? rounded : packed;
-        isa.kernels.mahalanobis(x.data(), batch, height, width, channels, mean.data(),
-                                half ? static_cast<const void*>(bits.data()) : packed.data(),
-                                half ? DataType::kBFloat16 : DataType::kFloat32, window, prefix,
-                                distance.data(), threads);
+    struct Stored {
+        const void* factor;
+        DataType type;
+        const Floats& values;
+    };
+    for (const auto& [factor, type, w_all] : {Stored{packed.data(), DataType::kFloat32, packed},
+                                              Stored{bits.data(), DataType::kBFloat16, rounded},
+                                              Stored{bytes.data(), DataType::kInt8, widened}}) {
+        isa.kernels.mahalanobis(x.data(), batch, height, width, channels, mean.data(), factor, type,
+                                window, prefix, distance.data(), threads);
         for (int64_t n = 0; n < batch; ++n)
             for (int64_t p = 0; p < positions; ++p) {
                 const npad::Window w(p, height, width, window);
