@@ -169,9 +169,10 @@ class MemberFit:
 
     def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
-        positions, packed = grid[0] * grid[1], ops.packed_size(channels)
+        positions, dtype = grid[0] * grid[1], self._factor_dtype
+        stored = ops.stored_size(channels, dtype) * dtype.itemsize
         devices.require(
-            positions * packed * (4 + self._factor_dtype.itemsize),
+            positions * (4 * ops.packed_size(channels) + stored),
             x.device,
             "NPad.fit",
             f"a Gaussian of {channels} channels at each of {positions} positions",

@@ -82,7 +82,7 @@ def test_what_cannot_fit_is_refused_before_the_work(
     monkeypatch.setattr(devices, "free_bytes", lambda device: 100_000)
     with pytest.raises(
         MemoryError,
-        match=r"^NPad\.fit: a Gaussian of 51 channels at each of 64 positions needs 581 KB, 100 KB "
+        match=r"^NPad\.fit: a Gaussian of 51 channels at each of 64 positions needs 486 KB, 100 KB "
         r"are free on cpu; use gaussians='per_layer', or lower n_features or",
     ):
         NPad("filterbank", **SMALL, gaussians="joint").fit(images)
