@@ -12,7 +12,7 @@ import time
 from functools import partial
 from typing import Any
 
-from simt_device import BUILD, Simt
+from simt_device import BUILD, SM86, Simt
 from simt_wrappers import use
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def plant(op: str, arguments: tuple[Any, ...]) -> None:
 check.SIZES, check.FEW_SIZES = (7,), ()  # type: ignore[assignment]
 for name, case in CASES.items():
     CASES[name] = case._replace(large=partial(case.make, 20))  # for the emulator
-use(Simt(next(BUILD.glob("**/libsimt_fast.so"))), then=plant)
+use(Simt(next(BUILD.glob("**/libsimt_fast.so")), SM86), then=plant)
 if fault == "no GPU":
     sys.exit("a child process does not see the GPU")
 sys.exit(main("cpu", extent, after))
