@@ -43,9 +43,8 @@ def _device(name: str) -> torch.device:
     for i in range(torch.cuda.device_count()):
         if str(torch.cuda.get_device_properties(i).uuid) == name:
             torch.cuda.set_device(i)
-            torch.zeros(
-                1, device="cuda"
-            ).cpu()  # where another process has it to itself, nothing runs
+            # Where another process has the GPU to itself, nothing runs.
+            torch.zeros(1, device="cuda").cpu()
             return torch.device("cuda", i)
     sys.exit(f"a child process does not see the GPU {name}")
 

@@ -299,10 +299,10 @@ def demo(
     from npad.features import offline  # noqa: PLC0415
 
     _set_threads(threads)
-    here = offline.version() is not None
-    network = arguments.setdefault("backbone", offline.NETWORK if here else "filterbank")
+    stands_in = "backbone" not in arguments and offline.version() is None
+    arguments.setdefault("backbone", "filterbank" if stands_in else offline.NETWORK)
     makers = _makers(arguments, seeds, quiet)
-    if network == "filterbank" and not here:
+    if stands_in:
         text = "no pre-trained network is installed, so a fixed filter bank stands in"
         tell("note", f"{text}; {offline.INSTALL} brings one")
     seed = arguments.get("seed", 0)
