@@ -20,6 +20,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # These tests are the check: what is wrong on this GPU must fail, not be replaced by the reference.
 os.environ["NPAD_CHECK"] = "0"
 
+# Processes beside each other share the cores, and so do those that their tests start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
 # A kernel that fails to load must fail the suite, not pass on the reference.
 # Those ending in _vnni have a kernel of their own for nearest_centroid only.
 ISAS = [name for name in core.isas() if not name.endswith("_vnni")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import platform
 import shutil
@@ -117,13 +118,16 @@ def build() -> str:
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if cmake is None or compiler is None:
         return "cmake is not installed" if cmake is None else "there is no C++ compiler"
-    for command in (
-        [cmake, "-S", ROOT, "-B", BUILD, "-DNPAD_BUILD_TESTS=ON", "-DNPAD_CUDA=OFF"],
-        [cmake, "--build", BUILD, "--target", *LIBRARIES],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{done.stdout}{done.stderr}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests may run in several processes
+        for command in (
+            [cmake, "-S", ROOT, "-B", BUILD, "-DNPAD_BUILD_TESTS=ON", "-DNPAD_CUDA=OFF"],
+            [cmake, "--build", BUILD, "--target", *LIBRARIES],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{done.stdout}{done.stderr}")
     return ""
 
 
