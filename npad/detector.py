@@ -29,7 +29,6 @@ from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
 from npad.old_models import upgraded
 from npad.ops import _cuda
-from npad.scoring import cuda_graphs
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.pipeline import (
     MapSize,
@@ -103,7 +102,7 @@ class NPad:
         fusion_weight: float = 0.4,
         map_weight: float = 0.3,
         factor_dtype: str = "int8",
-        n_features: int | None = None,
+        n_features: int | str | None = "auto",
         reduction: str = "pca",
         holdout: float = 0.1,
         seed: int = 0,
@@ -764,7 +763,7 @@ class NPad:
         scorer = self._scorer(settings, device)
         run = partial(score_in_parts, scorer)
         # The reference, where it runs on a GPU, waits for it, which no graph records.
-        if device.type != "cuda" or not (cuda_graphs.SAFE and _cuda.run_on(device)):
+        if device.type != "cuda" or not _cuda.run_on(device):
             return run
         with _lock:
             kept = self._graphs
@@ -837,11 +836,12 @@ def _tell_of_depth(images: ImageSource, settings: Settings) -> None:
 
 
 def _check_features(settings: Settings, networks: Sequence[Backbone]) -> None:
+    n = settings.fixed_features
     for network in networks:
-        if settings.n_features is not None and settings.n_features > network.channels:
+        if n is not None and n > network.channels:
             raise ValueError(
-                f"NPad: n_features={settings.n_features} is more than the {network.channels} channels "
-                f"of {network.name}; give at most that, or None"
+                f"NPad: n_features={n} is more than the {network.channels} channels of "
+                f"{network.name}; give at most that, or None"
             )
 
 

@@ -25,11 +25,13 @@ class Recorder:
     """Stands in for torch.cuda.graph and its graphs: replaying writes into what was recorded."""
 
     def __init__(self) -> None:
-        self.recorded: list[int] = []  # batches
+        self.tried: list[int] = []  # batches
+        self.recorded: list[int] = []
         self.replayed: list[int] = []
         self.fails = False
 
     def record(self, function: Callable[..., Any], x: Tensor, shared: Any) -> Any:
+        self.tried.append(len(x))
         if self.fails:
             return None
         source = x.clone()
@@ -47,7 +49,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    shared = SimpleNamespace(stream=Stream(), lock=threading.Lock())
+    shared = SimpleNamespace(stream=Stream(), lock=threading.Lock(), records=True)
     monkeypatch.setattr(cuda_graphs, "_device", lambda device: shared)
     monkeypatch.setattr(cuda_graphs, "_record", recorder.record)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -100,16 +102,42 @@ def test_what_cannot_be_recorded_runs_as_it_is(recorder: Recorder) -> None:
     for _ in range(3):
         x = torch.randn(2, 5)
         assert torch.equal(graphs(x)[0], 2 * x)
-    assert recorder.replayed == []
+    assert (recorder.tried, recorder.replayed) == ([2], [])
 
 
-def test_a_failed_recording_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failure_nothing_more_is_recorded_and_what_was_is_replayed(
+    recorder: Recorder,
+) -> None:
+    """By any model on that GPU."""
+    graphs, others = Graphs(double), Graphs(double)
+    graphs(torch.ones(1, 2))
+    recorder.fails = True
+    graphs(torch.ones(2, 2))
+    recorder.fails = False
+    for x in (torch.ones(3, 2), torch.ones(2, 2), torch.ones(1, 2)):
+        assert torch.equal(graphs(x)[0], 2 * x)
+        assert torch.equal(others(x)[0], 2 * x)
+    assert (recorder.tried, recorder.replayed) == ([1, 2], [1])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_failed_recording_says_why(left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the allocator leaves its pool, if it has not done so by itself."""
+    pools = []
+
+    def end(device: int | None, pool: str) -> None:
+        pools.append(pool)
+        if left:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
 
     def short(x: Tensor) -> tuple[Tensor, ...]:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    shared: Any = SimpleNamespace(stream=None, pool=None)
+    shared: Any = SimpleNamespace(stream=None, pool="shared")
     with pytest.warns(RuntimeWarning, match=r"batch of 7 could not .* \(CUDA out of memory"):
         assert cuda_graphs._record(short, torch.ones(7, 2), shared) is None
+    assert pools == ["shared"]

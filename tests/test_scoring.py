@@ -191,7 +191,6 @@ def test_only_kernels_are_recorded(
     monkeypatch.setattr(twin, "_scorer", lambda settings, device: scorer)
     monkeypatch.setattr(_cuda, "registered", registered)
     monkeypatch.setitem(trust._failed, 0, frozenset(failed))
-    monkeypatch.setattr("npad.scoring.cuda_graphs.SAFE", True)  # whatever this torch is
     run = twin._on_device(twin._settings(), torch.device("cuda:0"))
     assert isinstance(run, Graphs) is recorded
 

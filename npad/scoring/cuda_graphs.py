@@ -6,25 +6,22 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SAFE", "Graphs"]
+__all__ = ["Graphs"]
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
-
-# Before PyTorch 2.12, a recording that fails leaves the allocator unable to free memory.
-SAFE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 _recording = threading.Lock()  # torch allows one recording at a time, whatever the GPU
 KEPT = 4  # shapes: the batch, the rest of a folder, one image, and one to spare
 
 
-@dataclass(frozen=True, eq=False)
 class _Device:
     """What all graphs of a GPU share.
 
@@ -32,14 +29,11 @@ class _Device:
     results of every batch size of every model.
     """
 
-    device: torch.device
-    stream: Any = field(init=False)
-    pool: Any = field(init=False)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stream", torch.cuda.Stream(self.device))
-        object.__setattr__(self, "pool", torch.cuda.graph_pool_handle())
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.lock = threading.Lock()
+        self.records = True  # until a recording has failed
 
 
 _device = cache(_Device)
@@ -55,7 +49,8 @@ class _Graph:
 class Graphs:
     """A function on a GPU, recorded as one CUDA graph for each of the latest few input shapes.
 
-    The first call with a shape runs the function as it is and records it; later ones replay it. Safe
+    The first call with a shape runs the function as it is and records it; later ones replay it. Once a
+    recording has failed, nothing more is recorded on that GPU: what is not recorded runs as it is. Safe
     from several threads and streams: the results are copies, ready for the caller's stream.
 
     Parameters
@@ -66,7 +61,7 @@ class Graphs:
 
     def __init__(self, function: Function) -> None:
         self._function = function
-        self._graphs: OrderedDict[torch.Size, _Graph | None] = OrderedDict()
+        self._graphs: OrderedDict[torch.Size, _Graph] = OrderedDict()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Call the function; nothing waits for the GPU."""
@@ -85,21 +80,27 @@ class Graphs:
     def _run(self, x: Tensor, shared: _Device) -> tuple[Tensor, ...]:
         if x.shape not in self._graphs:
             results = self._function(x)  # what is set up at a first call must not be recorded
-            while len(self._graphs) >= KEPT:
-                self._graphs.popitem(last=False)
-            self._graphs[x.shape] = _record(self._function, x, shared)
+            if shared.records:
+                self._keep(x, shared)
             return results
         self._graphs.move_to_end(x.shape)
         graph = self._graphs[x.shape]
-        if graph is None:
-            return self._function(x)
         graph.source.copy_(x)
         graph.graph.replay()
         return tuple(result.clone() for result in graph.results)
 
+    def _keep(self, x: Tensor, shared: _Device) -> None:
+        while len(self._graphs) >= KEPT:
+            self._graphs.popitem(last=False)
+        graph = _record(self._function, x, shared)
+        if graph is None:
+            shared.records = False
+        else:
+            self._graphs[x.shape] = graph
+
 
 def _record(function: Function, x: Tensor, shared: _Device) -> _Graph | None:
-    """The graph, or None where it cannot be made: the function then goes on running as it is."""
+    """The graph, or None where it cannot be made."""
     with torch.inference_mode(False):  # what was made inside it could not be written to outside
         source = x.clone()
     graph = torch.cuda.CUDAGraph()
@@ -113,12 +114,24 @@ def _record(function: Function, x: Tensor, shared: _Device) -> _Graph | None:
         ):
             results = function(source)
     except RuntimeError as error:
+        _leave(x.device, shared.pool)
         reason = str(error.__context__ or error).strip().splitlines()[0]
         warnings.warn(
             f"npad: the work on a batch of {len(x)} could not be recorded as a CUDA graph ({reason}); "
-            "it runs without one, a little slower",
+            f"until this process ends, what is not recorded yet runs without one on {x.device}, a "
+            "little slower",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
     return _Graph(graph, source, results)
+
+
+def _leave(device: torch.device, pool: Any) -> None:
+    """Let the allocator leave the pool of a recording that has failed.
+
+    Before PyTorch 2.12 it stays there, and gives back no memory that two streams have used. Where it
+    has left already, it says so by an error.
+    """
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
