@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1024 k-means centroids": {"nominal_set": "kmeans", "n_centroids": 1024},
     "factors in float32": {"factor_dtype": "float32"},
     "factors in float16": {"factor_dtype": "float16"},
+    "all features": {"n_features": None},
     "64 features": {"n_features": 64},
     "128 features": {"n_features": 128},
 }
@@ -207,8 +208,8 @@ def too_large(settings: Settings, networks: Sequence[Backbone]) -> bool:
     """Whether its statistics are beyond what is tried here; or there are no features to leave out."""
     wanted = levels_of(networks[0], settings)
     channels = sum(wanted.level_channels[level] for level in wanted.map_layers)
-    if settings.n_features is not None:
-        return settings.n_features >= networks[0].channels
+    if settings.fixed_features is not None:
+        return settings.fixed_features >= networks[0].channels
     if settings.gaussians != "joint":
         return False
     height, width = networks[0].grid(settings.size)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from npad import NPad, devices
+from npad.cli.program import parsed
 from npad.features.backbone import levels_in_parts
 from npad.images.source import ImageSource
 from npad.scoring import fusion
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="wide_resnet50_2")
     parser.add_argument("--weights", type=Path, help="of the backbone; random where not given")
     parser.add_argument("--data", type=Path, help="a folder of images; random where not given")
-    parser.add_argument("--n-features", type=int)
+    parser.add_argument("--n-features", type=parsed("n_features"), default="auto")
     parser.add_argument("--trace", type=Path, help="file for the profiler's trace")
     args = parser.parse_args()
     if args.weights is None and args.backbone != "wide_resnet50_2":

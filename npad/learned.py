@@ -62,14 +62,14 @@ class LearnedTensor:
     shape : of symbols, see `LearnedMember.expected`
     dtype : its name, or the name of the setting that holds it
     meaning : a line for the docs
-    when : whether a member of a model of these settings has it
+    when : whether a member has it
     """
 
     name: str
     shape: tuple[str, ...]
     dtype: str
     meaning: str
-    when: Callable[[Settings, Member], bool]
+    when: Callable[[LearnedMember], bool]
 
     def torch_dtype(self, settings: Settings) -> torch.dtype:
         """The dtype in a model of these settings."""
@@ -78,7 +78,7 @@ class LearnedTensor:
         return dtype
 
 
-def _tensor(shape: str, dtype: str, meaning: str, when: Callable[[Settings, Member], bool]) -> Any:
+def _tensor(shape: str, dtype: str, meaning: str, when: Callable[[LearnedMember], bool]) -> Any:
     known = {"shape": tuple(shape.split(", ")), "dtype": dtype, "meaning": meaning, "when": when}
     return field(default=None, metadata={"tensor": known})
 
@@ -122,23 +122,26 @@ class LearnedMember:
     grid: tuple[int, int] = _value("(H, W) of the embeddings", _grid)
     eps: float | None = _value("the eps in use; None where no Gaussian is", _eps)
     window: int | None = _value("the training window in use; as eps", _count_or_none)
+    n_features: int | None = _value(
+        "dimensions to which the embedding is reduced; None where all are kept", _count_or_none
+    )
     projection: Tensor | None = _tensor(
         "D, C",
         "float32",
-        "axes to which D channels are reduced, with n_features",
-        lambda settings, _: settings.n_features is not None,
+        "axes to which D channels are reduced",
+        lambda learned: learned.n_features is not None,
     )
     mean: Tensor | None = _tensor(
-        "P, C", "float32", "means of the Gaussians", lambda _, member: member.gaussian
+        "P, C", "float32", "means of the Gaussians", lambda learned: learned.member.gaussian
     )
     factor: Tensor | None = _tensor(
         "P, stored",
         "factor_dtype",
         "inverse Cholesky factors of their covariances, packed lower triangles; of int8, with scales",
-        lambda _, member: member.gaussian,
+        lambda learned: learned.member.gaussian,
     )
     centroids: Tensor | None = _tensor(
-        "K, E", "float32", "the nominal set", lambda _, member: member.nominal_set
+        "K, E", "float32", "the nominal set", lambda learned: learned.member.nominal_set
     )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -161,15 +164,17 @@ class LearnedMember:
         if self.centroids is not None:
             found.append(f"{self.n_centroids} centroids")
         levels = ", ".join(map(str, self.member.levels))
-        return f"{of} {levels}, {self.channels} channels: {', '.join(found)}"
+        kept = "" if self.n_features is None else f" in {self.n_features} dimensions"
+        return f"{of} {levels}, {self.channels} channels{kept}: {', '.join(found)}"
 
     def used_by(self, settings: Settings) -> LearnedMember | None:
         """What a model of these settings needs of it, if anything."""
         part = self.member.used_by(settings.fusion)
         if part is None:
             return None
-        unused: dict[str, Any] = {t.name: None for t in TENSORS if not t.when(settings, part)}
-        return replace(self, member=part, **unused)
+        used = replace(self, member=part)
+        unused: dict[str, Any] = {t.name: None for t in TENSORS if not t.when(used)}
+        return replace(used, **unused)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
@@ -179,6 +184,7 @@ class LearnedMember:
             "grid": list(self.grid),
             "eps": self.eps,
             "window": self.window,
+            "n_features": self.n_features,
             "n_centroids": self.n_centroids,
         }
 
@@ -186,7 +192,7 @@ class LearnedMember:
         self, settings: Settings, n_centroids: int
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor."""
-        reduced = min(settings.n_features or self.channels, self.channels)
+        reduced = self.n_features or self.channels
         sizes = {
             "P": self.grid[0] * self.grid[1],
             "D": self.channels,
@@ -198,7 +204,7 @@ class LearnedMember:
         return {
             t.name: (t.torch_dtype(settings), tuple(sizes[symbol] for symbol in t.shape))
             for t in TENSORS
-            if t.when(settings, self.member)
+            if t.when(self)
         }
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops, progress
-from npad.features.projection import principal_axes
+from npad.features.projection import leading_axes, principal_axes
 from npad.learned import LearnedMember
 from npad.members import Member
 from npad.ops.axes import random_axes
 from npad.scoring.scorer import distances, reduce
-from npad.settings import Settings
+from npad.settings import KEPT_VARIANCE, MOST_FEATURES, Settings
 from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_images
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
@@ -39,14 +39,16 @@ class MemberFit:
     Attributes
     ----------
     n_images : images so far
-    projection : (D, C) float32, to which embeddings are reduced; None before it is chosen, or where
-        all features are kept
+    projection : (D, C) float32, to which embeddings are reduced as they come; None before it is
+        chosen, and without a number of ``n_features`` below D
 
     Notes
     -----
     A share of the images is held out from the statistics until `end_holdout` has chosen window and eps
-    on them; then they are fitted too. With principal axes, embeddings wait until there
-    are `AXES_IMAGES` of them, unless `choose_axes` came before.
+    on them; then they are fitted too. With a number of principal axes, embeddings wait until there
+    are `AXES_IMAGES` of them, unless `choose_axes` came before. With ``n_features="auto"`` the
+    statistics are those of all channels, and the axes are chosen from them at the end: a fit that goes
+    on, or is merged, is exact, and no image is looked at twice.
     """
 
     def __init__(self, settings: Settings, member: Member) -> None:
@@ -113,7 +115,7 @@ class MemberFit:
                 self._choose_axes(chain([first], rest))
 
     def _needs_axes(self) -> bool:
-        return self.settings.n_features is not None and self.projection is None
+        return self._reduces and self.projection is None
 
     def _begin(self, x: Tensor) -> None:
         """Look at embeddings as they come."""
@@ -130,16 +132,20 @@ class MemberFit:
                 )
             return
         self._grid, self._n_channels = grid, channels
-        if self.settings.n_features is not None and self.settings.reduction == "random":
+        if self._reduces and self.settings.reduction == "random":
             generator = torch.Generator().manual_seed(self.settings.seed)
             axes = random_axes(channels, self._n_features, generator)
             self.projection = axes.contiguous().to(x.device)  # as it is read from a file
 
     @property
     def _n_features(self) -> int:
-        """Dimensions to which embeddings are reduced."""
-        assert self.settings.n_features is not None
-        return min(self.settings.n_features, self._n_channels)
+        """Dimensions of the embeddings of which something is learned."""
+        return min(self.settings.fixed_features or self._n_channels, self._n_channels)
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether embeddings are reduced as they come."""
+        return self._n_features < self._n_channels
 
     def _choose_axes(self, embeddings: Iterable[Tensor]) -> None:
         self.projection = principal_axes(embeddings, self._n_features)
@@ -170,7 +176,8 @@ class MemberFit:
     def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
         positions, dtype = grid[0] * grid[1], self._factor_dtype
-        stored = ops.stored_size(channels, dtype) * dtype.itemsize
+        kept = min(channels, MOST_FEATURES) if self._reduces_at_the_end else channels
+        stored = ops.stored_size(kept, dtype) * dtype.itemsize
         devices.require(
             positions * (4 * ops.packed_size(channels) + stored),
             x.device,
@@ -254,6 +261,7 @@ class MemberFit:
                 "rounding, so that no spread can be learned; fit images of different parts"
             )
         mean, factor = self._gaussians()
+        axes = self._axes
         assert self._grid is not None
         return LearnedMember(
             member=self.member,
@@ -261,7 +269,8 @@ class MemberFit:
             grid=self._grid,
             eps=self._eps if self._gaussian is not None else None,
             window=None if self._gaussian is None else self._gaussian.window,
-            projection=self.projection,
+            n_features=None if axes is None else axes.shape[1],
+            projection=axes,
             mean=mean,
             factor=factor,
             centroids=self._centroids(),
@@ -287,7 +296,9 @@ class MemberFit:
         x = torch.stack(self._held_out.kept)
         if self._gaussian is not None and self._chooses:
             eps = None if self.settings.eps == "auto" else float(self.settings.eps)
-            _, self._eps = self._gaussian.choose(x, self.settings.windows, eps)
+            self._choose_axes_of(self._gaussian)
+            reduced = reduce(x, self._gaussian.axes)
+            _, self._eps = self._gaussian.choose(reduced, self.settings.windows, eps)
         found = self._distances(x) if self.settings.fusion == "sum" else None
         self._held_out.kept.clear()
         self._add(x)
@@ -297,6 +308,8 @@ class MemberFit:
         """To what has been fitted so far, which is then let go."""
         mean, factor = self._gaussians()
         window, prefix = self.settings.score_window, self.member.prefix
+        if self._gaussian is not None:
+            x = reduce(x, self._gaussian.axes)
         return distances(x, mean, factor, self._centroids(), window, prefix)
 
     def _leave_enough(self) -> None:
@@ -318,6 +331,7 @@ class MemberFit:
         """Means and factors."""
         if self._gaussian is None:
             return None, None
+        self._choose_axes_of(self._gaussian)
         positions = len(self._gaussian.count)
         while True:
             try:
@@ -327,6 +341,23 @@ class MemberFit:
                 if self.settings.eps != "auto":
                     raise
                 self._eps = error.enough  # it was chosen on a sample of positions
+
+    @property
+    def _reduces_at_the_end(self) -> bool:
+        """Whether the Gaussians, who share the embedding with no one, may be given fewer dimensions."""
+        return self.settings.reduces_gaussians and not self.member.nominal_set
+
+    def _choose_axes_of(self, gaussian: NeighborhoodGaussian) -> None:
+        """Those of what it has seen so far, for what it gives."""
+        if self._reduces_at_the_end:
+            covariance = gaussian.covariance()
+            gaussian.axes = leading_axes(covariance, KEPT_VARIANCE, MOST_FEATURES)
+
+    @property
+    def _axes(self) -> Tensor | None:
+        """To which a model reduces embeddings."""
+        at_the_end = None if self._gaussian is None else self._gaussian.axes
+        return self.projection if at_the_end is None else at_the_end
 
     def _centroids(self) -> Tensor | None:
         if self._nominal is None:

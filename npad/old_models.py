@@ -25,9 +25,19 @@ def upgraded(
     TypeError
         As KeyError.
     """
-    if "members" in header:
-        return header, tensors
-    return _from_version_1(header), {f"0.{name}": tensor for name, tensor in tensors.items()}
+    if "members" not in header:
+        header = _from_version_1(header)
+        tensors = {f"0.{name}": tensor for name, tensor in tensors.items()}
+    if any("n_features" not in member for member in header["members"]):
+        header = _with_features(header)
+    return header, tensors
+
+
+def _with_features(header: Mapping[str, Any]) -> dict[str, Any]:
+    """To how many dimensions the embedding of each member is reduced: once a matter of settings."""
+    n = header["settings"]["n_features"]
+    members = [m | {"n_features": n and min(n, m["channels"])} for m in header["members"]]
+    return {**header, "members": members}
 
 
 def _from_version_1(header: Mapping[str, Any]) -> dict[str, Any]:

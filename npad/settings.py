@@ -38,6 +38,10 @@ REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
 
+# Of n_features="auto".
+KEPT_VARIANCE: Final = 0.999  # see bench/study_features.py
+MOST_FEATURES: Final = 192
+
 
 def uses_gaussians(fusion: str) -> bool:
     """Whether the Mahalanobis map is part of a fusion."""
@@ -246,6 +250,10 @@ def _parse_number(text: str) -> float:
 
 def _parse_auto_or(number: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == "auto" else number(text)
+
+
+def _parse_features(text: str) -> int | str | None:
+    return None if text == "all" else _parse_auto_or(int)(text)
 
 
 def _parse_nominal_set(text: str) -> str | None:
@@ -457,18 +465,19 @@ class Settings:
         "|".join(FACTOR_DTYPES),
         _one_of(*FACTOR_DTYPES),
     )
-    n_features: int | None = _argument(
-        None,
-        "Dimensions to which embeddings are reduced.",
-        "N",
-        _or_none(_count),
-        int,
-        unset="all",
+    n_features: int | str | None = _argument(
+        "auto",
+        "Dimensions to which embeddings are reduced. auto keeps, of each layer's Gaussians, the "
+        f"principal components that hold {KEPT_VARIANCE} of the nominal variance, {MOST_FEATURES} at "
+        "most, and all of the nominal set; with gaussians='joint' it keeps all.",
+        "auto|N|all",
+        _or_none(_auto_or(_int("'auto', None or an int of at least 1", lambda n: n >= 1))),
+        _parse_features,
     )
     reduction: str = _argument(
         "pca",
-        "How embeddings are reduced, with n_features: by principal axes of a sample of nominal "
-        "embeddings, or by random orthogonal ones.",
+        "How embeddings are reduced, with a number of n_features: by principal axes of a sample of "
+        "nominal embeddings, or by random orthogonal ones.",
         "|".join(REDUCTIONS),
         _one_of(*REDUCTIONS),
     )
@@ -550,10 +559,15 @@ class Settings:
                 f"NPad: weights must be one file for each of {', '.join(names)}, in this order and "
                 f"None where a backbone needs none, got {given}"
             )
-        if self.gaussians == "joint" and self.n_features is not None and self.map_layers:
+        if self.gaussians == "joint" and self.fixed_features is not None and self.map_layers:
             raise ValueError(
                 "NPad: n_features mixes the channels of all layers, and gaussians='joint' with "
                 "map_layers needs them apart; leave out one, or use gaussians='per_layer'"
+            )
+        if self.reduction == "random" and self.n_features == "auto":
+            raise ValueError(
+                "NPad: reduction='random' has no order by which n_features='auto' could choose; give "
+                "a number of n_features, or use reduction='pca'"
             )
         if self.holdout == 0 and (self.chooses_eps or self.fusion == "sum"):
             raise ValueError(
@@ -579,7 +593,7 @@ class Settings:
     @property
     def levels_of_maps(self) -> tuple[int, ...] | None:
         """`map_layers` as a backbone takes it: none where no Gaussian uses them."""
-        joined = self.gaussians == "joint" and self.n_features is not None
+        joined = self.gaussians == "joint" and self.fixed_features is not None
         return () if joined or not uses_gaussians(self.fusion) else self.map_layers
 
     @property
@@ -610,7 +624,17 @@ class Settings:
     @property
     def chooses_axes(self) -> bool:
         """Whether axes are chosen on nominal embeddings."""
-        return self.n_features is not None and self.reduction == "pca"
+        return self.fixed_features is not None and self.reduction == "pca"
+
+    @property
+    def fixed_features(self) -> int | None:
+        """To how many dimensions embeddings are reduced before anything is learned of them."""
+        return self.n_features if isinstance(self.n_features, int) else None
+
+    @property
+    def reduces_gaussians(self) -> bool:
+        """Whether Gaussians are reduced once they are learned."""
+        return self.n_features == "auto" and self.gaussians == "per_layer"
 
     def changed_by(self, given: Mapping[str, Any]) -> Settings:
         """These of a fitted model, but for the arguments given that it heeds."""

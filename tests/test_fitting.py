@@ -96,6 +96,63 @@ def test_what_is_learned_has_the_shapes_that_are_said(arguments: dict[str, objec
         assert found == expected
 
 
+@pytest.fixture
+def small_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a Gaussian of ten channels were large."""
+    monkeypatch.setattr("npad.member_fit.MOST_FEATURES", 2)
+
+
+def gaussian_fit(x: Tensor, **arguments: object) -> Fit:
+    """A Gaussian of its own, as each layer has."""
+    fit = Fit(settings(**arguments), [Member(0, (2,), own_grid=True, nominal_set=False)])
+    for part in x.split(7):
+        fit.update(embeddings=[part])
+    return fit
+
+
+@pytest.mark.usefixtures("small_most")
+@pytest.mark.parametrize("fusion", ["product", "sum"])
+def test_large_gaussians_are_reduced_at_the_end(fusion: str) -> None:
+    """As one of embeddings that were reduced before, by the axes of all of them."""
+    x, arguments = embeddings(60), {"fusion": fusion, "holdout": 0.3}
+    learned = gaussian_fit(x, **arguments).finalize()
+    (member,) = learned.members
+    assert member.projection is not None
+    assert (member.n_features, member.channels) == (2, CHANNELS)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in member.tensors().items()}
+    assert found == member.expected(settings(), 0)
+    axes = principal_axes([x], 2)
+    cosines = (member.projection * axes).sum(0).abs()
+    torch.testing.assert_close(cosines, torch.ones(2), rtol=0, atol=1e-4)
+    reduced = gaussian_fit(x @ member.projection, **arguments, n_features=None).finalize()
+    (same,) = reduced.members
+    assert member.window == same.window
+    torch.testing.assert_close(member.mean, same.mean, rtol=1e-3, atol=1e-4)
+    for kind, moments in (learned.standardization or {}).items():
+        assert reduced.standardization is not None
+        assert moments.mean == pytest.approx(reduced.standardization[kind].mean, rel=0.1)
+
+
+@pytest.mark.usefixtures("small_most")
+def test_reduced_gaussians_of_parts_that_merge_are_those_of_the_whole() -> None:
+    """Axes and all: none was chosen before."""
+    x, arguments = embeddings(90), {"eps": 0.01, "window": 3, "holdout": 0.3}
+    (whole,) = gaussian_fit(x, **arguments).finalize().members
+    first, second = (gaussian_fit(part, **arguments) for part in x.split([31, 59]))
+    first.finalize()  # which holds out no longer
+    (merged,) = first.merge(second).finalize().members
+    sign = (whole.projection * merged.projection).sum(0).sign()
+    torch.testing.assert_close(merged.projection * sign, whole.projection, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged.mean * sign, whole.mean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("small_most")
+def test_who_shares_the_embedding_keeps_all_of_it() -> None:
+    for member in new().update(embeddings=views(embeddings(20))).finalize().members:
+        assert member.n_features is None
+        assert member.projection is None
+
+
 @pytest.mark.parametrize("arguments", CASES)
 @pytest.mark.parametrize("stop", [1, 20, 63, 64, 90])
 def test_a_fit_that_is_written_down_goes_on_as_if_it_had_not_stopped(
@@ -224,7 +281,8 @@ def test_more_features_than_there_are_channels() -> None:
     ):
         model.fit(images)
     model.set_params(n_features=20).fit(images)  # of a layer there are 17
-    assert [m.projection.shape for m in model.members_] == [(17, 17)] * 3 + [(51, 20)]
+    assert [m.n_features for m in model.members_] == [None, None, None, 20]
+    assert [m.projection.shape for m in model.members_ if m.n_features] == [(51, 20)]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 100])

@@ -54,6 +54,28 @@ def test_merging_with_nothing_changes_nothing() -> None:
     torch.testing.assert_close(fresh.scatter, scatter)
 
 
+def test_the_covariance_of_all_embeddings() -> None:
+    x = torch.randn(20, *GRID, 9) @ torch.randn(9, 9) + 5 * torch.randn(*GRID, 9)
+    expected = np.cov(x.double().reshape(-1, 9).numpy(), rowvar=False, ddof=0)
+    np.testing.assert_allclose(fit(x).covariance(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_in_axes_it_is_the_gaussian_of_reduced_embeddings(window: int) -> None:
+    axes, _ = torch.linalg.qr(torch.randn(9, 4))
+    x = torch.randn(25, *GRID, 9) + torch.randn(*GRID, 9)
+    held_out = torch.randn(8, *GRID, 9)
+    whole, reduced = fit(x, window), fit(x @ axes, window)
+    whole.axes = axes
+    chosen, expected = (
+        g.choose(h, [window]) for g, h in ((whole, held_out @ axes), (reduced, held_out @ axes))
+    )
+    assert chosen == pytest.approx(expected, rel=1e-4)
+    for found, same in zip(whole.finalize(0.01), reduced.finalize(0.01), strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-3, atol=1e-4)
+    assert whole.scatter.shape[1] > reduced.scatter.shape[1]  # the statistics are of all
+
+
 def test_merge_rejects_another_grid() -> None:
     with pytest.raises(ValueError, match=r"other has grid \(2, 2\) and 5 channels"):
         fit(torch.randn(3, *GRID, 5)).merge(NeighborhoodGaussian((2, 2), 5))

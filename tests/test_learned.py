@@ -147,14 +147,17 @@ def test_a_standardization_that_is_none(
 
 
 def test_dtypes_and_shapes_come_from_the_settings() -> None:
-    learned = LearnedMember(Member(0, (2, 3)), channels=9, grid=(2, 3), eps=0.1, window=1)
-    assert learned.expected(Settings(n_features=4, factor_dtype="bfloat16"), 5) == {
+    whole = LearnedMember(
+        Member(0, (2, 3)), channels=9, grid=(2, 3), eps=0.1, window=1, n_features=None
+    )
+    reduced = replace(whole, n_features=4)
+    assert reduced.expected(Settings(factor_dtype="bfloat16"), 5) == {
         "projection": (torch.float32, (9, 4)),
         "mean": (torch.float32, (6, 4)),
         "factor": (torch.bfloat16, (6, 32)),
         "centroids": (torch.float32, (5, 4)),
     }
-    with_prefix = replace(learned, member=Member(0, (2, 3, 1), prefix=7))
+    with_prefix = replace(whole, member=Member(0, (2, 3, 1), prefix=7))
     assert with_prefix.expected(Settings(), 5)["centroids"] == (torch.float32, (5, 7))
-    gaussian = replace(learned, member=Member(0, (2,), nominal_set=False))
+    gaussian = replace(whole, member=Member(0, (2,), nominal_set=False))
     assert gaussian.expected(Settings(), 0).keys() == {"mean", "factor"}

@@ -103,7 +103,7 @@ def test_every_fusion_scores_bit_for_bit_as_before(
     model = NPad(
         "filterbank", layers=(2, 3), map_layers=(), gaussians="joint", image_size=(24, 32),
         window=1, fusion=fusion, fusion_weight=0.7, map_weight=0.7, n_centroids=8, holdout=0.3,
-        progress=False,
+        n_features=None, progress=False,
     ).fit(images)  # fmt: skip
     header, tensors = written_as_format_1(tmp_path / "old.npad", model)
     assert ("mean" in tensors, "centroids" in tensors) == (

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from npad import ops
 
-__all__ = ["principal_axes"]
+__all__ = ["leading_axes", "principal_axes"]
+
+STEP = 8  # numbers of axes are multiples of it, as the rows of a packed factor come
 
 
 def principal_axes(embeddings: Iterable[Tensor], n: int) -> Tensor:
@@ -35,5 +37,32 @@ def principal_axes(embeddings: Iterable[Tensor], n: int) -> Tensor:
     if moments is None:
         raise ValueError("principal_axes: no embeddings")
     _, covariance = ops.window_covariance(*moments, (1, 1), 1, 0, 1)
-    _, vectors = torch.linalg.eigh(covariance[0].double())
-    return vectors[:, -n:].flip(1).float().contiguous()
+    _, vectors = _decomposed(covariance[0].double())
+    return vectors[:, :n].float().contiguous()
+
+
+def leading_axes(covariance: Tensor, share: float, most: int) -> Tensor | None:
+    """As many principal axes as hold a share of the variance.
+
+    Parameters
+    ----------
+    covariance : (C, C) float64
+    share : of the sum of the variances, 0 to 1
+    most : number of axes, if that is fewer
+
+    Returns
+    -------
+    (C, n) float32, orthonormal columns, n a multiple of 8 but for ``most``; None where that would
+    leave out fewer than 8
+    """
+    variances, vectors = _decomposed(covariance)
+    held = variances.clamp(min=0).cumsum(0)
+    enough = int((held < share * held[-1]).sum()) + 1
+    n = min(-(-enough // STEP) * STEP, most)
+    return vectors[:, :n].float().contiguous() if n <= len(covariance) - STEP else None
+
+
+def _decomposed(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first, and eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.flip(0), vectors.flip(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops
-from npad.ops.packed import is_finite, packed_layout
+from npad.ops.packed import is_finite, packed_layout, unpack
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
 # again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices
@@ -28,6 +28,11 @@ EPS_STEP = 4  # half a decade
 VARIED = 0.1
 # Of the mean square of the features. Less variance is the rounding of float32: all images are the same.
 NO_VARIANCE = 1e-12
+
+NOT_FINITE = (
+    "npad: a covariance is not finite: features must be finite and below 1e18; where the backbone "
+    "overflows in float16, give backbone_dtype='bfloat16' or 'float32'"
+)
 
 
 class SmallEpsError(ValueError):
@@ -59,6 +64,11 @@ class NeighborhoodGaussian:
         single global Gaussian
     device : where the statistics live
 
+    Attributes
+    ----------
+    axes : (C, D) float32, orthonormal columns to which `choose` and `finalize` reduce; None: they
+        keep all C channels. The statistics are always those of all.
+
     Notes
     -----
     Jang, Hwang, Park, *N-Pad: Neighboring Pixel-Based Industrial Anomaly Detection*, CVPR Workshops
@@ -76,6 +86,7 @@ class NeighborhoodGaussian:
         positions = grid[0] * grid[1]
         self.grid = grid
         self.window = window
+        self.axes: Tensor | None = None
         self.count = torch.zeros(positions, dtype=torch.int64, device=device)
         float32: Any = {"dtype": torch.float32, "device": device}
         self.mean = torch.zeros(positions, channels, **float32)
@@ -87,23 +98,47 @@ class NeighborhoodGaussian:
         return self.mean.shape[1]
 
     @property
+    def dimensions(self) -> int:
+        """D of what `finalize` gives."""
+        return self.channels if self.axes is None else self.axes.shape[1]
+
+    def covariance(self) -> Tensor:
+        """(C, C) float64 of all embeddings, wherever they stand: within the positions and between.
+
+        Raises
+        ------
+        ValueError
+            Features that are not finite, or too large.
+        """
+        within = unpack(self.scatter.sum(0, dtype=torch.float64), self.channels)
+        within = within + within.tril(-1).mT
+        mean, weight = self.mean.double(), self.count.double()[:, None]
+        total = weight.sum()
+        deviation = (mean - (weight * mean).sum(0) / total) * weight.sqrt()
+        covariance = (within + deviation.mT @ deviation) / total
+        if not bool(covariance.isfinite().all()):
+            raise ValueError(NOT_FINITE)
+        return covariance
+
+    @property
     def varies(self) -> bool:
         """Whether the images differ by more than rounding."""
-        spread = self.scatter[:, self._diagonal()].sum(dtype=torch.float64)
+        spread = self.scatter[:, self._diagonal(self.channels)].sum(dtype=torch.float64)
         squares = (self.count[:, None] * self.mean.double().square()).sum()
         return bool(spread > NO_VARIANCE * squares)
 
     def _varied(self) -> Tensor:
         """Positions, in order, whose variance is not far below that where most of the variance is."""
         samples = (self.count - 1).clamp(min=1)
-        variance = (self.scatter[:, self._diagonal()].sum(1, dtype=torch.float64) / samples).cpu()
+        diagonal = self._diagonal(self.channels)
+        variance = (self.scatter[:, diagonal].sum(1, dtype=torch.float64) / samples).cpu()
         # Weighted by itself, so that any number of positions where nothing varies changes nothing.
         typical = variance.square().sum() / variance.sum()
         return (~(variance < VARIED * typical)).nonzero().flatten()
 
-    def _diagonal(self) -> Tensor:
+    def _diagonal(self, channels: int) -> Tensor:
         """Places of the diagonal in a packed triangle."""
-        row, column = packed_layout(self.channels)
+        row, column = packed_layout(channels)
         return (row == column).nonzero().flatten().to(self.mean.device)
 
     def update(self, x: Tensor) -> NeighborhoodGaussian:
@@ -151,7 +186,8 @@ class NeighborhoodGaussian:
 
         Parameters
         ----------
-        held_out : (M, H, W, C) float32, embeddings of images that are not part of the statistics
+        held_out : (M, H, W, D) float32, embeddings, in the axes, of images that are not part of the
+            statistics
         windows : to choose from, in increasing order
         eps : if it is given, with the window alone to be chosen
 
@@ -187,7 +223,7 @@ class NeighborhoodGaussian:
     def _sample(self) -> Tensor:
         """Some of the positions that vary, evenly."""
         varied = self._varied()
-        steps = min(max(8, min(64, 2 * 10**9 // self.channels**3)), len(varied))
+        steps = min(max(8, min(64, 2 * 10**9 // self.dimensions**3)), len(varied))
         places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
         return varied[places.round().long().unique()]
 
@@ -198,7 +234,7 @@ class NeighborhoodGaussian:
 
         Parameters
         ----------
-        x : (M, 1, S, C), at these S positions
+        x : (M, 1, S, D), at these S positions
         """
         parts = [self._window(p, p + 1, window) for p in positions]
         mean, covariance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -207,7 +243,7 @@ class NeighborhoodGaussian:
         least = sqrt(NO_VARIANCE) * float(mean.square().mean(dtype=torch.float64))
         scale = max(float(variances.mean(dtype=torch.float64)), least) or 1.0
         candidates = EPS_CANDIDATES * scale
-        diagonal = self._diagonal()
+        diagonal = self._diagonal(self.dimensions)
 
         def log_density(with_eps: float) -> Tensor:
             regular = covariance.clone()
@@ -262,7 +298,7 @@ class NeighborhoodGaussian:
 
         Returns
         -------
-        mean : (P, C) float32
+        mean : (P, D) float32
         factor : (P, stored) of ``dtype``, W = L^-1 as ``npad.ops.pack_factor`` stores it
 
         Raises
@@ -272,11 +308,11 @@ class NeighborhoodGaussian:
         ValueError
             A window with fewer than two samples; features that are too large.
         """
-        positions, channels = self.mean.shape
-        means = torch.empty_like(self.mean)
+        positions, channels = len(self.mean), self.dimensions
+        means = self.mean.new_empty(positions, channels)
         stored = ops.stored_size(channels, dtype)
         factors = self.scatter.new_empty(positions, stored, dtype=dtype)
-        step = max(torch.get_num_threads(), self._chunk_bytes() // (4 * channels**2))
+        step = max(torch.get_num_threads(), self._chunk_bytes() // (4 * self.channels**2))
         for start in range(0, positions, step):
             stop = min(start + step, positions)
             means[start:stop], covariance = self._window(start, stop, self.window)
@@ -311,11 +347,11 @@ class NeighborhoodGaussian:
                 raise ValueError(
                     "npad: each window needs at least two samples; fit more images, or a wider window"
                 )
-            raise ValueError(
-                "npad: a covariance is not finite: features must be finite and below 1e18; where the "
-                "backbone overflows in float16, give backbone_dtype='bfloat16' or 'float32'"
-            )
-        return mean, covariance
+            raise ValueError(NOT_FINITE)
+        if self.axes is None:
+            return mean, covariance
+        with devices.exact_products:
+            return mean @ self.axes, self.axes.mT @ (covariance @ self.axes)
 
     def _in_float64(
         self, covariance: Tensor, positions: Tensor, eps: float, dtype: torch.dtype
@@ -331,7 +367,7 @@ class NeighborhoodGaussian:
                 f"with eps={eps:g}; eps must be above about {enough:.3g}, or use eps='auto'",
                 2 * max(eps, enough),
             )
-        identity = torch.eye(self.channels, dtype=lower.dtype, device=lower.device)
+        identity = torch.eye(self.dimensions, dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         return ops.pack_factor(inverse.float(), dtype)
 
