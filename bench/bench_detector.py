@@ -37,7 +37,7 @@ class Predict(NamedTuple):
 
 class Gpu(NamedTuple):
     batch: int
-    n_features: int | None
+    n_features: str | None
 
 
 class Fit(NamedTuple):
@@ -134,7 +134,7 @@ def random_images(n: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def on_gpu(folder: Path, n_features: int | None) -> NPad:
+def on_gpu(folder: Path, n_features: str | None) -> NPad:
     model = NPad(
         weights=random_weights(folder), n_features=n_features, device="cuda", progress=False
     )
@@ -146,9 +146,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("detector")
 
 
-@pytest.mark.cases(cuda=[Gpu(batch, n) for n in (None, 512) for batch in (1, 32)])
+@pytest.mark.cases(cuda=[Gpu(batch, n) for n in (None, "auto") for batch in (1, 32)])
 @pytest.mark.benchmark(group="predict")
-def bench_predict_gpu(device: torch.device, case: Gpu, folder: Path, race: Any) -> None:
+def bench_predict_gpu(
+    device: torch.device, case: Gpu, folder: Path, race: Any, benchmark: Any
+) -> None:
     """From a tensor on the GPU to scores and maps there; the backbone alone beside it."""
     model = on_gpu(folder, case.n_features)
     images = torch.rand(case.batch, 3, SIZE, SIZE, device=device)
@@ -181,6 +183,11 @@ def bench_predict_gpu(device: torch.device, case: Gpu, folder: Path, race: Any) 
         },
         rounds=15,
     )
+    # Of both or of neither: the two stand beside each other in the report.
+    graphs = model._graphs
+    recorded = backbone.n_recorded > 0
+    assert recorded == (graphs is not None and graphs[1].n_recorded > 0)
+    benchmark.extra_info["path"] = "CUDA graph" if recorded else "kernel by kernel"
 
 
 @pytest.mark.cases(cuda=[Fit(N_IMAGES)])

@@ -77,6 +77,11 @@ class Graphs:
                 result.record_stream(caller)
         return results
 
+    @property
+    def n_recorded(self) -> int:
+        """Input shapes that have a graph now."""
+        return len(self._graphs)
+
     def _run(self, x: Tensor, shared: _Device) -> tuple[Tensor, ...]:
         if x.shape not in self._graphs:
             results = self._function(x)  # what is set up at a first call must not be recorded
