@@ -46,9 +46,11 @@ struct PackedLayout {
     // Elements in one packed matrix.
     NPAD_HOST_DEVICE constexpr int64_t size() const { return offset(panels); }
 
-    // Number of the first scale of panel p, which has p / 4 + 1.
+    // Scales of panel p in a matrix of bytes: one for each of its blocks.
+    NPAD_HOST_DEVICE static constexpr int64_t scales(int64_t p) { return p / 4 + 1; }
+    // Number of the first of them in the matrix.
     NPAD_HOST_DEVICE static constexpr int64_t first_scale(int64_t p) {
-        return (p / 4 + 1) * (2 * (p / 4) + p % 4);
+        return scales(p) * (2 * (p / 4) + p % 4);
     }
     // Bytes of one matrix of bytes, a multiple of 16.
     NPAD_HOST_DEVICE constexpr int64_t byte_size() const {
@@ -56,6 +58,6 @@ struct PackedLayout {
         return (bytes + 15) / 16 * 16;
     }
 };
-static_assert(kBlockColumns == 4 * kPanel);  // see first_scale()
+static_assert(kBlockColumns == 4 * kPanel);  // see scales()
 
 }  // namespace npad

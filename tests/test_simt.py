@@ -120,9 +120,10 @@ def test_asynchronous_copies(simt: Simt, stages: int) -> None:
     torch.testing.assert_close(total, x.sum(0).roll(-1))
 
 
-def test_missing_wait_gives_wrong_data() -> None:
+@pytest.mark.parametrize("fault", [1, 3], ids=["no wait", "for one group too few"])
+def test_missing_wait_gives_wrong_data(fault: int) -> None:
     total = nan(64)
-    load("simt_fast")("copy", 1, torch.randn(3, 64), 3, total)
+    load("simt_fast")("copy", fault, torch.randn(3, 64), 3, total)
     assert total.isnan().all()
 
 
@@ -131,6 +132,7 @@ def test_missing_wait_gives_wrong_data() -> None:
     [
         (1, r"copies asynchronously since .* and has not waited"),
         (2, r"race: copies to .* reads it|reads .* copies asynchronously"),
+        (3, r"copies asynchronously since .* and has not waited"),
     ],
 )
 def test_asynchronous_copies_are_checked(checked: Simt, fault: int, report: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_accurate
-from simt_device import SM90, Simt, load
+from simt_device import SM86, SM90, Simt, load
 from torch import Tensor
 
 from npad.check.cases import gaussians
@@ -103,6 +103,15 @@ def test_the_batch_does_not_change_a_distance(simt: Simt) -> None:
     together = run(simt, x, mean, factor, 3)
     for n in range(0, 20, 9):
         assert torch.equal(run(simt, x[n : n + 1], mean, factor, 3)[0], together[n])
+
+
+def test_the_length_of_the_ring_does_not_change_a_distance() -> None:
+    """Beside eight embeddings fit two steps on sm_86 and four on sm_90; a warp takes up to 26."""
+    mean, dense = gaussians((1, 1), 830)
+    factor = reference.pack_factor(dense, torch.int8)
+    x = torch.randn(8, 1, 1, 830)
+    few, many = (run(load("simt_fast", shared), x, mean, factor, 1) for shared in (SM86, SM90))
+    assert torch.equal(few, many)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

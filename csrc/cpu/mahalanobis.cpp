@@ -69,7 +69,7 @@ inline Vec scales_of(const T* factor, const PackedLayout& layout, int64_t p, int
     Vec scale;
     for (int i = 0; i < kLanes; i += kPanel, ++p) {
         float of_panel = 0;  // where there is none, the columns are zero
-        if (p < layout.panels && block <= p / 4)
+        if (p < layout.panels && block < layout.scales(p))
             std::memcpy(&of_panel, factor + layout.size() + 4 * (layout.first_scale(p) + block), 4);
         for (int lane = i; lane < i + kPanel; ++lane) scale[lane] = of_panel;
     }

@@ -116,6 +116,14 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global) {
     __pipeline_memcpy_async(shared, global, kBytes);
 }
 
+// The same, or zeros where `stored` is false; `global` may then be any address, aligned. 16 bytes
+// pass L1 by, which may be smaller than what is to be in flight. Copies that share a sector of 32
+// bytes should go through it, lest L2 sends the sector for each.
+template <int kBytes = 16, bool kThroughL1 = (kBytes < 16)>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool stored) {
+    ptx::cp_async_or_zeros<kBytes, kThroughL1>(shared, global, stored);
+}
+
 // Closes a group: the copies started since the last commit.
 __device__ __forceinline__ void cp_async_commit() { __pipeline_commit(); }
 

@@ -3,11 +3,12 @@
 //   distance[n, p] = min over q in window(p) of || W_q (x[n, p] - mean_q) ||
 //
 // Windows are symmetric: a block owns one q and up to 32 of the batch * |window(q)| embeddings that
-// have q in their window, and holds z = x - mean_q of them in shared memory. It streams the packed
-// W_q from memory straight into the fragments of matrix instructions and adds the squares of W_q z.
-// Blocks that share a q are neighbours in the grid, so W_q leaves device memory about once:
-// C (C + 1) / 2 factor elements per position, which bounds small batches; large ones are bound by
-// C^2 flops per embedding, two or three times over for the sake of precision.
+// have q in their window, and holds z = x - mean_q of them in shared memory. The packed W_q comes
+// through a ring in shared memory, in which each lane has places of its own, into the fragments of
+// matrix instructions, and the squares of W_q z are added. Blocks that share a q are neighbours in
+// the grid and leave W_q to the caches, so it leaves device memory about once: C (C + 1) / 2 factor
+// elements per position, which bounds small batches; large ones are bound by C^2 flops per
+// embedding, two or three times over for the sake of precision.
 //
 // Precision. z = hi + lo; the products below are exact, and their sum is near that of float32:
 //
@@ -37,15 +38,18 @@ namespace {
 constexpr int kMaxWarps = 5;  // two such blocks on a processor leave 168 registers per thread
 constexpr int kMaxTiles = 4;  // of 8 embeddings each: 64 sums per thread
 constexpr int kGroup = 8;     // panels per warp at a time, 64 rows: see multiply()
-constexpr int kLoads = 4;     // of 16 bytes, per thread: 2 KiB of the factor per warp and step
+constexpr int kPieces = 4;    // of 16 bytes, per thread: 2 KiB of the factor per warp and step
+constexpr int kMeans = 8;     // columns at a time whose mean is on its way to a thread
 
-// Bytes of shared memory that a block takes beside z: 1 KiB of its own and 1 KiB for the driver.
-constexpr int64_t kReserved = 2048;
+// Steps that a warp has in flight; the second number where embeddings take the room. That is 64 or
+// 32 KiB for two blocks of four warps. 3.0 TB/s for 132 processors, 600 to 800 ns late, are 14 to
+// 18 KB for each, 4.3 TB/s 20 to 26 KB.
+constexpr int kStages = 4, kFewStages = 2;
 
-// Steps that a warp has in flight: fewer where more flops hide the latency and the sums take the
-// registers.
-template <int kTiles>
-constexpr int kDepth = kTiles == 1 ? 3 : (kTiles == 2 ? 2 : 1);
+// Bytes of shared memory of a block that are the driver's, and those that are its own beside the
+// ring and z.
+constexpr int64_t kReserved = 1024;
+constexpr int64_t kStaticBytes = kMaxTiles * 8 * (sizeof(int64_t) + sizeof(float));
 
 // Columns in a step of T, in slices of 8. One of bytes is a block, which has one scale a panel.
 template <typename T>
@@ -115,146 +119,170 @@ __device__ __forceinline__ int steps_of(const Shape& shape, int group) {
     return group < 0 ? 0 : ((group + 1) * kGroup - shape.missing + kSlices<T> - 1) / kSlices<T>;
 }
 
-// What a lane holds of W for one step; of bytes, the scale of its panel's block as well.
+// PackedLayout's offset(), in 32 bits.
+__device__ __forceinline__ int panel_offset(const Shape& shape, int p) {
+    return 8 * p * (4 * (p + 1) - shape.pad);
+}
+
+// What a warp holds of W for one step; of bytes, the scales of its panels' blocks as well.
 template <typename T>
-struct Step {
-    uint4 words[kLoads];
-    float scale;
+struct Stage {
+    uint4 pieces[kPieces][kWarp];
+};
+template <>
+struct Stage<int8_t> {
+    uint4 pieces[kPieces][kWarp];
+    float scales[kGroup];
 };
 
-// Reads a warp's groups of W, each from its first column to its last. In a step, lane l gets
-// columns t and t + 4 of each slice of panel g of the group, where g = l / 4 and t = l % 4: four
-// lanes read 64 bytes in a row or more, of bytes 32. Where the panel has no such column it gets
-// zeros.
+// Copies a warp's groups of W to its ring, each from its first column to its last. In a step, lane
+// l gets two columns of each slice of panel g of the group, where g = l / 4 and t = l % 4: columns
+// t and t + 4, of bytes 2 t and 2 t + 1, so that 16 bytes are a column, half of one, or two. Zeros
+// stand where the panel has no such column. The first of the four lanes gets the panel's scale.
+//
+// A lane reads what it has copied itself and no more. So it need not meet the others, and its wait
+// for one step leaves the next ones on their way.
 template <typename T>
 class Reader {
   public:
-    __device__ Reader(const Shape& shape, const T* factor, const float* scales, int warp)
-        : shape_(shape), factor_(factor), scales_(scales), warp_(warp) {
+    __device__ Reader(const Shape& shape, const T* factor, int warp)
+        : shape_(shape), factor_(factor), warp_(warp) {
         open();
     }
 
-    __device__ __forceinline__ void load(Step<T>& step) {
-        if (left_ == 0) return;
-        if constexpr (kHasScales<T>) {
-#pragma unroll
-            for (int i = 0; i < 2 * kLoads; ++i) {
-                const bool stored = static_cast<unsigned>(column_ + 4 * i) < columns_;
-                const uint2 word = stored ? load_once<uint2>(source_ + 32 * i) : make_uint2(0, 0);
-                (i % 2 ? step.words[i / 2].z : step.words[i / 2].x) = word.x;
-                (i % 2 ? step.words[i / 2].w : step.words[i / 2].y) = word.y;
-            }
-            step.scale = blocks_ > 0 ? *block_ : 0;
-            ++block_;
-            --blocks_;
-        } else {
-            constexpr int kParts = sizeof(T) / 2;  // of 16 bytes in one column
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                const bool stored = static_cast<unsigned>(column_ + i / kParts * 4) < columns_;
-                step.words[i] = stored
-                                    ? load_once<uint4>(source_ + (i / kParts * 32 + i % kParts * 4))
-                                    : make_uint4(0, 0, 0, 0);
+    // Starts the copies of the next step, one group of them, empty at the end.
+    __device__ __forceinline__ void load(Stage<T>& stage) {
+        if (left_ > 0) {
+            copy(stage);
+            if (--left_ == 0) {
+                ++round_;
+                open();
             }
         }
-        column_ += kColumns<T>;
-        source_ += kColumns<T> * 8;
-        if (--left_ > 0) return;
-        ++round_;
-        open();
+        cp_async_commit();
     }
 
   private:
+    __device__ __forceinline__ void copy(Stage<T>& stage) {
+        constexpr int kParts = std::is_same_v<T, float> ? 2 : 1;  // pieces to a column
+        constexpr int kApart = kColumns<T> * kParts / kPieces;    // columns
+        const int lane = threadIdx.x % kWarp;
+        if (kHasScales<T> && shape_.pad % 2 == 1) {  // pairs of columns are not aligned
+#pragma unroll
+            for (int i = 0; i < 2 * kPieces; ++i) {
+                const int column = i / 2 * kApart + i % 2;
+                cp_async<8>(reinterpret_cast<uint2*>(&stage.pieces[i / 2][lane]) + i % 2,
+                            source_ + column * 8, is_stored(column));
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPieces; ++i) {
+                const int column = i / kParts * kApart;
+                cp_async<16, kParts == 2>(&stage.pieces[i][lane],
+                                          source_ + (column * 8 + i % kParts * 4),
+                                          is_stored(column));
+            }
+        }
+        if constexpr (kHasScales<T>) {
+            // A block has a scale where its first column is there, were it one of the padding.
+            if (lane % 4 == 0) cp_async<4>(&stage.scales[lane / 4], scale_, column_ < columns_);
+            ++scale_;
+        }
+        column_ += kColumns<T>;
+        source_ += kColumns<T> * 8;
+    }
+
+    __device__ __forceinline__ bool is_stored(int column) const {
+        return static_cast<unsigned>(column_ + column) < static_cast<unsigned>(columns_);
+    }
+
     __device__ __forceinline__ void open() {
         const int group = group_of(shape_, warp_, round_), lane = threadIdx.x % kWarp;
         const int p = group * kGroup - shape_.missing + lane / 4;
         left_ = steps_of<T>(shape_, group);
-        columns_ = static_cast<unsigned>(max(8 * (p + 1) - shape_.pad, 0));
-        column_ = lane % 4 - shape_.pad;
-        source_ = factor_ + 8 * p * (4 * (p + 1) - shape_.pad) + column_ * 8;
-        if constexpr (kHasScales<T>) {
-            blocks_ = p < 0 ? 0 : p / 4 + 1;
-            block_ = scales_ + PackedLayout::first_scale(p);
-        }
+        columns_ = p < 0 ? 0 : 8 * (p + 1) - shape_.pad;
+        column_ = p < 0 ? 0 : (kHasScales<T> ? 2 : 1) * (lane % 4) - shape_.pad;
+        source_ = factor_ + panel_offset(shape_, p) + column_ * 8;
+        if constexpr (kHasScales<T>)
+            scale_ = reinterpret_cast<const float*>(factor_ + panel_offset(shape_, shape_.panels)) +
+                     PackedLayout::first_scale(p);
     }
 
     const Shape& shape_;
     const T* factor_;
-    const float* scales_;
     int warp_, round_ = 0, left_;
-    unsigned columns_;
-    int column_;  // of the panel; what is negative or too large is not stored
+    int columns_, column_;  // of the panel; a column that is negative or too large is not stored
     const T* source_;
-    int blocks_ = 0;  // of the panel that are left, and the scale of the next
-    const float* block_ = nullptr;
+    const float* scale_ = nullptr;
 };
 
-// The bytes of x and y, of which `row` tells the place, as float16. The byte with its sign turned
-// is the mantissa of 1024 to 1279 = 1152 + the byte.
-__device__ __forceinline__ uint32_t halves(uint32_t x, uint32_t y, int row) {
-    constexpr uint32_t kMiddle = 0x64806480;  // 1152, twice
-    const uint32_t bytes = __byte_perm(x, y, row | (4 + row) << 8) & 0x00ff00ff;
-    return subtract_halves(bytes ^ kMiddle, kMiddle);
+// The column that a place of z holds: columns that meet in a lane stand 4 places apart in a slice.
+template <typename T>
+__device__ __forceinline__ int column_of(int place) {
+    return kHasScales<T> ? (place & ~7) | (place & 3) << 1 | (place >> 2 & 1) : place;
 }
 
 // Two 16-bit words of x and y in one: the lower halves, or the upper ones.
-__device__ __forceinline__ uint32_t lower(uint32_t x, uint32_t y) { return (x & 0xffff) | y << 16; }
+__device__ __forceinline__ uint32_t lower(uint32_t x, uint32_t y) {
+    return __byte_perm(x, y, 0x5410);
+}
 __device__ __forceinline__ uint32_t upper(uint32_t x, uint32_t y) {
-    return x >> 16 | (y & 0xffff0000);
+    return __byte_perm(x, y, 0x7632);
 }
 
-// Rows 2 m and 2 m + 1 of what a step holds of W, as fragments of instruction m; `lo` of float
+// Bytes `first` and `first` + 1, their signs turned, as float16: such a byte is the mantissa of
+// 1024 to 1279 = 1152 + the byte.
+__device__ __forceinline__ uint32_t halves(uint32_t turned, int first) {
+    return subtract_halves(__byte_perm(turned, 0x64646464, 0x4140 + 0x0101 * first), 0x64806480);
+}
+
+// Rows 2 m and 2 m + 1 of what a lane holds of W, as the fragment of instruction i; `lo` of float
 // only.
 template <typename T>
-__device__ __forceinline__ void split_factor(const uint4 (&words)[kLoads], int m,
-                                             uint32_t (&hi)[kInstructions<T>][4],
-                                             uint32_t (&lo)[kInstructions<T>][4]) {
-    const auto at = [&](int i, int part) {
-        return part == 0   ? words[i].x
-               : part == 1 ? words[i].y
-               : part == 2 ? words[i].z
-                           : words[i].w;
+__device__ __forceinline__ void split_factor(const uint4 (&pieces)[kPieces], int i, int m,
+                                             uint32_t (&hi)[4], uint32_t (&lo)[4]) {
+    const auto at = [&](int piece, int word) {
+        const uint4& p = pieces[piece];
+        return word == 0 ? p.x : word == 1 ? p.y : word == 2 ? p.z : p.w;
     };
 #pragma unroll
-    for (int i = 0; i < 2 * kSlices<T>; ++i) {  // column 4 i + t
-        if constexpr (std::is_same_v<T, float>) {
-            split_tf32(__uint_as_float(at(2 * i + m / 2, m % 2 * 2)), hi[0][2 * i], lo[0][2 * i]);
-            split_tf32(__uint_as_float(at(2 * i + m / 2, m % 2 * 2 + 1)), hi[0][2 * i + 1],
-                       lo[0][2 * i + 1]);
-        } else if constexpr (std::is_same_v<T, __half>) {
-            if (i % 2 == 1) continue;  // columns t and t + 4 of a slice are the halves of a word
-            hi[0][i] = lower(at(i, m), at(i + 1, m));
-            hi[0][i + 1] = upper(at(i, m), at(i + 1, m));
-        } else if constexpr (kHasScales<T>) {
-            if (i % 2 == 1) continue;  // as float16; two columns to 16 bytes
-            const uint32_t x = at(i / 2, m / 2), y = at(i / 2, 2 + m / 2);
-            hi[i / 4][i % 4] = halves(x, y, m % 2 * 2);
-            hi[i / 4][i % 4 + 1] = halves(x, y, m % 2 * 2 + 1);
-        } else {
-            const float2 rows = unpack<T>(at(i, m));
-            hi[i / 2][i % 2 * 2] = __float_as_uint(rows.x);
-            hi[i / 2][i % 2 * 2 + 1] = __float_as_uint(rows.y);
-        }
-    }
-}
-
-// What a step needs of one z, as fragments.
-template <typename T>
-__device__ __forceinline__ void split_z(const float* z, uint32_t (&hi)[kInstructions<T>][2],
-                                        uint32_t (&lo)[kInstructions<T>][2]) {
+    for (int k = 0; k < 2; ++k)
+        if constexpr (std::is_same_v<T, float>) {  // two pieces to a column
 #pragma unroll
-    for (int s = 0; s < kSlices<T>; ++s)
-        if constexpr (kInHalf<T>) {  // see halve()
-            hi[s / 2][s % 2] = __float_as_uint(z[8 * s]);
-            lo[s / 2][s % 2] = __float_as_uint(z[8 * s + 4]);
+            for (int row = 0; row < 2; ++row)
+                split_tf32(__uint_as_float(at(2 * k + m / 2, m % 2 * 2 + row)), hi[2 * k + row],
+                           lo[2 * k + row]);
+        } else if constexpr (std::is_same_v<T, __half>) {
+            hi[2 * k] = lower(at(2 * k, m), at(2 * k + 1, m));
+            hi[2 * k + 1] = upper(at(2 * k, m), at(2 * k + 1, m));
+        } else if constexpr (kHasScales<T>) {  // two columns to a piece
+            const uint32_t x = at(2 * i + k, m / 2), y = at(2 * i + k, 2 + m / 2);
+            const uint32_t rows = __byte_perm(x, y, m % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
+            hi[2 * k] = halves(rows, 0);
+            hi[2 * k + 1] = halves(rows, 2);
         } else {
-            split_tf32(z[8 * s], hi[s][0], lo[s][0]);
-            split_tf32(z[8 * s + 4], hi[s][1], lo[s][1]);
+            const float2 rows = unpack<T>(at(2 * i + k, m));
+            hi[2 * k] = __float_as_uint(rows.x);
+            hi[2 * k + 1] = __float_as_uint(rows.y);
         }
 }
 
-// A warp turns z, in place, into pairs of float16: the places of columns c and c + 4 of a slice get
-// the upper parts of both columns and the lower ones. Returns what undoes the scale.
+// What instruction i needs of one z.
+template <typename T>
+__device__ __forceinline__ void split_z(const float* z, int i, uint32_t (&hi)[2],
+                                        uint32_t (&lo)[2]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if constexpr (kInHalf<T>) {  // see halve()
+            hi[k] = __float_as_uint(z[8 * (2 * i + k)]);
+            lo[k] = __float_as_uint(z[8 * (2 * i + k) + 4]);
+        } else {
+            split_tf32(z[8 * i + 4 * k], hi[k], lo[k]);
+        }
+}
+
+// A warp turns z, in place, into pairs of float16: places c and c + 4 of a slice get the upper
+// parts of both columns and the lower ones. Returns what undoes the scale.
 __device__ __forceinline__ float halve(float* z, int columns) {
     const int lane = threadIdx.x % kWarp;
     float most = 0;
@@ -279,31 +307,43 @@ __device__ __forceinline__ float halve(float* z, int columns) {
     return __int_as_float((254 - scale) << 23);
 }
 
-// sums[tile][m] += W z over one step; `step` gets the one that comes into flight. Which rows of W
+// sums[tile][m] += W z over one step; `stage` gets the one that comes into flight. Which rows of W
 // make up the 16 rows of an instruction is free, since their squares are added in the end: rows g
 // and g + 8 of instruction m are rows 2 m and 2 m + 1 of panel g, so that a thread feeds four
 // instructions with the columns it has loaded.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply(Step<T>& step, Reader<T>& reader,
+__device__ __forceinline__ void multiply(Stage<T>& stage, Reader<T>& reader,
                                          const float* const (&z)[kTiles], int column,
                                          float (&sums)[kTiles][4][4]) {
-    uint32_t hi[4][kInstructions<T>][4], lo[4][kInstructions<T>][4];
+    const int lane = threadIdx.x % kWarp;
+    uint4 pieces[kPieces];
 #pragma unroll
-    for (int m = 0; m < 4; ++m) split_factor<T>(step.words, m, hi[m], lo[m]);
-    const float scale = kHasScales<T> ? step.scale : 1;
-    reader.load(step);
+    for (int i = 0; i < kPieces; ++i) pieces[i] = stage.pieces[i][lane];
+    float scale = 1;
+    if constexpr (kHasScales<T>) {
+        if (lane % 4 == 0) scale = stage.scales[lane / 4];
+        scale = __shfl_sync(kAllLanes, scale, lane / 4 * 4);
+    }
+    reader.load(stage);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t z_hi[kInstructions<T>][2], z_lo[kInstructions<T>][2];
-        split_z<T>(z[tile] + column, z_hi, z_lo);
+    for (int first = 0; first < kInstructions<T>; first += kTogether<T>) {
+        uint32_t hi[kTogether<T>][4][4], lo[kTogether<T>][4][4];
 #pragma unroll
-        for (int first = 0; first < kInstructions<T>; first += kTogether<T>) {
+        for (int i = 0; i < kTogether<T>; ++i)
+#pragma unroll
+            for (int m = 0; m < 4; ++m) split_factor<T>(pieces, first + i, m, hi[i][m], lo[i][m]);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            uint32_t z_hi[kTogether<T>][2], z_lo[kTogether<T>][2];
+#pragma unroll
+            for (int i = 0; i < kTogether<T>; ++i)
+                split_z<T>(z[tile] + column, first + i, z_hi[i], z_lo[i]);
             float product[4][4] = {};
             const auto add = [&](const auto& a, const auto& b) {
 #pragma unroll
-                for (int i = first; i < first + kTogether<T>; ++i)
+                for (int i = 0; i < kTogether<T>; ++i)
 #pragma unroll
-                    for (int m = 0; m < 4; ++m) mma<Word<T>>(product[m], a[m][i], b[i]);
+                    for (int m = 0; m < 4; ++m) mma<Word<T>>(product[m], a[i][m], b[i]);
             };
             if constexpr (std::is_same_v<T, float>) add(lo, z_hi);
             add(hi, z_lo);
@@ -326,12 +366,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     mahalanobis_kernel(const float* __restrict__ x, int64_t batch, int64_t height, int64_t width,
                        int64_t channels, const float* __restrict__ mean,
                        const T* __restrict__ factor, int64_t window, int64_t chunks, int held,
-                       Shape shape, int prefix, float* __restrict__ distance) {
+                       Shape shape, int stages, int prefix, float* __restrict__ distance) {
     constexpr int kSums = kPrefix ? 2 : 1;  // of the prefix, and of all
     __shared__ int64_t owner[kMaxTiles * 8];
-    __shared__ float partial[kSums][kMaxWarps][kMaxTiles * 8];
-    __shared__ float unscale[kMaxTiles * 8];  // of float16
-    float* z = dynamic_shared<float>();       // (held + 1, stride)
+    __shared__ float unscale[kMaxTiles * 8];                           // of float16
+    auto* rings = dynamic_shared<Stage<T>>();                          // (warps, stages)
+    auto* z = reinterpret_cast<float*>(rings + shape.warps * stages);  // (held, stride)
     const int64_t q = blockIdx.x / chunks, first = blockIdx.x % chunks * held;
     const int64_t positions = height * width;
     const int thread = threadIdx.x, threads = shape.warps * kWarp;
@@ -346,36 +386,41 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
         owner[thread] = n * positions + (near.top + row) * width + near.left + col;
     }
 
-    // The factor is on its way before anything waits. The shuffle tells the compiler that the whole
-    // warp takes the same turns.
+    // x goes first: the factor is then on its way while z is made of it. Channels that there are
+    // not become zeros.
+    __syncthreads();
+    const int columns = shape.stride - 4;
+    const auto channel_of = [&](int place) { return column_of<T>(place) - shape.pad; };
+    const auto is_channel = [&](int c) { return 0 <= c && c < channels; };
+    for (int e = 0; e < count; ++e)
+        for (int place = thread; place < columns; place += threads) {
+            const int c = channel_of(place);
+            cp_async<4>(z + e * shape.stride + place, x + owner[e] * channels + c, is_channel(c));
+        }
+    cp_async_commit();
+
+    // The shuffle tells the compiler that the whole warp takes the same turns.
     const int warp = __shfl_sync(kAllLanes, thread / kWarp, 0);
     const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
     const T* factor_q = factor + q * stored_size<T>(channels);
-    const auto* scales = reinterpret_cast<const float*>(factor_q + PackedLayout(channels).size());
-    Reader<T> reader(shape, factor_q, scales, warp);
-    Step<T> ring[kDepth<kTiles>] = {};
-#pragma unroll
-    for (int d = 0; d < kDepth<kTiles>; ++d) reader.load(ring[d]);
+    Reader<T> reader(shape, factor_q, warp);
+    Stage<T>* const ring = rings + warp * stages;
+    for (int s = 0; s < stages; ++s) reader.load(ring[s]);
 
-    // Copies that take no registers, so that all are in flight at once; the mean is one row more.
-    // Then each thread subtracts the part of it that it has copied itself.
-    __syncthreads();
-    const int columns = shape.stride - 4, skip = shape.pad;
-    for (int e = 0; e <= count; ++e) {
-        const float* source = e < count ? x + owner[e] * channels : mean + q * channels;
-        for (int c = thread; c < columns; c += threads)
-            if (c >= skip && c - skip < channels)
-                cp_async<4>(z + e * shape.stride + c, source + c - skip);
-    }
-    cp_async_commit();
-    cp_async_wait<0>();
-    for (int c = thread; c < columns; c += threads) {
-        const bool stored = c >= skip && c - skip < channels;
-        const float mean_c = stored ? z[count * shape.stride + c] : 0;
-        for (int e = 0; e < count; ++e) {
-            float& z_c = z[e * shape.stride + c];
-            z_c = stored ? z_c - mean_c : 0;
+    // Each thread subtracts the mean from what it has copied itself.
+    for (int begin = thread; begin < columns; begin += kMeans * threads) {
+        float mean_c[kMeans];
+#pragma unroll
+        for (int i = 0; i < kMeans; ++i) {
+            const int c = channel_of(begin + i * threads);
+            mean_c[i] = is_channel(c) ? mean[q * channels + c] : 0;
         }
+        cp_async_wait<kFewStages>();  // behind x are as many groups at least
+        for (int e = 0; e < count; ++e)
+#pragma unroll
+            for (int i = 0; i < kMeans; ++i)
+                if (begin + i * threads < columns)
+                    z[e * shape.stride + begin + i * threads] -= mean_c[i];
     }
     __syncthreads();
     if constexpr (kInHalf<T>) {
@@ -392,34 +437,36 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
         z_tile[tile] = z + min(tile * 8 + g, count - 1) * shape.stride + t;
     float sums[kTiles][4][4] = {}, squares[kSums][kTiles][2] = {};
     int round = 0, column = 0, left = steps_of<T>(shape, group_of(shape, warp, 0));
-    while (left > 0) {
+    for (int s = 0; left > 0; s = s + 1 == stages ? 0 : s + 1) {
+        if (stages == kStages)  // only the other steps may still be on their way
+            cp_async_wait<kStages - 1>();
+        else
+            cp_async_wait<kFewStages - 1>();
+        multiply<T, kTiles>(ring[s], reader, z_tile, column, sums);
+        column += kColumns<T>;
+        if (--left > 0) continue;
+        // Rows of the prefix among this lane's eight, which follow one another.
+        const int inside =
+            prefix - 8 * (group_of(shape, warp, round) * kGroup - shape.missing + g) + shape.pad;
 #pragma unroll
-        for (int d = 0; d < kDepth<kTiles>; ++d) {
-            if (left == 0) break;
-            multiply<T, kTiles>(ring[d], reader, z_tile, column, sums);
-            column += kColumns<T>;
-            if (--left > 0) continue;
-            // Rows of the prefix among this lane's eight, which follow one another.
-            const int inside = prefix -
-                               8 * (group_of(shape, warp, round) * kGroup - shape.missing + g) +
-                               shape.pad;
-#pragma unroll
-            for (int i = 0; i < kTiles * 16; ++i) {
-                float& sum = sums[i / 16][i / 4 % 4][i % 4];
-                float& all = squares[kSums - 1][i / 16][i % 2];
-                all = fmaf(sum, sum, all);
-                if constexpr (kPrefix) {
-                    float& below = squares[0][i / 16][i % 2];
-                    if (i / 2 % 8 < inside) below = fmaf(sum, sum, below);
-                }
-                sum = 0;
+        for (int i = 0; i < kTiles * 16; ++i) {
+            float& sum = sums[i / 16][i / 4 % 4][i % 4];
+            float& all = squares[kSums - 1][i / 16][i % 2];
+            all = fmaf(sum, sum, all);
+            if constexpr (kPrefix) {
+                float& below = squares[0][i / 16][i % 2];
+                if (i / 2 % 8 < inside) below = fmaf(sum, sum, below);
             }
-            column = 0;
-            left = steps_of<T>(shape, group_of(shape, warp, ++round));
+            sum = 0;
         }
+        column = 0;
+        left = steps_of<T>(shape, group_of(shape, warp, ++round));
     }
 
-    // Lanes of equal t hold rows of the same two embeddings.
+    // Lanes of equal t hold rows of the same two embeddings. A warp leaves its sums in its ring,
+    // which is empty.
+    const auto partial = [&](int w) { return reinterpret_cast<float*>(rings + w * stages); };
+    __syncwarp();
 #pragma unroll
     for (int part = 0; part < kSums; ++part)
 #pragma unroll
@@ -430,14 +477,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
 #pragma unroll
                 for (int distance = 4; distance < kWarp; distance *= 2)
                     sum += __shfl_xor_sync(kAllLanes, sum, distance);
-                if (g == 0) partial[part][warp][tile * 8 + 2 * t + i] = sum;
+                if (g == 0) partial(warp)[(part * kMaxTiles + tile) * 8 + 2 * t + i] = sum;
             }
     __syncthreads();
     if (thread < count) {
 #pragma unroll
         for (int part = 0; part < kSums; ++part) {
             float sum = 0;
-            for (int w = 0; w < shape.warps; ++w) sum += partial[part][w][thread];
+            for (int w = 0; w < shape.warps; ++w) sum += partial(w)[part * kMaxTiles * 8 + thread];
             if constexpr (kInHalf<T>) sum = sum * unscale[thread] * unscale[thread];
             float* target = distance + part * batch * positions + owner[thread];
             if (window == 1)
@@ -467,18 +514,23 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
         error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
 
-    // As many embeddings to a block as leave room for a second one, dealt out evenly; and the mean.
+    // As many embeddings to a block as leave room for a second one, dealt out evenly: each block
+    // reads the factor. What they leave is the ring's.
     const Shape shape(channels, kSlices<T>);
     const int64_t row_bytes = shape.stride * static_cast<int64_t>(sizeof(float));
+    const int64_t stage_bytes = shape.warps * static_cast<int64_t>(sizeof(Stage<T>));
+    const int64_t half = (shared - kReserved) / 2 - kStaticBytes;
     const int64_t most = batch * min(window, height) * min(window, width);
-    const int64_t rows = (shared / 2 - kReserved) / row_bytes;
-    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, rows - 1));
+    const int64_t rows = (half - kFewStages * stage_bytes) / row_bytes;
+    const int64_t room = max(int64_t{1}, min(int64_t{kMaxTiles * 8}, rows));
     const int64_t chunks = ceil_div(most, room), held = ceil_div(most, chunks);
+    const bool all_fit = held * row_bytes + kStages * stage_bytes <= half;
+    const int stages = all_fit ? kStages : kFewStages;
     const int64_t blocks = positions * chunks, decoders = ceil_div(n, kDecodeThreads);
     if (blocks > INT32_MAX || decoders > INT32_MAX) return cudaErrorInvalidConfiguration;
 
     using Kernel = void (*)(const float*, int64_t, int64_t, int64_t, int64_t, const float*,
-                            const T*, int64_t, int64_t, int, Shape, int, float*);
+                            const T*, int64_t, int64_t, int, Shape, int, int, float*);
     static constexpr Kernel kKernels[2][kMaxTiles] = {
         {mahalanobis_kernel<T, 1, false>, mahalanobis_kernel<T, 2, false>,
          mahalanobis_kernel<T, 3, false>, mahalanobis_kernel<T, 4, false>},
@@ -486,10 +538,11 @@ cudaError_t run(const float* x, int64_t batch, int64_t height, int64_t width, in
          mahalanobis_kernel<T, 3, true>, mahalanobis_kernel<T, 4, true>}};
     if (window > 1) error = cudaMemsetAsync(distance, 0xff, n * sizeof(float), stream);
     if (error == cudaSuccess)
-        error = launch(kKernels[prefix != 0][(held - 1) / 8], static_cast<unsigned>(blocks),
-                       shape.warps * kWarp, (held + 1) * row_bytes, stream, x, batch, height, width,
-                       channels, mean, static_cast<const T*>(factor), window, chunks,
-                       static_cast<int>(held), shape, static_cast<int>(prefix), distance);
+        error =
+            launch(kKernels[prefix != 0][(held - 1) / 8], static_cast<unsigned>(blocks),
+                   shape.warps * kWarp, held * row_bytes + stages * stage_bytes, stream, x, batch,
+                   height, width, channels, mean, static_cast<const T*>(factor), window, chunks,
+                   static_cast<int>(held), shape, stages, static_cast<int>(prefix), distance);
     if (error == cudaSuccess && window > 1)
         error = launch(decode_kernel, static_cast<unsigned>(decoders), kDecodeThreads, 0, stream,
                        distance, n);

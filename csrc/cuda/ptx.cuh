@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace npad::cuda::ptx {
 
@@ -22,6 +23,30 @@ __device__ __forceinline__ void* dynamic_shared() {
 // volatile but does not say that it changes memory: a thread that reads what it has copied itself
 // has no barrier after the wait that would say so.
 __device__ __forceinline__ void keep_memory_order() { asm volatile("" ::: "memory"); }
+
+// Starts a copy of kBytes to shared memory, or of zeros: then nothing is read. CUDA's own function
+// takes that choice as a constant alone. Only 16 bytes go past L1.
+template <int kBytes, bool kThroughL1>
+__device__ __forceinline__ void cp_async_or_zeros(void* shared, const void* global, bool stored) {
+#if __CUDA_ARCH__ < 800
+    using Vector =
+        std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes == 8, uint2, uint4>>;
+    *static_cast<Vector*>(shared) = stored ? *static_cast<const Vector*>(global) : Vector();
+#else
+    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    const int bytes = stored ? kBytes : 0;
+    if constexpr (kThroughL1)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :
+                     : "r"(to), "l"(global), "n"(kBytes), "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.cg.shared.global [%0], [%1], %2, %3;"
+                     :
+                     : "r"(to), "l"(global), "n"(kBytes), "r"(bytes)
+                     : "memory");
+#endif
+}
 
 // c += a b with the fragments that mma() in device_utils.cuh describes. Templates, so that an
 // architecture without the instruction never meets it. Volatile, since all lanes must arrive at the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,9 +28,8 @@ ROW_BYTES = 16  # of which a stored matrix of bytes is a multiple: what a GPU lo
 def packed_layout(channels: int) -> tuple[Tensor, Tensor]:
     """Row and column of every slot of the packed lower triangle; rows of padding are negative."""
     rows, columns = [], []
-    for first in range(-padding(channels), channels, PANEL):
-        width = first + PANEL
-        rows.append(torch.arange(first, first + PANEL, device="cpu").repeat(width))
+    for _, width, _ in _panels(channels):
+        rows.append(torch.arange(width - PANEL, width, device="cpu").repeat(width))
         columns.append(torch.arange(width, device="cpu").repeat_interleave(PANEL))
     return torch.cat(rows), torch.cat(columns)
 
@@ -64,7 +64,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 def n_scales(channels: int) -> int:
     """Scales of one matrix of bytes."""
-    return sum(blocks for _, _, blocks in _panels(channels))
+    return sum(panel.scales for panel in _panels(channels))
 
 
 def stored_size(channels: int, dtype: torch.dtype) -> int:
@@ -111,12 +111,17 @@ def is_finite(stored: Tensor, channels: int) -> bool:
     return bool(values.sum(dtype=torch.float32).isfinite())
 
 
-def _panels(channels: int) -> Iterator[tuple[int, int, int]]:
-    """Of each panel the first slot, the number of columns and that of blocks."""
-    first = 0
-    for columns in range(PANEL - padding(channels), channels + 1, PANEL):
-        yield first, columns, -(-(columns + padding(channels)) // BLOCK_COLUMNS)
-        first += PANEL * columns
+class _Panel(NamedTuple):
+    first_slot: int
+    columns: int  # stored; also one past the panel's last row
+    scales: int  # of bytes: one for each of its blocks
+
+
+def _panels(channels: int) -> Iterator[_Panel]:
+    first_slot, pad = 0, padding(channels)
+    for columns in range(PANEL - pad, channels + 1, PANEL):
+        yield _Panel(first_slot, columns, -(-(columns + pad) // BLOCK_COLUMNS))
+        first_slot += PANEL * columns
 
 
 def _of_scales(channels: int) -> slice:

@@ -93,9 +93,10 @@ __global__ void product_kernel(const uint32_t* a, const uint32_t* b, int64_t wor
     for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
-// The sum of all stages of kCopyThreads floats, each copied while the one before is summed.
+// The sum of all stages of kCopyThreads floats, each copied while the one before is summed. Zeros
+// follow the last, behind which nothing is read.
 constexpr int kCopyThreads = 64;
-enum CopyFault { kNoFault, kNoWait, kNoBarrier };
+enum CopyFault { kNoFault, kNoWait, kNoBarrier, kEarlyWait };
 
 template <CopyFault kFault>
 __global__ void __launch_bounds__(kCopyThreads)
@@ -103,15 +104,16 @@ __global__ void __launch_bounds__(kCopyThreads)
     float* buffer = dynamic_shared<float>();  // (2, kCopyThreads)
     const int t = threadIdx.x;
     const auto start = [&](int64_t stage) {
-        if (stage < stages && t < kCopyThreads / 4)
-            cp_async(buffer + stage % 2 * kCopyThreads + 4 * t, x + stage * kCopyThreads + 4 * t);
+        if (t < kCopyThreads / 4)
+            cp_async(buffer + stage % 2 * kCopyThreads + 4 * t, x + stage * kCopyThreads + 4 * t,
+                     stage < stages);
         cp_async_commit();
     };
     float total = 0;
     start(0);
-    for (int64_t stage = 0; stage < stages; ++stage) {
+    for (int64_t stage = 0; stage <= stages; ++stage) {
         start(stage + 1);
-        if (kFault != kNoWait) cp_async_wait<1>();
+        if (kFault != kNoWait) cp_async_wait<kFault == kEarlyWait ? 2 : 1>();
         __syncthreads();
         total += buffer[stage % 2 * kCopyThreads + (t + 1) % kCopyThreads];
         if (kFault != kNoBarrier) __syncthreads();
@@ -305,7 +307,7 @@ SIMT_EXPORT(product)
 cudaError_t copy(int fault, const float* x, int64_t stages, float* sum, cudaStream_t stream) {
     using Kernel = void (*)(const float*, int64_t, float*);
     static constexpr Kernel kKernels[] = {copy_kernel<kNoFault>, copy_kernel<kNoWait>,
-                                          copy_kernel<kNoBarrier>};
+                                          copy_kernel<kNoBarrier>, copy_kernel<kEarlyWait>};
     return launch(kKernels[fault], 1, kCopyThreads, 2 * kCopyThreads * sizeof(float), stream, x,
                   stages, sum);
 }

@@ -325,6 +325,10 @@ namespace npad::cuda::ptx {
 
 inline void* dynamic_shared() { return simt::dynamic_shared(); }
 inline void keep_memory_order() {}
+template <int kBytes, bool kThroughL1>
+void cp_async_or_zeros(void* shared, const void* global, bool stored) {
+    simt::copy_async(shared, global, kBytes, stored ? 0 : kBytes);
+}
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              SIMT_WHERE) {
     simt::mma(simt::Element::kTf32, c, a, b, where);
