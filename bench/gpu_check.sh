@@ -34,7 +34,7 @@ export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1
 export NPAD_CHECK=0 # a kernel that is wrong must not be replaced by the reference here
 pytest=(python3 -m pytest -q -ra -p no:cacheprovider -W default)
 ops=(embed neighborhood_moments window_covariance pack_factor inverse_cholesky mahalanobis
-    nearest_centroid farthest_first anomaly_map resize_maps)
+    centroid_index nearest_centroid farthest_first anomaly_map resize_maps)
 deadline=$((SECONDS + 520))
 status=0
 

@@ -135,6 +135,7 @@ void define_cuda(py::module_ m) {
     m.def("runtime_version", cuda::runtime_version);
     m.def("driver_version", cuda::driver_version);
     m.def("inverse_cholesky_workspace", cuda::inverse_cholesky_workspace);
+    m.def("centroid_index_bytes", cuda::centroid_index_bytes);
     m.def("nearest_centroid_workspace", cuda::nearest_centroid_workspace);
     m.def("farthest_first_axes", cuda::farthest_first_axes);
     m.def("farthest_first_workspace", cuda::farthest_first_workspace);
@@ -146,6 +147,7 @@ void define_cuda(py::module_ m) {
     define(m, "pack_factor", cuda::pack_factor);
     define(m, "inverse_cholesky", cuda::inverse_cholesky);
     define(m, "mahalanobis", cuda::mahalanobis);
+    define(m, "centroid_index", cuda::centroid_index);
     define(m, "nearest_centroid", cuda::nearest_centroid);
     define(m, "farthest_first", cuda::farthest_first);
     define(m, "anomaly_map", cuda::anomaly_map);

@@ -159,9 +159,14 @@ int mahalanobis(const float* x, int64_t batch, int64_t height, int64_t width, in
                 const float* mean, const void* factor, DataType type, int64_t window,
                 int64_t prefix, float* distance, Stream stream);
 
+// Bytes of an index, aligned to 16. All zeros will do for one, and every centroid is measured.
+int64_t centroid_index_bytes(int64_t k, int64_t channels);
+int centroid_index(const float* centroids, int64_t k, int64_t channels, void* index, Stream stream);
+
 int64_t nearest_centroid_workspace(int64_t n, int64_t k, int64_t channels);
 int nearest_centroid(const float* x, int64_t n, const float* centroids, int64_t k, int64_t channels,
-                     void* workspace, float* distance, int64_t* index, Stream stream);
+                     const void* index, void* workspace, float* distance, int64_t* nearest,
+                     Stream stream);
 
 // How many rows `axes` has, (rows, dim): the first is zero, the others orthonormal, about the
 // leading principal axes of the points, the leading first. Without axes, null, every point is

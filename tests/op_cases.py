@@ -10,6 +10,10 @@ from npad.check.cases import CASES, GRID, Arguments, statistics
 
 OPS = {name: (case.op, case.reference, case.make) for name, case in CASES.items()}
 
+# what an op's case launches on a GPU: a search makes an index, and an index is tried by a search
+_SEARCH = ["centroid_index", "nearest_centroid"]
+LAUNCHES = {name: [name] for name in OPS} | dict.fromkeys(_SEARCH, _SEARCH)
+
 # name and position of each tensor after the first, for ops that take several
 SEVERAL = [
     (name, position)

@@ -60,5 +60,6 @@ def use(
             return wrapped(getattr(_cuda, name, getattr(ops.reference, name)))
 
     set_(_cuda, "cuda", _Sizes(simt))
+    set_(ops.reference, "centroid_index_dtype", lambda device: torch.uint8)
     set_(_cuda, "_run", run)
     set_(torch.ops, "npad", Dispatcher())

@@ -8,6 +8,7 @@ from accuracy import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from npad import ops
 from npad.ops import reference
@@ -294,9 +295,30 @@ def test_index_is_in_use(every_isa: str) -> None:
 def test_reference_index_is_no_index() -> None:
     x, centroids = embeddings(64, 30), embeddings(80, 30)
     index = reference.centroid_index(centroids)
-    assert index.shape == ops.centroid_index(centroids).shape == (centroid_index_size(80, 30),)
+    size = centroid_index_size(80, 30, torch.int32)
+    assert index.shape == ops.centroid_index(centroids).shape == (size,)
     expected = ops.nearest_centroid(x, centroids)
     assert torch.equal(ops.nearest_centroid(x, centroids, index)[0], expected[0])
+
+
+def test_index_made_for_a_gpu_is_no_index() -> None:
+    """As a program that was exported there brings it; what it holds is not read."""
+    x, centroids = embeddings(64, 30), embeddings(80, 30)
+    index = torch.full((centroid_index_size(80, 30, torch.uint8),), 0x7F, dtype=torch.uint8)
+    expected = ops.nearest_centroid(x, centroids)
+    for found, right in zip(ops.nearest_centroid(x, centroids, index), expected, strict=True):
+        assert torch.equal(found, right)
+
+
+def test_fake_index_on_a_gpu() -> None:
+    """Tensors that only say that they are on a GPU stand for those that are."""
+    with FakeTensorMode():
+        centroids = torch.empty(130, 40, device="cuda")
+        for index in (ops.centroid_index(centroids), reference.centroid_index(centroids)):
+            assert index.dtype == torch.uint8
+            assert index.shape == (centroid_index_size(130, 40, torch.uint8),)
+            distance, _ = ops.nearest_centroid(torch.empty(9, 40, device="cuda"), centroids, index)
+            assert distance.shape == (9,)
 
 
 def test_opcheck() -> None:
@@ -324,10 +346,10 @@ def test_rejects() -> None:
     with pytest.raises(ValueError, match="centroids is on meta but x is on cpu"):
         ops.nearest_centroid(x, centroids.to("meta"))
     index = ops.centroid_index(centroids)
-    size = centroid_index_size(4, 5)
+    size = centroid_index_size(4, 5, torch.int32)
     with pytest.raises(ValueError, match=rf"index must have shape \(size\) = \({size},\)"):
         ops.nearest_centroid(x, centroids, index[:-1])
-    with pytest.raises(TypeError, match="index must be int32, got float64"):
+    with pytest.raises(TypeError, match="index must be int32 or uint8, got float64"):
         ops.nearest_centroid(x, centroids, index.double())
     with pytest.raises(ValueError, match="index is on meta but x is on cpu"):
         ops.nearest_centroid(x, centroids, index.to("meta"))

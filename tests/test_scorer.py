@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from npad import NPad, ops
 
@@ -77,6 +78,15 @@ def test_moving_it_leaves_the_model_and_others_of_its_backbone(
     assert {x.device.type for x in scorer.state_dict().values()} == {"meta"}
     again = model.score(batch)
     assert torch.equal(again[0], expected[0])
+
+
+def test_moving_it_makes_the_index_that_the_device_uses(model: NPad) -> None:
+    """A device that is not there stands for one that is."""
+    member = model.scorer().members[3]
+    assert (member.index.device.type, member.index.dtype) == ("cpu", torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        member.to("cuda:0")
+    assert (member.index.device.type, member.index.dtype) == ("cuda", torch.uint8)
 
 
 @pytest.mark.parametrize("fusion", ["product", "sum", "mahalanobis", "euclidean"])

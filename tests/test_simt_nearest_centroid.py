@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_accurate
+from op_cases import off_by_one
 from simt_device import Simt, load
+from simt_wrappers import use
 from torch import Tensor
 
+from npad.learned import LearnedMember
+from npad.members import Member
 from npad.ops import reference
+from npad.scoring.scorer import MemberScorer
 
 
 @pytest.fixture(params=["simt_fast", "simt_fma", "simt_sm75", "simt_checked"])
@@ -16,12 +21,23 @@ def simt(request: pytest.FixtureRequest) -> Simt:
     return load(request.param)
 
 
-def run(simt: Simt, x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def indexed(simt: Simt, centroids: Tensor) -> Tensor:
+    size = simt.number("centroid_index_bytes", *centroids.shape)
+    index = torch.full((size,), 0xFF, dtype=torch.uint8)
+    simt("centroid_index", centroids, *centroids.shape, index)
+    return index
+
+
+def search(simt: Simt, x: Tensor, centroids: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     (n, channels), k = x.shape, len(centroids)
-    distance, index = torch.full((n,), -1.0), torch.full((n,), -1)
+    distance, nearest = torch.full((n,), -1.0), torch.full((n,), -1)
     workspace = simt.workspace("nearest_centroid", n, k, channels)
-    simt("nearest_centroid", x, n, centroids, k, channels, workspace, distance, index)
-    return distance, index
+    simt("nearest_centroid", x, n, centroids, k, channels, index, workspace, distance, nearest)
+    return distance, nearest
+
+
+def run(simt: Simt, x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    return search(simt, x, centroids, indexed(simt, centroids))
 
 
 @pytest.mark.parametrize(
@@ -132,12 +148,47 @@ def test_extreme_scales(simt: Simt, scale: float) -> None:
 def test_rows_that_are_not_aligned(simt: Simt) -> None:
     """Rows that start anywhere give the same bits as rows at 16 bytes."""
     x, centroids = torch.randn(30, 36), torch.randn(20, 36)
-    storage = torch.empty(x.numel() + 1)
-    storage[1:] = x.flatten()
-    for a, b in zip(
-        run(simt, x, centroids), run(simt, storage[1:].view(x.shape), centroids), strict=True
-    ):
-        assert torch.equal(a, b)
+    expected = *run(simt, x, centroids), indexed(simt, centroids)
+    x_elsewhere, elsewhere = off_by_one((x, centroids))
+    assert isinstance(x_elsewhere, Tensor)
+    assert isinstance(elsewhere, Tensor)
+    for a, b in ((x_elsewhere, centroids), (x, elsewhere), (x_elsewhere, elsewhere)):
+        for found, right in zip((*run(simt, a, b), indexed(simt, b)), expected, strict=True):
+            assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize(("k", "channels"), [(1, 1), (128, 32), (129, 33), (300, 100)])
+def test_size_of_an_index(k: int, channels: int) -> None:
+    """Python has to know it, too, for tensors that are not there."""
+    size = load("simt_fast").number("centroid_index_bytes", k, channels)
+    assert size == reference.centroid_index_size(k, channels, torch.uint8)
+
+
+def test_zeros_for_an_index(simt: Simt) -> None:
+    """Which is what the reference makes: then all centroids are measured."""
+    x, centroids = torch.randn(9, 33), torch.randn(130, 33)
+    x[2, 3], x[3, 4], x[4] = torch.nan, torch.inf, 1e30
+    found = search(simt, x, centroids, torch.zeros_like(indexed(simt, centroids)))
+    for a, b in zip(found, run(simt, x, centroids), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_index_is_made_where_the_centroids_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a CPU, before a scorer is moved, changes nothing; moving makes another."""
+    member, centroids = Member(0, (1,), gaussian=False), torch.randn(50, 9)
+    learned = LearnedMember(member, 9, (4, 3), None, None, centroids=centroids)
+    scorer = MemberScorer(learned, 1)
+    x = torch.randn(2, 4, 3, 9)
+    expected = scorer(x)["euclidean"]
+    launched: list[str] = []
+    use(load("simt_fast"), monkeypatch.setattr, lambda op, _: launched.append(op))
+    assert_accurate(scorer(x)["euclidean"], expected, expected)
+    assert launched == ["centroid_index", "nearest_centroid"]
+    scorer.to("cpu")  # which is a GPU now
+    assert launched == ["centroid_index", "nearest_centroid", "centroid_index"]
+    for _ in range(2):
+        assert_accurate(scorer(x)["euclidean"], expected, expected)
+    assert launched[3:] == ["nearest_centroid", "nearest_centroid"]
 
 
 def test_no_embeddings(simt: Simt) -> None:

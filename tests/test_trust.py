@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_cases import LAUNCHES
 from simt_device import load
 from simt_wrappers import use
 
@@ -346,7 +347,21 @@ def test_a_wrong_kernel_never_gives_a_score(
     assert len(caught) == 1
     expected = CASES["mahalanobis"].reference(*given["mahalanobis"])
     assert torch.equal(results["mahalanobis"][0], tensors(expected)[0])
-    assert launched == [name for name in CASES if name != "mahalanobis"]
+    assert launched == [op for name in CASES if name != "mahalanobis" for op in LAUNCHES[name]]
+
+
+def test_nothing_searches_by_an_index_of_a_kernel_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even an op that makes one for itself."""
+    monkeypatch.setitem(trust._failed, None, frozenset({"centroid_index"}))  # type: ignore[misc]
+    launched: list[str] = []
+    use(load("simt_fast"), monkeypatch.setattr, lambda op, _: launched.append(op), _cuda._trusted)
+    x, centroids = torch.randn(9, 20), torch.randn(130, 20)
+    for index in (None, ops.centroid_index(centroids)):
+        _, nearest = ops.nearest_centroid(x, centroids, index)
+        assert torch.equal(nearest, reference.nearest_centroid(x, centroids)[1])
+    assert launched == ["nearest_centroid", "nearest_centroid"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -367,7 +382,9 @@ def test_pytorch_calls_the_kernel_or_the_reference(
     with torch.library._scoped_library("npad_trust", "DEF") as library:
         library.define(schema.removeprefix("npad_trust::"))
         library.impl(name, _cuda._trusted(kernel), "CPU")
-        monkeypatch.setattr(torch.ops, "npad", torch.ops.npad_trust)
+        others = {op: getattr(reference, op) for op in trust.OPS}
+        asked = SimpleNamespace(**others | {name: getattr(torch.ops.npad_trust, name)})
+        monkeypatch.setattr(torch.ops, "npad", asked)
         case = CASES[name]
         arguments = case.make(7)
         results = tensors(case.op(*arguments))

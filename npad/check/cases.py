@@ -146,6 +146,11 @@ def _embed(embed: Callable[..., Tensor], *arguments: object) -> Tensor:
     return embed(list(arguments[:-1]), arguments[-1])
 
 
+def _by_index(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Search: an index has no values of its own that could be compared."""
+    return ops.nearest_centroid(x, centroids, ops.centroid_index(centroids))
+
+
 def _resize_by_reference(maps: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
     return reference.resize_maps(maps, [h for h, _ in sizes], [w for _, w in sizes])
 
@@ -203,6 +208,14 @@ CASES: dict[str, Case] = {
             "17 images": partial(_scoring, n=17),
         },
         partial(_scoring, 100, (32, 32), n=4, window=1),
+    ),
+    "centroid_index": Case(
+        _by_index,
+        reference.nearest_centroid,
+        _search,
+        {"one centroid": partial(_search, k=1), "two groups": partial(_search, k=129)},
+        partial(_search, 100, n=8, k=8192),
+        timed=lambda x, centroids: ops.centroid_index(centroids),
     ),
     "nearest_centroid": Case(
         ops.nearest_centroid,

@@ -411,9 +411,10 @@ def centroid_index(centroids: Tensor) -> Tensor:
 
     Returns
     -------
-    (size,) int32, opaque, 140 bytes a centroid and up to 516 a channel. It belongs to these
-    centroids with these values. Build it where it is used: its content differs between versions of
-    npad.
+    (size,) int32 on the CPU, opaque, 140 bytes a centroid and up to 516 a channel; uint8 on a GPU, half
+    the bytes of the centroids and some more. It belongs to these centroids with these values. Make it
+    on the device that uses it: an index of another kind of device changes nothing, and its content
+    differs between versions of npad.
 
     Raises
     ------
@@ -429,7 +430,9 @@ def centroid_index(centroids: Tensor) -> Tensor:
     of these norms (Cauchy-Schwarz), which for embeddings rules out nearly all centroids at a
     fraction of the work. The bound by one axis and the norm across it is that of Hwang, Han, Ahn, *A
     fast nearest neighbor search algorithm by nonlinear embedding*, CVPR 2012; that it also takes up
-    the rounding to bytes is npad's own. Kernels of other devices ignore an index.
+    the rounding to bytes is npad's own.
+
+    On a GPU it holds the centroids in float16, as matrix instructions take them, and their norms.
     """
     _check_centroids("centroid_index", centroids)
     return torch.ops.npad.centroid_index(centroids)
@@ -470,8 +473,10 @@ def nearest_centroid(
     _check_shape(op, "x", x, "N, C", (x.shape[0], centroids.shape[1]))
     _check_devices(op, x=x, centroids=centroids)
     if index is not None:
-        _check_dtype(op, "index", index, torch.int32)
-        _check_shape(op, "index", index, "size", (centroid_index_size(*centroids.shape),))
+        _check_dtype(op, "index", index, torch.int32, torch.uint8)
+        k, channels = centroids.shape
+        size = centroid_index_size(k, channels, index.dtype)
+        _check_shape(op, "index", index, "size", (size,))
         _check_devices(op, x=x, index=index)
     return torch.ops.npad.nearest_centroid(x, centroids, index)
 

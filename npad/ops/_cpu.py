@@ -112,7 +112,8 @@ def nearest_centroid(
     x: Tensor, centroids: Tensor, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     x, centroids = x.contiguous(), centroids.contiguous()
-    index = index.contiguous() if index is not None else None
+    # A program that was exported on a GPU brings that GPU's.
+    index = index.contiguous() if index is not None and index.dtype == torch.int32 else None
     outputs = _outputs.nearest_centroid(x, centroids)
     _run("nearest_centroid", x, len(x), centroids, *centroids.shape, index, *outputs)
     return outputs

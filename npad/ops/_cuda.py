@@ -100,16 +100,26 @@ def mahalanobis(
     return distance
 
 
+def centroid_index(centroids: Tensor) -> Tensor:
+    centroids = centroids.contiguous()
+    index = _workspace(centroids, cuda.centroid_index_bytes(*centroids.shape))
+    _run("centroid_index", centroids, centroids, *centroids.shape, index)
+    return index
+
+
 def nearest_centroid(
     x: Tensor, centroids: Tensor, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The index is for the CPU: here matrix instructions rank the centroids themselves."""
     x, centroids = x.contiguous(), centroids.contiguous()
-    size = cuda.nearest_centroid_workspace(len(x), *centroids.shape)
+    # A program that was exported on a CPU brings that CPU's.
+    if index is None or index.dtype != torch.uint8:
+        index = torch.ops.npad.centroid_index(centroids)  # by the kernel, where that may run
+    workspace = _workspace(x, cuda.nearest_centroid_workspace(len(x), *centroids.shape))
     outputs = _outputs.nearest_centroid(x, centroids)
     _run(
-        "nearest_centroid", x, x, len(x), centroids, *centroids.shape, _workspace(x, size), *outputs
-    )
+        "nearest_centroid", x, x, len(x), centroids, *centroids.shape, aligned(index), workspace,
+        *outputs,
+    )  # fmt: skip
     return outputs
 
 
@@ -209,6 +219,7 @@ def register() -> bool:
         pack_factor,
         inverse_cholesky,
         mahalanobis,
+        centroid_index,
         nearest_centroid,
         farthest_first,
         anomaly_map,

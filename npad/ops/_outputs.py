@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npad.ops.packed import stored_size
-from npad.ops.reference import centroid_index_size
+from npad.ops.reference import centroid_index_dtype, centroid_index_size
 
 
 def embed(levels: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
@@ -57,7 +57,8 @@ def mahalanobis(
 
 
 def centroid_index(centroids: Tensor) -> Tensor:
-    return centroids.new_empty(centroid_index_size(*centroids.shape), dtype=torch.int32)
+    (k, channels), dtype = centroids.shape, centroid_index_dtype(centroids.device)
+    return centroids.new_empty(centroid_index_size(k, channels, dtype), dtype=dtype)
 
 
 def nearest_centroid(

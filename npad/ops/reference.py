@@ -126,15 +126,27 @@ def mahalanobis(
     return found[0] if prefix is None else found
 
 
-def centroid_index_size(k: int, channels: int) -> int:
-    """Elements of the index of k centroids; ``csrc/cpu/sketch.h`` says what they are."""
+def centroid_index_dtype(device: torch.device) -> torch.dtype:
+    """That of an index made on a device, and of no index made for other kernels."""
+    return torch.uint8 if device.type == "cuda" else torch.int32
+
+
+def centroid_index_size(k: int, channels: int, dtype: torch.dtype) -> int:
+    """Elements of the index of k centroids.
+
+    ``csrc/cpu/sketch.h`` says what they are in int32, ``csrc/cuda/rounded_rows.cuh`` in uint8.
+    """
+    if dtype == torch.uint8:
+        groups, slices = -(-k // 128), -(-channels // 32)
+        return groups * (8192 * slices + 1028) + 4 * channels
     axes = min(-(-channels // 4) * 4, 128)
     return 16 + -(-k // 16) * (48 + 4 * axes) + (1 + axes) * channels
 
 
 def centroid_index(centroids: Tensor) -> Tensor:
-    """Zeros, which every kernel takes for no index: this file searches without one."""
-    return centroids.new_zeros(centroid_index_size(*centroids.shape), dtype=torch.int32)
+    """Zeros, with which every kernel finds the same as without: this file searches without one."""
+    (k, channels), dtype = centroids.shape, centroid_index_dtype(centroids.device)
+    return centroids.new_zeros(centroid_index_size(k, channels, dtype), dtype=dtype)
 
 
 def nearest_centroid(

@@ -103,6 +103,12 @@ class MemberScorer(nn.Module):
         """Of the centroids that it has now; that of others would find wrong distances."""
         self.index = None if self.centroids is None else ops.centroid_index(self.centroids)
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MemberScorer:
+        """Move; the index is then that of the device."""
+        super()._apply(fn, recurse)
+        self._make_index()
+        return self
+
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load into tensors of its own, as they may be in use elsewhere."""
         for tensor in TENSORS:

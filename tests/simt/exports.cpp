@@ -7,6 +7,8 @@ namespace npad::cuda {
 
 SIMT_EXPORT(anomaly_map)
 SIMT_EXPORT(anomaly_map_workspace)
+SIMT_EXPORT(centroid_index)
+SIMT_EXPORT(centroid_index_bytes)
 SIMT_EXPORT(embed)
 SIMT_EXPORT(farthest_first)
 SIMT_EXPORT(farthest_first_axes)
