@@ -233,7 +233,7 @@ CHECKED: dict[str, Callable[[list[str]], list[str]]] = {
     "pre-commit": lambda _: [] if (ROOT / ".pre-commit-config.yaml").exists() else ["no hooks"],
     **{tool: in_ci(tool) for tool in ("ruff", "mypy", "clang-format", "mkdocs", "lint-imports")},
     "import-linter": lambda args: [] if args == ["drawgraph", "npad"] else args,
-    **{path: script(path) for path in (".ci/run", ".ci/sanitize", ".ci/docstrings")},
+    **{path: script(path) for path in (".ci/run", ".ci/sanitize", ".ci/docstrings", ".ci/wheel")},
     "bench/gpu_check.sh": script("bench/gpu_check.sh"),
 }
 

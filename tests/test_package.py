@@ -66,6 +66,34 @@ def test_whoever_imports_the_ops_gets_the_kernels(import_):
     assert run(f"{import_}; import torch; print({checks})") == ["True"] * 3
 
 
+OPENMP = """
+import os, re
+import torch
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def libraries():
+    return set(re.findall(r"\\S*/lib[gi]?omp\\S*", open("/proc/self/maps").read()))
+
+of_torch = libraries()
+import npad.ops
+
+torch.set_num_threads(3)
+points, before = torch.rand(512, 64), threads()
+npad.ops.nearest_centroid(points, points)
+kernel = threads() - before
+torch.rand(1 << 22).exp_()
+print(*map(os.path.basename, libraries() ^ of_torch), kernel, threads() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_kernels_share_the_threads_of_torch():
+    """An OpenMP of their own would be threads of their own, which torch's fight for the cores."""
+    assert run(OPENMP) == ["2", "2"]  # besides the one that calls
+
+
 DRIVER = """
 #include <stdio.h>
 #include <string.h>
