@@ -110,7 +110,10 @@ class NeighborhoodGaussian:
         ValueError
             Features that are not finite, or too large.
         """
-        within = unpack(self.scatter.sum(0, dtype=torch.float64), self.channels)
+        scatter = self.scatter.new_zeros(self.scatter.shape[1], dtype=torch.float64)
+        for part in self.scatter.split(64):  # a CPU copies what it sums in another dtype
+            scatter += part.sum(0, dtype=torch.float64)
+        within = unpack(scatter, self.channels)
         within = within + within.tril(-1).mT
         mean, weight = self.mean.double(), self.count.double()[:, None]
         total = weight.sum()
