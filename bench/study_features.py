@@ -34,15 +34,18 @@ CONFIGURATIONS |= {f"{n}": (0.999, n) for n in (512, 384, 256, 192, 128, 96)}
 CONFIGURATIONS |= {f"share {share}": (share, 1 << 30) for share in (0.99, 0.98, 0.95)}
 
 
-def study(data: str, network: Backbone, settings: Settings) -> dict[str, dict[str, Any]]:
-    """Every configuration on one data set; those that keep the same as another are left out."""
+def study(
+    data: str, network: Backbone, settings: Settings, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Configurations on one data set; those that keep the same as another are left out."""
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         (category,) = find_categories(category_of(data, Path(scratch)))
         embedded = EmbeddedCategory(category, [network], settings.size, Path(scratch))
         run = Study(embedded, [network], bootstrap.draws(embedded.labels))
         whole: dict[str, Any] = {}
-        for name, (share, most) in CONFIGURATIONS.items():
+        for name in names:
+            share, most = CONFIGURATIONS[name]
             run.found = {key: part for key, part in run.found.items() if not key[0].gaussian}
             with (
                 patch("npad.member_fit.KEPT_VARIANCE", share),
@@ -100,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="+", help="as for study_defaults.py")
     parser.add_argument("--network", required=True, metavar="NAME[=FILE]")
+    parser.add_argument("--only", help="names of configurations behind 'all', separated by ;")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     args = parser.parse_args()
@@ -107,9 +111,10 @@ def main() -> None:
     name, _, file = args.network.partition("=")
     network = Backbone(name, weights=file or None, map_layers=None)
     settings = Settings(backbone=name, weights=file or None, image_size=256, progress=False)
+    names = [ALL, *args.only.split(";")] if args.only else list(CONFIGURATIONS)
     report: dict[str, Any] = {"provenance": provenance(), "rows": {}}
     for data in args.data:
-        report["rows"][title_of(data)] = study(data, network, settings)
+        report["rows"][title_of(data)] = study(data, network, settings, names)
         path = args.out / f"study_features_{name}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["rows"]))
