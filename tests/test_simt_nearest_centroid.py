@@ -176,7 +176,7 @@ def test_zeros_for_an_index(simt: Simt) -> None:
 def test_the_index_is_made_where_the_centroids_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a CPU, before a scorer is moved, changes nothing; moving makes another."""
     member, centroids = Member(0, (1,), gaussian=False), torch.randn(50, 9)
-    learned = LearnedMember(member, 9, (4, 3), None, None, centroids=centroids)
+    learned = LearnedMember(member, 9, (4, 3), None, None, None, centroids=centroids)
     scorer = MemberScorer(learned, 1)
     x = torch.randn(2, 4, 3, 9)
     expected = scorer(x)["euclidean"]
