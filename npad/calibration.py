@@ -122,7 +122,7 @@ class Calibration:
         name = "Calibration.threshold"
         rate, confidence = _rates(name, false_alarm_rate, confidence)
         n = len(self.scores)
-        k = _rank(n, rate, confidence)
+        k = _rank_of_threshold(n, rate, confidence)
         if not k:
             needed = images_needed(rate, confidence)
             raise ValueError(
@@ -174,7 +174,7 @@ class GroupedCalibration:
 
     Notes
     -----
-    Mondrian conformal prediction. Source: Vovk, Gammerman, Shafer 2005, section 4.5.
+    Mondrian conformal prediction. Source: Vovk, Gammerman, Shafer 2005.
     """
 
     def __init__(self, scores: ArrayLike, groups: Sequence[Hashable]) -> None:
@@ -381,9 +381,8 @@ class DriftMonitor:
         return (higher + among_ties * (high - low + 1)) / len(self._scores)
 
 
-_EXPONENTS: Final = np.array(
-    [[0.2], [0.5], [0.8]]
-)  # from bets on few extreme ranks to many mild ones
+# From bets on a few extreme ranks to bets on many mild ones.
+_EXPONENTS: Final = np.array([[0.2], [0.5], [0.8]])
 _N_BETS: Final = 4 * len(_EXPONENTS)
 
 
@@ -419,7 +418,7 @@ def images_needed(false_alarm_rate: float, confidence: float | None = None) -> i
     else:
         n = math.floor(math.log1p(-confidence) / math.log1p(-rate))
     n = max(n, 1)
-    while not _rank(n, rate, confidence):  # at most once or twice: n is rounded
+    while not _rank_of_threshold(n, rate, confidence):  # at most once or twice: n is rounded
         n += 1
     return n
 
@@ -461,7 +460,7 @@ def rate_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, 
 # --- arguments, and the rank of a threshold ---
 
 
-def _rank(n: int, rate: float, confidence: float | None) -> int:
+def _rank_of_threshold(n: int, rate: float, confidence: float | None) -> int:
     """Of the threshold among n scores, from the highest, 1; 0 if they are too few."""
     if confidence is None:
         k = round(rate * (n + 1))
