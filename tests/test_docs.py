@@ -47,6 +47,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHON_INSTEAD = {
     'backbone="wide_resnet50_2"': 'backbone="filterbank", image_size=64, n_centroids=50',
     'make_dataset("cloth")': 'make_dataset("cloth", image_size=(64, 64), n_train=6)',
+    "false_alarm_rate=0.01, confidence": "false_alarm_rate=0.7, confidence",
+    "false_alarm_rate=0.01": "false_alarm_rate=0.3",
 }
 # What stands before and after the options that a command has; the last of an option counts.
 BEFORE = {"fit": ("--backbone", "filterbank"), "evaluate": ("--backbone", "filterbank")}
