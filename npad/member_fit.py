@@ -260,6 +260,7 @@ class MemberFit:
                 f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
                 "rounding, so that no spread can be learned; fit images of different parts"
             )
+        self._choose_axes_at_the_end()
         mean, factor = self._gaussians()
         axes = self._axes
         assert self._grid is not None
@@ -294,9 +295,10 @@ class MemberFit:
             return None
         self._leave_enough()
         x = torch.stack(self._held_out.kept)
+        if self._uses_held_out:
+            self._choose_axes_at_the_end()
         if self._gaussian is not None and self._chooses:
             eps = None if self.settings.eps == "auto" else float(self.settings.eps)
-            self._choose_axes_of(self._gaussian)
             reduced = reduce(x, self._gaussian.axes)
             _, self._eps = self._gaussian.choose(reduced, self.settings.windows, eps)
         found = self._distances(x) if self.settings.fusion == "sum" else None
@@ -312,9 +314,14 @@ class MemberFit:
             x = reduce(x, self._gaussian.axes)
         return distances(x, mean, factor, self._centroids(), window, prefix)
 
+    @property
+    def _uses_held_out(self) -> bool:
+        """Whether anything is learned of the images held out before they are fitted."""
+        return self.settings.fusion == "sum" or (self.member.gaussian and self._chooses)
+
     def _leave_enough(self) -> None:
         """Give back to the fit what it needs of a few images that have nearly all been held out."""
-        if not (self.settings.fusion == "sum" or (self.member.gaussian and self._chooses)):
+        if not self._uses_held_out:
             return
         window = max(self.settings.windows)
         kept, needed = self._held_out.kept, least_images(window) if self.member.gaussian else 1
@@ -331,7 +338,6 @@ class MemberFit:
         """Means and factors."""
         if self._gaussian is None:
             return None, None
-        self._choose_axes_of(self._gaussian)
         positions = len(self._gaussian.count)
         while True:
             try:
@@ -347,11 +353,11 @@ class MemberFit:
         """Whether the Gaussians, who share the embedding with no one, may be given fewer dimensions."""
         return self.settings.reduces_gaussians and not self.member.nominal_set
 
-    def _choose_axes_of(self, gaussian: NeighborhoodGaussian) -> None:
-        """Those of what it has seen so far, for what it gives."""
-        if self._reduces_at_the_end:
-            covariance = gaussian.covariance()
-            gaussian.axes = leading_axes(covariance, KEPT_VARIANCE, MOST_FEATURES)
+    def _choose_axes_at_the_end(self) -> None:
+        """Those of what the Gaussians have seen so far, for what they give."""
+        if self._gaussian is not None and self._reduces_at_the_end:
+            covariance = self._gaussian.covariance()
+            self._gaussian.axes = leading_axes(covariance, KEPT_VARIANCE, MOST_FEATURES)
 
     @property
     def _axes(self) -> Tensor | None:
