@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markdown_table import markdown_table
 from peer_methods import (
     BATCH,
     CORESET_RATIO,
@@ -190,7 +191,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "method|image AUROC (own score / map maximum)|pixel AUROC|AUPRO 0.3|fit, wall s|fit, CPU s"
     )
     head += "|predict, ms an image, wall (CPU)|peak MB, fit / predict|model MB"
-    rows = [head.split("|"), ["---"] * 9]
+    rows = []
     for method, r in results.items():
         fit, predict = r["fit"], r["predict"]
         each = {k: 1000 * s / predict["n_images"] for k, s in predict["phases"]["predict"].items()}
@@ -211,7 +212,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 f"{fit['model_bytes'] / 1e6:.1f}",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(head.split("|"), rows)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -83,3 +83,8 @@ def interval(values: Array) -> tuple[float, float]:
     """Where 95 % of the draws lie."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return float(low), float(high)
+
+
+def with_interval(values: Array) -> list[float]:
+    """The value and its interval, for a report."""
+    return [round(float(x), 5) for x in (values[0], *interval(values))]

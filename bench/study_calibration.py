@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from markdown_table import markdown_table
 from numpy.typing import NDArray
 from provenance import provenance
 from scipy import stats
@@ -116,7 +117,8 @@ def measured(good: Scores, bad: Scores, seed: int) -> Iterator[dict[str, Any]]:
 
 def table(name: str, rows: Sequence[dict[str, Any]]) -> str:
     heads = [f"{name}: asked for", "threshold", "false alarms, 99 % interval"]
-    lines = [[*heads, "splits above", "expected", "defective found"], ["---"] * 6]
+    heads += ["splits above", "expected", "defective found"]
+    lines = []
     for row in rows:
         low, high = row["interval"]
         expected = row["splits_over_expected"]
@@ -130,7 +132,7 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> str:
                 f"{100 * row['found']:.1f} %",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(heads, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

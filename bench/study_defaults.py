@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from embedded import METRICS, EmbeddedCategory, Rows
 from framed import framed
+from markdown_table import markdown_table
 from numpy.typing import NDArray
 from planted import planted
 from provenance import provenance
@@ -290,10 +291,10 @@ class Row:
             report[data] = {key: row[key] for key in ("eps", "megabytes", "milliseconds")}
             for kind in ("draws", "differences"):
                 name = "metrics" if kind == "draws" else kind
-                report[data][name] = {k: _with_interval(v) for k, v in row[kind].items()}
+                report[data][name] = {k: bootstrap.with_interval(v) for k, v in row[kind].items()}
         means = {metric: self.mean("differences", metric) for metric in METRICS}
         report["mean_differences"] = {
-            k: _with_interval(v) for k, v in means.items() if v is not None
+            k: bootstrap.with_interval(v) for k, v in means.items() if v is not None
         }
         return report
 
@@ -316,16 +317,10 @@ class Row:
         return [*each, "/".join(means), "; ".join(changes), size, time_]
 
 
-def _with_interval(values: NDArray[np.float64]) -> list[float]:
-    return [round(float(x), 5) for x in (values[0], *bootstrap.interval(values))]
-
-
 def table(name: str, data: Sequence[str], rows: dict[str, Row]) -> str:
     """Of one network; differences to the first row in thousandths."""
     heads = [name, *data, "mean", "mean - base, 95 % interval, in thousandths", "MB", "ms"]
-    lines = [heads, ["---"] * len(heads)]
-    lines += [[variant, *row.cells()] for variant, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(heads, ([variant, *row.cells()] for variant, row in rows.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

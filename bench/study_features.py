@@ -21,6 +21,7 @@ import bootstrap
 import numpy as np
 import torch
 from embedded import EmbeddedCategory
+from markdown_table import markdown_table
 from provenance import provenance
 from study_defaults import Study, category_of, milliseconds, title_of
 
@@ -59,8 +60,10 @@ def study(
             whole = whole or figures
             rows[name] = {
                 "features": kept,
-                "metrics": {m: _with_interval(x) for m, x in figures.items()},
-                "differences": {m: _with_interval(x - whole[m]) for m, x in figures.items()},
+                "metrics": {m: bootstrap.with_interval(x) for m, x in figures.items()},
+                "differences": {
+                    m: bootstrap.with_interval(x - whole[m]) for m, x in figures.items()
+                },
                 "megabytes": learned.nbytes / 1e6,
                 "milliseconds": milliseconds([network], learned, settings),
             }
@@ -68,35 +71,30 @@ def study(
     return rows
 
 
-def _with_interval(values: Any) -> list[float]:
-    return [round(float(x), 5) for x in (values[0], *bootstrap.interval(values))]
-
-
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """A row for each configuration, a column for each data set."""
-    heads = ["most", *found, "mean", "MB", "ms"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for name in CONFIGURATIONS:
         rows = [of.get(name) for of in found.values()]
         if not any(rows):
             continue
         cells = [
-            "/".join(_thousandths(x) for x in row["differences"].values()) if row else ""
+            "/".join(_thousandths(x) for x, *_ in row["differences"].values()) if row else ""
             for row in rows
         ]
         by_metric: dict[str, list[float]] = {}
         for row in filter(None, rows):
             for metric, values in row["differences"].items():
                 by_metric.setdefault(metric, []).append(values[0])
-        mean = "/".join(_thousandths([float(np.mean(x))]) for x in by_metric.values())
+        mean = "/".join(_thousandths(float(np.mean(x))) for x in by_metric.values())
         first = next(row for row in rows if row)
         size, time_ = f"{first['megabytes']:.0f}", f"{first['milliseconds']:.0f}"
         lines.append([name, *cells, mean, size, time_])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(["most", *found, "mean", "MB", "ms"], lines)
 
 
-def _thousandths(values: Sequence[float]) -> str:
-    return f"{1e3 * values[0]:+.1f}"
+def _thousandths(value: float) -> str:
+    return f"{1e3 * value:+.1f}"
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from embedded import METRICS, EmbeddedCategory
+from markdown_table import markdown_table
 from numpy.typing import NDArray
 from peer_methods import Anomalib, Clock
 from PIL import Image
@@ -217,11 +218,11 @@ def tables(name: str, rows: dict[str, dict[str, list[Figures]]]) -> Iterable[str
     for metric in METRICS:
         if metric not in next(iter(rows.values()))[jitters[0]][0]:
             continue  # there are no masks
-        lines = [[f"{name}: {metric}", "seeds", *jitters], ["---"] * (2 + len(jitters))]
+        lines = []
         for row, at in rows.items():
             values = [[run[metric] for run in at[jitter]] for jitter in jitters]
             lines.append([row, str(len(values[0])), *map(cell, values)])
-        yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        yield markdown_table([f"{name}: {metric}", "seeds", *jitters], lines)
 
 
 def cell(values: Sequence[float]) -> str:
