@@ -314,12 +314,15 @@ def test_real_images(data: Path, weights: Path) -> None:
     (category,) = find_categories(data / "mtd")
     category = replace(category, train=category.train[::12], test=category.test[::6])
     file = weights / "resnet18_layers123.safetensors"
-    model = NPad("resnet18", weights=file, factor_dtype="float32", n_centroids=1024, progress=False)
+    model = NPad(
+        "resnet18", weights=file, factor_dtype="float32", n_features=None, n_centroids=1024,
+        progress=False,
+    )  # fmt: skip
     wide = evaluate(model, category, progress=False).metrics
     model.members_ = tuple(
         m if m.factor is None else replace(m, factor=m.factor.half()) for m in model.members_
     )
     half = score(model, category, progress=False).metrics
     assert wide["auroc"] > 0.85
-    assert wide["pixel_auroc"] > 0.74
+    assert wide["pixel_auroc"] > 0.75
     assert half["auroc"] == pytest.approx(wide["auroc"], abs=1e-3)

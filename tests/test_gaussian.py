@@ -265,7 +265,8 @@ def test_positions_where_nothing_varies_do_not_choose_eps(n_images: int, n_const
         assert abs(math.log10(chosen[1] / chosen[0])) < 0.01
 
 
-@pytest.mark.parametrize(("fraction", "value"), [(1 / 3, 128), (0.5, 255), (0.9, 0)])
+@pytest.mark.parametrize("fraction", [1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("value", [0, 128, 255])
 def test_a_constant_border_moves_eps_by_less_than_half_a_decade(
     fraction: float, value: int
 ) -> None:
