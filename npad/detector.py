@@ -75,6 +75,7 @@ class NPad:
     members_: tuple[LearnedMember, ...]
     darkest_: float
     n_bits_: int | None
+    fingerprints_: tuple[str, ...]
     standardization_: dict[str, Standardization] | None
     skipped_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]

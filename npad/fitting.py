@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npad import progress
 from npad.images.depth import least_depth
+from npad.images.fingerprints import fingerprints
 from npad.images.source import ImageSource
 from npad.learned import Learned, Standardization
 from npad.member_fit import AXES_IMAGES, MemberFit, under
@@ -41,6 +42,7 @@ class Fit:
     ----------
     n_images : images so far
     darkest : the largest value, 0 to 1, that each of them reaches; of embeddings it is not known
+    fingerprints : of each image, in their order; of embeddings there are none
     members : a `MemberFit` for each
     """
 
@@ -50,6 +52,7 @@ class Fit:
         self.settings = settings
         self.n_images = 0
         self.darkest = 1.0
+        self.fingerprints: list[str] = []
         self.members = [MemberFit(settings, member) for member in members]
         self._embed = embed
         self._standardization: dict[str, Standardization] | None = None
@@ -90,6 +93,8 @@ class Fit:
         self.n_images += n
         if n:
             self.darkest = min(self.darkest, 0.0 if images is None else _darkest(images))
+        if images is not None:
+            self.fingerprints += fingerprints(images)
         return self
 
     def choose_axes(self, sample: Iterable[Sequence[Tensor]]) -> None:
@@ -130,6 +135,7 @@ class Fit:
             own.merge(others)
         self.n_images += other.n_images
         self.darkest = min(self.darkest, other.darkest)
+        self.fingerprints += other.fingerprints
         self._standardization = self._standardization or other._standardization
         return self
 
@@ -153,6 +159,7 @@ class Fit:
             n_images=self.n_images,
             members=tuple(member.finalize() for member in self.members),
             darkest=self.darkest,
+            fingerprints=tuple(self.fingerprints),
             standardization=self._standardization,
         )
 
@@ -181,6 +188,7 @@ class Fit:
             "settings": self.settings.to_json(),
             "n_images": self.n_images,
             "darkest": self.darkest,
+            "fingerprints": self.fingerprints,
             "standardization": Standardization.to_json(self._standardization),
             "members": [values for values, _ in states],
         }
@@ -210,6 +218,7 @@ class Fit:
         fit = cls(Settings(**values["settings"]), (), embed)
         fit.n_images = int(values["n_images"])
         fit.darkest = float(values["darkest"])
+        fit.fingerprints = [*values["fingerprints"]]
         fit._standardization = Standardization.from_json(values["standardization"])
         fit.members = [
             MemberFit.from_state(fit.settings, member, under(str(i), tensors))

@@ -214,6 +214,12 @@ def _n_images(value: Any) -> int:
     raise ValueError(f"n_images is {value!r}")
 
 
+def _fingerprints(values: Any) -> tuple[str, ...]:
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return tuple(values)
+    raise ValueError("fingerprints is no list of texts")
+
+
 def _members(values: Any) -> tuple[LearnedMember, ...]:
     members = tuple(LearnedMember(**_read(LearnedMember, value)) for value in values)
     for learned in members:
@@ -235,6 +241,11 @@ class Learned:
         "bits that the images fitted use, where they are fewer than the 16 that they are read as",
         _count_or_none,
         default=None,
+    )
+    fingerprints: tuple[str, ...] = _value(
+        "of each image fitted, the SHA-256 of what the backbone was given, cut to 64 bits",
+        _fingerprints,
+        default=(),
     )
     standardization: dict[str, Standardization] | None = _value(
         'mean and standard deviation of the distances that are fused, for the fusion "sum"',
@@ -289,6 +300,7 @@ class Learned:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {
             "members": [member.to_json() for member in self.members],
+            "fingerprints": list(self.fingerprints),
             "standardization": Standardization.to_json(self.standardization),
         }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from npad import NPad
@@ -316,3 +317,31 @@ def test_merged_reservoirs_hold_a_uniform_sample() -> None:
         counts[kept] += 1
     share = counts[:100].sum() / counts.sum()
     assert share == pytest.approx(0.25, abs=0.01)
+
+
+def test_fingerprints_tell_images_whatever_they_are_called(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (5, 24, 32, 3), dtype=np.uint8)
+    small = {"image_size": (24, 32), "n_centroids": 8, "progress": False}
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{9 - i}.png")
+    from_arrays = NPad("filterbank", batch_size=2, **small).fit(images).fingerprints_
+    from_files = NPad("filterbank", **small).fit(tmp_path).fingerprints_
+    assert from_files == from_arrays[::-1]
+    assert len(set(from_arrays)) == 5
+    changed = images.copy()
+    changed[3, 5, 7, 1] ^= 1
+    others = NPad("filterbank", **small).fit(changed).fingerprints_
+    assert [a == b for a, b in zip(from_arrays, others, strict=True)] == [1, 1, 1, 0, 1]
+
+
+def test_fingerprints_of_parts_come_together() -> None:
+    x = torch.rand(4, 3, 8, 8)
+
+    def fit(part: Tensor) -> Fit:
+        whole = Fit(settings(), [Member(0, (1,))], lambda images: [images.permute(0, 2, 3, 1)])
+        return whole.update(part)
+
+    merged = fit(x[:3]).merge(fit(x[3:]))
+    assert merged.fingerprints == fit(x).fingerprints
+    assert Fit.from_state(*merged.state()).fingerprints == merged.fingerprints
+    assert new().update(embeddings=views(embeddings(3))).fingerprints == []

@@ -169,9 +169,9 @@ def _score(
         model_bytes=getattr(model, "nbytes", None),
         settings=model.settings(),
         fitted={
-            name: "; ".join(map(str, value)) if isinstance(value, tuple) else value
+            name: "; ".join(map(str, value)) if name == "members_" else value
             for name, value in sorted(vars(model).items())
-            if name.endswith("_") and isinstance(value, int | float | str | tuple)
+            if name == "members_" or (name.endswith("_") and isinstance(value, int | float | str))
         },
         skipped=skipped,
         **_measure(
