@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc, betaincinv
 
+from npad.settings import LEAST_RATE
+
 __all__ = [
     "Calibration",
     "DriftMonitor",
@@ -33,8 +35,6 @@ __all__ = [
     "images_needed",
     "rate_interval",
 ]
-
-_LEAST: Final = 1e-9  # a rate that would need a billion images
 
 
 @dataclass(frozen=True, eq=False)
@@ -513,8 +513,8 @@ def _rates(
 
 
 def _share(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not _LEAST <= float(value) < 1:
-        raise ValueError(f"{name} must be a number from {_LEAST} to below 1, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not LEAST_RATE <= float(value) < 1:
+        raise ValueError(f"{name} must be a number from {LEAST_RATE} to below 1, got {value!r}")
     return float(value)
 
 

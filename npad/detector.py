@@ -27,9 +27,12 @@ from npad.learned import MEANINGS, Learned, LearnedMember, Standardization
 from npad.members import members_of
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
+from npad.nominal_scores import NominalScores
 from npad.old_models import upgraded
 from npad.ops import _cuda
 from npad.scoring.cuda_graphs import Graphs
+from npad.scoring.decisions import Decider, Groups, NotCalibratedError, Thresholds, decide_by
+from npad.scoring.nominal import score_nominal
 from npad.scoring.pipeline import (
     MapSize,
     Run,
@@ -61,6 +64,7 @@ class NPad:
     settings_ : Settings, with which the model was fitted
     backbones_ : name, layers and weights_hash (SHA-256) of each backbone it was fitted on
     {learned}
+    threshold_, map_threshold_ : of scores and of maps, once the model is calibrated
     skipped_ : (name, reason) of files skipped by ``fit(..., skip_bad=True)``
 
     Notes
@@ -77,6 +81,7 @@ class NPad:
     n_bits_: int | None
     fingerprints_: tuple[str, ...]
     standardization_: dict[str, Standardization] | None
+    calibration_: NominalScores | None
     skipped_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
@@ -106,6 +111,8 @@ class NPad:
         n_features: int | str | None = "auto",
         reduction: str = "pca",
         holdout: float = 0.1,
+        false_alarm_rate: float = 0.01,
+        confidence: float | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
         backbone_dtype: str | None = None,
@@ -133,6 +140,8 @@ class NPad:
         self.n_features = n_features
         self.reduction = reduction
         self.holdout = holdout
+        self.false_alarm_rate = false_alarm_rate
+        self.confidence = confidence
         self.seed = seed
         self.device = device
         self.backbone_dtype = backbone_dtype
@@ -351,6 +360,7 @@ class NPad:
         skip_bad: bool = False,
         map_size: MapSize = "image",
         keep_images: bool = False,
+        groups: Groups | None = None,
     ) -> Prediction:
         """Score images; see ``fit`` for the sources and ``predict_batches`` for endless ones.
 
@@ -360,6 +370,8 @@ class NPad:
         map_size : "image" gives each map at its image's own size, "model" as it is at ``image_size``,
             (height, width) at that size
         keep_images : also return the images as they were decoded
+        groups : of a model that was calibrated in groups, that of the images: one of all of them, or a
+            list of one for each
 
         Raises
         ------
@@ -371,7 +383,7 @@ class NPad:
             As for ``predict_batches``.
         """
         parts = self.predict_batches(
-            source, skip_bad=skip_bad, map_size=map_size, keep_images=keep_images
+            source, skip_bad=skip_bad, map_size=map_size, keep_images=keep_images, groups=groups
         )
         return Prediction.joined(list(parts))
 
@@ -382,6 +394,7 @@ class NPad:
         skip_bad: bool = False,
         map_size: MapSize = "image",
         keep_images: bool = False,
+        groups: Groups | None = None,
     ) -> Iterator[Prediction]:
         """Score images batch by batch, in memory that does not grow with their number.
 
@@ -390,31 +403,38 @@ class NPad:
 
         Parameters
         ----------
-        source, skip_bad, map_size, keep_images : as for ``predict``
+        source, skip_bad, map_size, keep_images, groups : as for ``predict``
 
         Raises
         ------
         RuntimeError
             The model is not fitted; the GPU has failed; a score is not finite, which would pass below
-            any threshold: features larger than the backbone's precision holds.
+            any threshold: features larger than the backbone's precision holds. The model was
+            calibrated with other settings, of which scores depend (NotCalibratedError).
         ValueError
-            An argument that may not be; images that cannot be read (ImageError).
+            An argument that may not be; images that cannot be read (ImageError); too few images in the
+            calibration for ``false_alarm_rate``; a group that was not calibrated.
         MemoryError
             As for ``fit``.
         """
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = _open(
-            source,
-            settings,
-            device,
-            skip_bad,
-            fitted=Range(self.darkest_, self.n_bits_),
-            keep_pixels=keep_images,
-        )
+        images = self._to_score(source, settings, device, skip_bad, keep_images)
+        decide = decide_by(self.calibration_, settings, groups, images.n_images)
         run = Run(self._on_device(settings, device), device, map_size)
-        return predictions(run, images, settings.progress)
+        return predictions(run, images, settings.progress, decide)
+
+    def _to_score(
+        self,
+        source: Any,
+        settings: Settings,
+        device: torch.device,
+        skip_bad: bool,
+        keep_images: bool = False,
+    ) -> ImageSource:
+        depth = Range(self.darkest_, self.n_bits_)
+        return _open(source, settings, device, skip_bad, fitted=depth, keep_pixels=keep_images)
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
@@ -459,6 +479,84 @@ class NPad:
             run = devices.Halving(self._on_device(settings, device), "NPad.score")
             scores, maps = run(images)
         return scores, maps
+
+    # ----------------------------------------------------------------------------------------------
+    # Calibrate.
+
+    def calibrate(
+        self, source: Any, *, groups: Groups | None = None, skip_bad: bool = False
+    ) -> NPad:
+        """Choose thresholds by nominal images that the model was not fitted on.
+
+        From then on predictions have p-values, labels, masks and regions: of nominal images to come, at
+        most ``false_alarm_rate`` are labelled anomalous, whatever the backbone, if they are like these.
+        What is kept are the scores, so that ``false_alarm_rate`` and ``confidence`` can change later.
+        Calibrating again replaces them, and another fit drops them.
+
+        Parameters
+        ----------
+        source, skip_bad : as for ``fit``
+        groups : lots, cameras or shifts, each with thresholds of its own: a text or int for all of the
+            images, or a list of one for each; predictions are then told the group, too
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            Too few images, of all or of a group, for ``false_alarm_rate``, with the number that it
+            takes; as for ``predict_batches``.
+        MemoryError
+            As for ``fit``.
+        RuntimeError
+            As for ``predict_batches``.
+
+        Warns
+        -----
+        UserWarning
+            Images that were fitted: they score lower than others, and so would be the thresholds.
+
+        Notes
+        -----
+        Split conformal prediction, in groups Mondrian; see `npad.calibration`.
+        """
+        self._check_fitted()
+        settings = self._settings()
+        device = devices.resolve(settings.device)
+        images = self._to_score(source, settings, device, skip_bad)
+        run = Run(self._on_device(settings, device), device, "model")
+        fitted = frozenset(self.fingerprints_)
+        self.calibration_ = score_nominal(run, images, settings, groups, fitted)
+        return self
+
+    @property
+    def threshold_(self) -> Thresholds:
+        """Above it a score is an alarm; of each group, a dict, where groups were calibrated.
+
+        Raises
+        ------
+        NotCalibratedError
+            The model is not calibrated, or was with other settings.
+        ValueError
+            Too few images in the calibration for ``false_alarm_rate``.
+        """
+        return self._decider().threshold
+
+    @property
+    def map_threshold_(self) -> Thresholds:
+        """Above it a pixel of a map is marked; as ``threshold_``, and raises what that does."""
+        return self._decider().map_threshold
+
+    def _decider(self) -> Decider:
+        calibration = vars(self).get("calibration_")
+        if calibration is None:
+            raise NotCalibratedError(
+                "NPad: the model is not calibrated; once it is fitted, call calibrate with nominal "
+                "images that were not"
+            )
+        return Decider(calibration, self._settings())
 
     def scorer(self) -> Scorer:
         """The model as a module of PyTorch, from images to scores and maps.
@@ -750,8 +848,7 @@ class NPad:
         learned = self._learned_for(settings, device)
         networks = self._own_networks(settings, device)
         parts = [*networks, *learned.tensors().values()]  # kept: no others get their ids
-        weights = settings.fusion_weight, settings.map_weight
-        key = *map(id, parts), settings.size, settings.score_window, settings.fusion, *weights
+        key = *map(id, parts), settings.size, *settings.scoring.values()
         kept = self._scoring
         if kept is None or kept[0] != key:
             kept = self._scoring = key, Scorer(networks, learned, settings)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from npad.members import Member
+from npad.nominal_scores import NominalScores
 from npad.ops.packed import stored_size
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
 
@@ -252,6 +253,12 @@ class Learned:
         Standardization.from_json,
         default=None,
     )
+    calibration: NominalScores | None = _value(
+        "what nominal images that were not fitted scored, on which decisions rest; none before "
+        "`NPad.calibrate`",
+        NominalScores.from_json,
+        default=None,
+    )
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, under the names that they have in a model file."""
@@ -302,6 +309,7 @@ class Learned:
             "members": [member.to_json() for member in self.members],
             "fingerprints": list(self.fingerprints),
             "standardization": Standardization.to_json(self.standardization),
+            "calibration": self.calibration and self.calibration.to_json(),
         }
 
     @classmethod

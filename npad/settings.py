@@ -23,6 +23,7 @@ from npad.nominal_methods import METHODS
 __all__ = [
     "ARGUMENTS",
     "FUSIONS",
+    "LEAST_RATE",
     "MAX_PIXELS",
     "Argument",
     "Settings",
@@ -37,6 +38,7 @@ FACTOR_DTYPES: Final = (*DTYPES, "int8")
 REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
+LEAST_RATE: Final = 1e-9  # of false alarms: one that would need a billion images
 
 # Of n_features="auto".
 KEPT_VARIANCE: Final = 0.999  # see bench/study_features.py
@@ -204,6 +206,7 @@ _odd_or_auto = _auto_or(_int("'auto' or an odd int of at least 1", _is_odd))
 _eps = _auto_or(_number("'auto' or a number of at least 0", lambda n: 0 <= n < math.inf))
 _share = _number("a number from 0 to 1", lambda n: 0 <= n <= 1)
 _count = _int("an int of at least 1", lambda n: n >= 1)
+_rate = _number(f"a number from {LEAST_RATE} to below 1", lambda n: LEAST_RATE <= n < 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -489,6 +492,24 @@ class Settings:
         _number("a number from 0 to 0.5", lambda n: 0 <= n <= 0.5),
         float,
     )
+    false_alarm_rate: float = _argument(
+        0.01,
+        "Share of nominal images that may be alarms, and of those whose map may show any marked pixel; "
+        "thresholds follow from it once the model is calibrated.",
+        "X",
+        _rate,
+        float,
+        live=True,
+    )
+    confidence: float | None = _argument(
+        None,
+        "With which probability over the images of the calibration the thresholds keep that rate.",
+        "X",
+        _or_none(_rate),
+        float,
+        unset="the rate is kept on average over calibrations",
+        live=True,
+    )
     seed: int = _argument(
         0,
         "Seed of every random choice.",
@@ -608,6 +629,12 @@ class Settings:
         if self.image_size is None:
             raise ValueError("image_size is None, which only a fit may be given")
         return self.image_size
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What a fitted model heeds and its scores depend on, but for the precision of arithmetic."""
+        names = ("score_window", "fusion", "fusion_weight", "map_weight")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def chooses_eps(self) -> bool:

@@ -49,8 +49,9 @@ def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None
     np.testing.assert_allclose(model.predict(images[:4]).scores, OLD_SCORES, rtol=1e-5)
     model.save(tmp_path / "new.npad")
     old, new = upgraded(*read_model(OLD)), read_model(tmp_path / "new.npad")
-    added = {"bit_depth": None}, {"darkest": 0.0, "n_bits": None, "fingerprints": []}
-    assert new[0] == old[0] | added[1] | {"settings": old[0]["settings"] | added[0]}
+    of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None}
+    of_all = {"darkest": 0.0, "n_bits": None, "fingerprints": [], "calibration": None}
+    assert new[0] == old[0] | of_all | {"settings": old[0]["settings"] | of_settings}
     assert old[1].keys() == new[1].keys()
     assert all(torch.equal(old[1][name], tensor) for name, tensor in new[1].items())
     again = NPad.load(tmp_path / "new.npad")

@@ -17,6 +17,7 @@ from npad import devices, ops, progress
 from npad.features.backbone import Backbone, levels_in_parts
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
+from npad.scoring.decisions import Decide
 from npad.scoring.fusion import cut
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer
@@ -68,7 +69,7 @@ class Flight:
     """A batch whose results are on their way."""
 
     batch: Batch
-    scores: Tensor  # (B,) float32
+    scores: Tensor  # (2, B) float32: scores, and the largest values of the maps
     maps: Tensor  # one after another
     sizes: list[tuple[int, int]]  # of the maps
     landed: Any  # the event of a CUDA stream, or None
@@ -85,7 +86,7 @@ class Flight:
         if self.landed is not None:
             self.landed.synchronize()
             maps = maps.clone()  # page-locked memory is not for results, which the user may keep
-        scores = self.scores.double().numpy()
+        scores, maxima = self.scores.double().numpy()
         batch = self.batch
         if not np.isfinite(scores).all():
             name = batch.names[int(np.argmin(np.isfinite(scores)))]
@@ -95,7 +96,12 @@ class Flight:
                 "a larger eps"
             )
         return Prediction(
-            scores, cut(maps, self.sizes), batch.names, batch.sizes, images=batch.pixels
+            scores,
+            cut(maps, self.sizes),
+            batch.names,
+            batch.sizes,
+            images=batch.pixels,
+            map_maxima=maxima,
         )
 
 
@@ -125,6 +131,7 @@ class Run:
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
         scores, maps = self._score(self._take(batch.images))
+        scores = torch.stack([scores, maps.flatten(1).amax(1)])
         own = maps.shape[1], maps.shape[2]
         sizes = self._map_sizes(batch, own)
         flat = maps.flatten() if set(sizes) <= {own} else ops.resize_maps(maps, sizes)
@@ -193,8 +200,22 @@ def embedder(
     return devices.Halving(embed, call)
 
 
-def predictions(run: Run, images: ImageSource, bars: bool | None) -> Iterator[Prediction]:
-    """Predictions of a source, batch by batch; `bars` as `enabled` of `npad.progress.task`."""
+def predictions(
+    run: Run,
+    images: ImageSource,
+    bars: bool | None,
+    decide: Decide | None = None,
+    look: Callable[[Batch], None] | None = None,
+) -> Iterator[Prediction]:
+    """Predictions of a source, batch by batch.
+
+    Parameters
+    ----------
+    run, images : how, and of what
+    bars : as `enabled` of `npad.progress.task`
+    decide : by the scores of images and their positions in the source
+    look : at each batch that has been scored
+    """
     device = run.device
     depth = 2 if device.type == "cuda" and images.n_images is not None else 1
     told = 0
@@ -206,7 +227,12 @@ def predictions(run: Run, images: ImageSource, bars: bool | None) -> Iterator[Pr
         for flight in started_ahead(batches, run.start, depth):
             prediction = flight.finish()
             prediction.skipped, told = images.skipped[told:], len(images.skipped)
+            if decide is not None:
+                prediction.decisions = decide(prediction.scores, flight.batch.indices)
+            if look is not None:
+                look(flight.batch)
             yield prediction
             advance(len(prediction.scores))
     if images.skipped[told:]:
-        yield Prediction(np.empty(0), [], [], skipped=images.skipped[told:])
+        decisions = None if decide is None else decide(np.empty(0), [])
+        yield Prediction(np.empty(0), [], [], skipped=images.skipped[told:], decisions=decisions)
