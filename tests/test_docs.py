@@ -45,7 +45,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # What a block says, and what runs in its place: no download, few pixels, few images.
 PYTHON_INSTEAD = {
-    'backbone="wide_resnet50_2"': 'backbone="filterbank", image_size=64, n_centroids=50',
+    'backbone="wide_resnet50_2"': 'backbone="filterbank", image_size=64, n_centroids=50, '
+    "false_alarm_rate=0.3",
     'make_dataset("cloth")': 'make_dataset("cloth", image_size=(64, 64), n_train=6)',
     "false_alarm_rate=0.01, confidence": "false_alarm_rate=0.7, confidence",
     "false_alarm_rate=0.01": "false_alarm_rate=0.3",
@@ -53,7 +54,12 @@ PYTHON_INSTEAD = {
 # What stands before and after the options that a command has; the last of an option counts.
 BEFORE = {"fit": ("--backbone", "filterbank"), "evaluate": ("--backbone", "filterbank")}
 MODEL = ("--image-size", "64", "--n-centroids", "50", "--threads", "1")
-AFTER = {"fit": MODEL, "evaluate": MODEL, "demo": MODEL, "predict": ("--threads", "1")}
+THREADS = ("--threads", "1")
+AFTER = {
+    **dict.fromkeys(("fit", "evaluate", "demo"), MODEL),
+    "calibrate": (*THREADS, "--false-alarm-rate", "0.3"),
+    "predict": THREADS,
+}
 WOVEN = "npad-demo/data-seed0/woven"  # what `npad demo` would weave, large, were it not there
 
 
@@ -86,6 +92,9 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     else:
         make_dataset(root / "tiles", **size)
     shutil.copytree(root / "bottle/test", root / "camera")
+    for seed, folder in enumerate(("bottle/more-good", "left", "right"), start=9):
+        make_dataset(root / f"woven{seed}", seed, **size)
+        shutil.copytree(root / f"woven{seed}/test/good", root / folder)
     shutil.copy(root / "bottle/test/good/000.png", root / "one-more.png")
     network = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3))
     for name in ("resnet18.safetensors", "resnet18_layers123.safetensors"):

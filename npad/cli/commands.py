@@ -1,11 +1,11 @@
-"""The command line: fit, predict, evaluate, demo, backbones, fetch, check, info."""
+"""The command line: fit, calibrate, predict, evaluate, demo, backbones, fetch, check, info."""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,6 +97,22 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a model on a folder of images without defects."""
+    images = _nominal_images(folder)
+    _check_can_be_written(output)
+    _set_threads(threads)
+    model = new_model(arguments, progress=_progress(quiet))
+    model.fit(images, skip_bad=skip_bad)  # those that were looked at
+    model.save(output)
+    _list_skipped(model.skipped_)
+    if not quiet:
+        print(
+            f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images\n"
+            + "\n".join(map(str, model.members_))
+        )
+
+
+def _nominal_images(folder: Path) -> list[Path]:
+    """The images of a folder, in which none seems to show a defect."""
     from npad.evaluation.datasets import find_bad, find_good, refuse_masks  # noqa: PLC0415
     from npad.images.folders import find_images  # noqa: PLC0415
 
@@ -110,21 +126,11 @@ def fit(
     bad = find_bad(folder, images)
     if bad is not None:
         raise UsageError(
-            f"{shown(bad)} seems to hold images with defects, which would be fitted: move it out of "
-            f"{shown(folder)}, or rename it if they are good"
+            f"{shown(bad)} seems to hold images with defects, and only good ones may be here: move it "
+            f"out of {shown(folder)}, or rename it if they are good"
         )
     refuse_masks(folder, images, images)
-    _check_can_be_written(output)
-    _set_threads(threads)
-    model = new_model(arguments, progress=_progress(quiet))
-    model.fit(images, skip_bad=skip_bad)  # those that were looked at
-    model.save(output)
-    _list_skipped(model.skipped_)
-    if not quiet:
-        print(
-            f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images\n"
-            + "\n".join(map(str, model.members_))
-        )
+    return list(images)
 
 
 def _check_can_be_written(path: Path) -> None:
@@ -142,7 +148,118 @@ def _check_can_be_written(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-# --- predict ---
+# --- calibrate and predict ---
+
+ModelFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")]
+Weights = Annotated[
+    Any,
+    typer.Option(
+        parser=parsed("weights"),
+        metavar="FILE[,FILE]",
+        help="The backbone's weights, if not where they were; one file for each of several.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")]
+BatchSize = Annotated[Any, model_option("batch_size")]
+MaxPixels = Annotated[Any, model_option("max_pixels")]
+FalseAlarmRate = Annotated[Any, model_option("false_alarm_rate")]
+Confidence = Annotated[Any, model_option("confidence")]
+Group = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The camera, lot or shift of all images.")
+]
+GroupByFolder = Annotated[
+    bool,
+    typer.Option(
+        "--group-by-folder",
+        help="The PATH that an image comes from names its group: a folder, or the folder of a file.",
+    ),
+]
+
+
+@command(app, "npad.detector")
+def calibrate(
+    model_file: ModelFile,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True,
+            metavar="PATH",
+            help="Images without defects that were not fitted, and folders of them.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Model file to write. [default: MODEL, which is replaced whole]",
+            show_default=False,
+        ),
+    ] = None,
+    false_alarm_rate: FalseAlarmRate = None,
+    confidence: Confidence = None,
+    group: Group = None,
+    group_by_folder: GroupByFolder = False,
+    weights: Weights = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = None,
+    max_pixels: MaxPixels = None,
+    skip_bad: SkipBad = False,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Choose thresholds with images without defects that were not fitted.
+
+    Of good images to come, at most the share --false-alarm-rate is then called anomalous by predict.
+    """
+    from npad.detector import NPad  # noqa: PLC0415
+
+    _set_threads(threads)
+    check_device(device)
+    images = [image for path in paths for image in _of_path(path)]
+    target = model_file if output is None else output
+    _check_can_be_written(target)
+    model = NPad.load(model_file, device=device, weights=weights, progress=_progress(quiet))
+    given = {"batch_size": batch_size, "max_pixels": max_pixels}
+    _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
+    groups = _groups(group, group_by_folder, images, paths)
+    model.calibrate(images, groups=groups, skip_bad=skip_bad)
+    model.save(target)
+    if not quiet:
+        print(f"{shown(target)}: {model.calibration_}")
+        scores, maps = model.threshold_, model.map_threshold_
+        if isinstance(scores, dict) and isinstance(maps, dict):
+            for name, threshold in scores.items():
+                print(f"{shown(str(name))}: {_thresholds(threshold, maps[name])}")
+        else:
+            print(_thresholds(scores, maps))
+
+
+def _thresholds(of_score: Any, of_map: Any) -> str:
+    return f"anomalous above a score of {of_score:.4g}, marked above {of_map:.4g} of the map"
+
+
+def _of_path(path: Path) -> list[Path]:
+    return _nominal_images(path) if path.is_dir() else [path]
+
+
+def _groups(
+    group: str | None, by_folder: bool, images: Iterable[str | Path], paths: Sequence[Path]
+) -> Any:
+    """As NPad takes them; `paths` are those given, from which the images come."""
+    if not by_folder:
+        return group
+    if group is not None:
+        raise UsageError("--group and --group-by-folder exclude each other")
+    names = {path: (path if path.is_dir() else path.parent).resolve().name for path in paths}
+    places = ((Path(image), *Path(image).parents) for image in images)
+    return [next(names[place] for place in found if place in names) for found in places]
+
+
+def _heed(model: Any, **given: Any) -> None:
+    """Set the arguments of a fitted model that were given."""
+    model.set_params(**{name: value for name, value in given.items() if value is not None})
 
 
 def _color_range(text: str) -> tuple[float, float]:
@@ -157,7 +274,7 @@ def _color_range(text: str) -> tuple[float, float]:
 
 @command(app, "npad.detector", "npad.cli.prediction_files")
 def predict(
-    model_file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")],
+    model_file: ModelFile,
     paths: Annotated[
         list[Path],
         typer.Argument(exists=True, metavar="PATH", help="Images, and folders of images."),
@@ -180,17 +297,17 @@ def predict(
             "99.9th percentile of this run]",
         ),
     ] = None,
-    weights: Annotated[
-        Any,
-        typer.Option(
-            parser=parsed("weights"),
-            metavar="FILE[,FILE]",
-            help="The backbone's weights, if not where they were; one file for each of several.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")] = "cpu",
-    batch_size: Annotated[Any, model_option("batch_size")] = None,
-    max_pixels: Annotated[Any, model_option("max_pixels")] = None,
+    masks: Annotated[
+        bool, typer.Option("--masks", help="Also write what is marked, as PNG of one bit.")
+    ] = False,
+    false_alarm_rate: FalseAlarmRate = None,
+    confidence: Confidence = None,
+    group: Group = None,
+    group_by_folder: GroupByFolder = False,
+    weights: Weights = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = None,
+    max_pixels: MaxPixels = None,
     skip_bad: SkipBad = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -198,7 +315,7 @@ def predict(
     """Score images with a fitted model.
 
     Writes OUT/scores.csv, OUT/scores.jsonl, OUT/overlays and, with --maps, OUT/maps. A higher score
-    is more anomalous.
+    is more anomalous. A model that was calibrated also says which images are, and where.
     """
     from npad.cli.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
     from npad.detector import NPad  # noqa: PLC0415
@@ -209,15 +326,30 @@ def predict(
     inputs = find_inputs(paths, output)
     model = NPad.load(model_file, device=device, weights=weights, progress=progress)
     given = {"batch_size": batch_size, "max_pixels": max_pixels}
-    model.set_params(**{name: value for name, value in given.items() if value is not None})
+    _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
+    decided = model.calibration_ is not None
+    if masks and not decided:
+        raise UsageError(f"--masks needs thresholds: choose them with npad calibrate {model_file}")
+    predictions = model.predict_batches(
+        list(inputs),
+        skip_bad=skip_bad,
+        map_size="model",
+        keep_images=overlays,
+        groups=_groups(group, group_by_folder, inputs, paths),
+    )
     files = PredictionFiles(
-        output, inputs, maps=maps, overlays=overlays, color_range=color_range, progress=progress
+        output,
+        inputs,
+        maps=maps,
+        overlays=overlays,
+        decided=decided,
+        masks=masks,
+        color_range=color_range,
+        progress=progress,
     )
     skipped = []
     with alone_in(output), files:
-        for prediction in model.predict_batches(
-            list(inputs), skip_bad=skip_bad, map_size="model", keep_images=overlays
-        ):
+        for prediction in predictions:
             files.add(prediction)
             prediction.images.clear()  # whoever refers to it: the next ones may be as large
             skipped += prediction.skipped
@@ -226,7 +358,8 @@ def predict(
             raise ValueError(f"none of the {len(inputs)} images could be read")
         files.finish()
     if not quiet:
-        print(f"{shown(output / 'scores.csv')}: {files.n_scored} images")
+        alarms = f", {files.n_anomalous} anomalous" if decided else ""
+        print(f"{shown(output / 'scores.csv')}: {files.n_scored} images{alarms}")
         if overlays:
             low, high = files.color_range or (math.nan, math.nan)
             print(f"{shown(output / 'overlays')}: colours from {low:.4g} to {high:.4g}")

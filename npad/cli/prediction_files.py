@@ -1,4 +1,4 @@
-"""What `npad predict` leaves in its folder: scores, maps and overlays.
+"""What `npad predict` leaves in its folder: scores, regions, maps, masks and overlays.
 
 Rows of scores are written as they come, under a name that says "partial", and get their own name
 once every image is scored. Every picture appears whole or not at all.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
@@ -27,25 +28,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from npad.atomic_file import naming, remove_leftovers, replacing
 from npad.evaluation.overlay import draw_overlay, eight_bit
 from npad.images.errors import ImageError
 from npad.images.folders import OUTPUT_MARK, find_images
 from npad.progress import track
+from npad.scoring.decisions import Decisions
 from npad.scoring.fusion import resized
 from npad.scoring.prediction import Prediction
+from npad.scoring.regions import find_regions
 
 __all__ = ["PredictionFiles", "find_inputs"]
 
 SCORES = ("scores.csv", "scores.jsonl")
-OVERLAYS, MAPS = "overlays", "maps"
+REGIONS = "regions.csv"
+OVERLAYS, MAPS, MASKS = "overlays", "maps", "masks"
+COLUMNS = ("path", "score")
+DECISION_COLUMNS = ("p_value", "threshold", "anomalous", "n_regions")
+REGION_COLUMNS = ("path", "left", "top", "width", "height", "area", "peak", "peak_x", "peak_y")
+OUTLINE = (90, 220, 255)  # of regions, on overlays
 _SAMPLE = 1 << 21  # values of all maps, from which the ends of the colour scale are taken
 _BAND = 1 << 20  # pixels of a large image that are drawn at once
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes that Linux takes
 _ROOM = len(".tiff")  # that is put behind an image's name
 
-Waiting = tuple[str, NDArray[np.uint8], NDArray[np.float32]]  # path, pixels, map
+Waiting = tuple[
+    str, NDArray[np.uint8], NDArray[np.float32], float
+]  # path, pixels, map, its threshold
 
 
 def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
@@ -115,6 +126,8 @@ class PredictionFiles:
     folder : made if it is not there
     inputs : from `find_inputs`
     maps, overlays : whether to write them
+    decided : whether predictions come with decisions, which are written too
+    masks : whether to write the masks of such
     color_range : map values at the ends of the overlays' colour scale. None takes the median and
         the 99.9th percentile of all maps of the run: then overlays are drawn at the end, and until
         then the folder's disk holds three bytes for each pixel of the images and four for each pixel
@@ -124,6 +137,7 @@ class PredictionFiles:
     Attributes
     ----------
     n_scored : images so far
+    n_anomalous : how many of them are anomalous, where that is decided
     color_range : as given, or as found once the overlays are drawn
 
     Raises
@@ -139,36 +153,45 @@ class PredictionFiles:
         *,
         maps: bool,
         overlays: bool,
+        decided: bool = False,
+        masks: bool = False,
         color_range: tuple[float, float] | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.n_scored = 0
+        self.n_scored = self.n_anomalous = 0
         self.color_range = color_range
         self._scores_so_far = folder / _partial_name(SCORES[0])
         self._folder = folder
         self._inputs = inputs
-        self._maps, self._overlays = maps, overlays
+        self._maps, self._overlays, self._masks = maps, overlays, masks
+        self._names = (*SCORES, REGIONS) if decided else SCORES
+        self._decided = decided
         self._progress = progress
         self._pictures: set[Path] = set()  # folders that pictures have been written into
 
     def __enter__(self) -> PredictionFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self._csv, self._jsonl = (
+            self._tables = [
                 stack.enter_context(
                     # Names of files are bytes: what is no text goes out as it came in.
                     Path(self._folder, _partial_name(name)).open(
                         "w", encoding="utf-8", errors="surrogateescape", newline=""
                     )
                 )
-                for name in SCORES
-            )
+                for name in self._names
+            ]
             self._spool: _Spool | None = None
             if self._overlays and self.color_range is None:
                 self._spool = stack.enter_context(_Spool(self._folder, len(self._inputs)))
             self._files = stack.pop_all()
-        self._rows = csv.writer(self._csv, lineterminator="\n")
-        self._rows.writerow(("path", "score"))
+        scores, self._jsonl, *regions = self._tables
+        self._rows, *self._region_rows = (
+            csv.writer(table, lineterminator="\n") for table in (scores, *regions)
+        )
+        self._rows.writerow((*COLUMNS, *(DECISION_COLUMNS if self._decided else ())))
+        for rows in self._region_rows:
+            rows.writerow(REGION_COLUMNS)
         return self
 
     def add(self, prediction: Prediction) -> None:
@@ -178,37 +201,53 @@ class PredictionFiles:
         ----------
         prediction : with maps at the model's size, and with images if there are overlays
         """
-        nothing: list[NDArray[Any] | None] = [None] * len(prediction.paths)
-        images = prediction.images if self._overlays else nothing
-        for path, score, map_, size, image in zip(
-            prediction.paths,
-            prediction.scores,
-            prediction.maps,
-            prediction.sizes,
-            images,
-            strict=True,
+        for i, (path, map_, size) in enumerate(
+            zip(prediction.paths, prediction.maps, prediction.sizes, strict=True)
         ):
-            row: dict[str, Any] = {"path": path, "score": float(score), "size": list(size)}
+            row: dict[str, Any] = {"path": path, "score": float(prediction.scores[i])}
+            row["size"] = list(size)
+            threshold = math.inf
+            if self._decided:
+                assert prediction.decisions is not None
+                threshold = float(prediction.decisions.map_thresholds[i])
+                row |= _decision(prediction.decisions, i, row["score"])
+                self.n_anomalous += row["anomalous"]
+                found = find_regions(map_, threshold, size)
+                row["regions"] = [region.to_json() for region in found]
             if self._maps:
                 row["map"] = self._name(MAPS, path)
                 self._save(row["map"], partial(_write_map, map_, size))
-            if image is not None:
+            if self._masks:
+                row["mask"] = self._name(MASKS, path)
+                self._save(row["mask"], partial(_write_mask, map_, size, threshold))
+            if self._overlays:
                 row["overlay"] = self._name(OVERLAYS, path)
+                waiting = path, prediction.images[i], map_, threshold
                 if self._spool is None:
-                    self._draw(path, image, map_)
+                    self._draw(*waiting)
                 else:
-                    self._spool.put(path, image, map_)
+                    self._spool.put(*waiting)
             with naming(self._scores_so_far):
-                self._rows.writerow((path, repr(row["score"])))
-                self._jsonl.write(json.dumps(row) + "\n")
+                self._write(row)
         with naming(self._scores_so_far):
-            self._csv.flush()
-            self._jsonl.flush()
+            for table in self._tables:
+                table.flush()
         self.n_scored += len(prediction.paths)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        values = [row["path"], repr(row["score"])]
+        if self._decided:
+            values += [repr(row["p_value"]), repr(row["threshold"]), str(int(row["anomalous"]))]
+            values.append(str(len(row["regions"])))
+            for region in row["regions"]:
+                place = (*region["box"], region["area"], repr(region["peak"]), *region["peak_at"])
+                self._region_rows[0].writerow((row["path"], *place))
+        self._rows.writerow(values)
+        self._jsonl.write(json.dumps(row) + "\n")
 
     def finish(self) -> None:
         """Give the scores their final name, then draw the overlays that waited for the colours."""
-        for file, name in zip((self._csv, self._jsonl), SCORES, strict=True):
+        for file, name in zip(self._tables, self._names, strict=True):
             so_far = self._folder / _partial_name(name)
             with naming(so_far):
                 file.flush()
@@ -217,8 +256,8 @@ class PredictionFiles:
         if self._spool is not None:
             self.color_range = self._spool.color_range()
             waiting = track(self._spool, "overlays", self.n_scored, self._progress, "images")
-            for path, image, map_ in waiting:
-                self._draw(path, image, map_)
+            for path, image, map_, threshold in waiting:
+                self._draw(path, image, map_, threshold)
 
     def __exit__(
         self,
@@ -229,15 +268,20 @@ class PredictionFiles:
         with suppress(OSError) if error else nullcontext():  # a full disk was reported already
             self._files.close()
         if not self.n_scored:
-            for name in SCORES:
+            for name in self._names:
                 (self._folder / _partial_name(name)).unlink(missing_ok=True)
 
-    def _draw(self, path: str, image: NDArray[Any], map_: NDArray[np.float32]) -> None:
+    def _draw(
+        self, path: str, image: NDArray[Any], map_: NDArray[np.float32], threshold: float
+    ) -> None:
         assert self.color_range is not None
         low, high = self.color_range
         picture = Image.new("RGB", (image.shape[1], image.shape[0]))
         for rows, values in _bands(map_, image.shape):
             band = draw_overlay(image[rows], (values - low) / (high - low))
+            mask = values > threshold
+            if mask.any():
+                band[mask & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)] = OUTLINE
             picture.paste(Image.fromarray(band), (0, rows.start))
         save = partial(picture.save, format="PNG", compress_level=1)
         self._save(self._name(OVERLAYS, path), save)
@@ -274,7 +318,7 @@ class _Spool:
         self._per_map = max(1, _SAMPLE // n_images)
         self._random = np.random.default_rng(0)
         self._sample: list[NDArray[np.float32]] = []
-        self._shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        self._shapes: list[tuple[str, tuple[int, ...], tuple[int, ...], float]] = []
 
     def __enter__(self) -> _Spool:
         with naming(self._folder):
@@ -284,12 +328,14 @@ class _Spool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def put(self, path: str, image: NDArray[Any], map_: NDArray[np.float32]) -> None:
+    def put(
+        self, path: str, image: NDArray[Any], map_: NDArray[np.float32], threshold: float
+    ) -> None:
         values = map_.ravel()
         if len(values) > self._per_map:  # a regular step could meet the same columns in every row
             values = self._random.choice(values, self._per_map)
         self._sample.append(values.copy())
-        self._shapes.append((path, image.shape, map_.shape))
+        self._shapes.append((path, image.shape, map_.shape, threshold))
         with naming(self._folder):
             for rows in _rows(image.shape):
                 self._file.write(np.ascontiguousarray(eight_bit(image[rows])).data)
@@ -303,8 +349,9 @@ class _Spool:
     def __iter__(self) -> Iterator[Waiting]:
         with naming(self._folder):
             self._file.seek(0)  # what is not on the disk yet is written before
-        for path, of_image, of_map in self._shapes:
-            yield path, self._take(np.uint8, of_image), self._take(np.float32, of_map)
+        for path, of_image, of_map, threshold in self._shapes:
+            pixels = self._take(np.uint8, of_image)
+            yield path, pixels, self._take(np.float32, of_map), threshold
 
     def _take(self, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
         array = np.empty(shape, dtype)
@@ -345,6 +392,27 @@ def _write_map(map_: NDArray[np.float32], size: tuple[int, int], file: BinaryIO)
     file.write(struct.pack("<I", 0))
     for _, band in _bands(map_, size):
         file.write(band.astype("<f4", copy=False).data)
+
+
+def _write_mask(
+    map_: NDArray[np.float32], size: tuple[int, int], threshold: float, file: BinaryIO
+) -> None:
+    """A PNG of one bit: white where the map is above its threshold."""
+    picture = Image.new("1", (size[1], size[0]))
+    for rows, values in _bands(map_, size):
+        picture.paste(Image.fromarray(values > threshold), (0, rows.start))
+    picture.save(file, format="PNG")
+
+
+def _decision(decisions: Decisions, i: int, score: float) -> dict[str, Any]:
+    """What is decided about image i."""
+    threshold = float(decisions.thresholds[i])
+    return {
+        "p_value": float(decisions.p_values[i]),
+        "threshold": threshold,
+        "map_threshold": float(decisions.map_thresholds[i]),
+        "anomalous": score > threshold,
+    }
 
 
 def _partial_name(name: str) -> str:

@@ -247,8 +247,8 @@ def _message(error: Exception) -> str:
 
 def with_options(text: str) -> str:
     """A message with options in the place of arguments: `seed must be`, `seed=3`, `skip_bad=True`."""
-    names = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good"])
-    text = re.sub(r"^(NPad(\.\w+)?|npad): ", "", text)
+    names = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good", "groups"])
+    text = re.sub(r"^((NPad|Calibration|GroupedCalibration)(\.\w+)?|npad): ", "", text)
     text = re.sub(rf"^({names})(?=:| must| \[| ')", lambda m: _option_name(m[1]), text)
     return re.sub(
         rf"(?<![^\s(])({names})=(?:True\b)?(?=([^\s`),;])?)",
@@ -258,7 +258,7 @@ def with_options(text: str) -> str:
 
 
 def _option_name(argument: str) -> str:
-    return "--" + argument.replace("_", "-")
+    return "--" + {"groups": "group"}.get(argument, argument).replace("_", "-")
 
 
 def tell(kind: str, text: str) -> None:
