@@ -41,7 +41,7 @@ from npad.scoring.pipeline import (
     score_in_parts,
 )
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer, embeddings, reduce
+from npad.scoring.scorer import Scorer, embeddings, extent_of, reduce
 from npad.settings import ARGUMENTS, Settings, uses_nominal_set
 
 __all__ = ["NPad", "Prediction"]
@@ -271,11 +271,13 @@ class NPad:
         with devices.explained("NPad.fit", device), devices.plain(device):
             networks = self._backbones(settings, device, fitting=True, kept=False)
             settings = _sized(settings, networks)
+            extent = extent_of(networks, settings)
             for network in networks:
-                network.grid(settings.size)  # what does not work is told before the work
+                network.grid(extent)  # what does not work is told before the work
             _check_features(settings, networks)
             members = members_of(settings, networks)
-            embed = embedder(networks, partial(embeddings, members, networks), device, "NPad.fit")
+            combine = partial(embeddings, members, networks)
+            embed = embedder(networks, extent, combine, device, "NPad.fit")
             images = _open(source, settings, device, skip_bad)
             learned = fit_images(settings, members, embed, images)
         _tell_of_depth(images, settings)
@@ -325,11 +327,13 @@ class NPad:
         """
         settings = self._settings()
         device = devices.resolve(settings.device)
-        learned = self._learned(device).members if self._is_fitted else ()
-        axes = {m.member.network: m.projection for m in learned if m.centroids is not None}
+        learned = self._learned(device) if self._is_fitted else None
+        members = learned.members if learned else ()
+        axes = {m.member.network: m.projection for m in members if m.centroids is not None}
         networks = self._own_networks(settings, device, fitting=True)
         settings = _sized(settings, networks)
-        grid = networks[0].grid(settings.size)
+        extent = extent_of(networks, settings, learned)
+        grid = networks[0].grid(extent)
 
         def combine(levels: list[list[Tensor]]) -> tuple[Tensor]:
             parts = [
@@ -338,7 +342,7 @@ class NPad:
             ]
             return (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0],)
 
-        embed = embedder(networks, combine, device, "NPad.embed")
+        embed = embedder(networks, extent, combine, device, "NPad.embed")
         images = _open(source, settings, device, skip_bad, fitted=Range())
 
         def batches() -> Iterator[Tensor]:
@@ -658,7 +662,7 @@ class NPad:
                 {key: str(one[key]) for key in ("name", "weights_hash")}
                 for one in header["backbones"]
             ]
-            image_size = settings.size
+            settings.size  # noqa: B018  (a model knows it)
             expected = _expected(settings, learned, header["members"])
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -674,7 +678,7 @@ class NPad:
             path, settings, found, fitted, searched=weights is None
         )
         for member in learned.members:
-            mismatch = _other_embedding(networks, member, image_size)
+            mismatch = _other_embedding(networks, member, extent_of(networks, settings, learned))
             if mismatch:
                 raise ModelFileError(path, f"{mismatch}; fit and save the model again")
         model._adopt(settings, learned.having(tensors).to(found), networks)
@@ -966,7 +970,7 @@ def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
 
 
 def _other_embedding(
-    networks: Sequence[Backbone], learned: LearnedMember, image_size: tuple[int, int]
+    networks: Sequence[Backbone], learned: LearnedMember, extent: tuple[int, int]
 ) -> str | None:
     """What is wrong with a member of a file for its backbone; None where they fit."""
     member = learned.member
@@ -977,12 +981,12 @@ def _other_embedding(
     if not levels or not {*levels} <= network.level_channels.keys():
         return f"has a member of levels {member.levels}, which its backbone does not give"
     *parts, channels = accumulate(network.level_channels[level] for level in levels)
-    grid = network.grid(image_size, levels[0] if member.own_grid else None)
+    grid = network.grid(extent, levels[0] if member.own_grid else None)
     known = learned.channels if levels == member.levels else member.prefix
     if (grid, channels) != (learned.grid, known):
         return (
             f"has grid {learned.grid} with {learned.channels} channels, which its backbone does not "
-            f"make of images of {image_size}"
+            f"make of images of {extent}"
         )
     if member.gaussian and member.prefix not in (None, *parts):
         return f"has a prefix of {member.prefix} channels, at which no level of {levels} ends"

@@ -159,6 +159,7 @@ class Fit:
             n_images=self.n_images,
             members=tuple(member.finalize() for member in self.members),
             darkest=self.darkest,
+            filled=True,
             fingerprints=tuple(self.fingerprints),
             standardization=self._standardization,
         )

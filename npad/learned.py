@@ -243,6 +243,12 @@ class Learned:
         _count_or_none,
         default=None,
     )
+    filled: bool = _value(
+        "whether images are filled up to whole strides of the backbones; before this was written, they "
+        "were not",
+        bool,
+        default=False,
+    )
     fingerprints: tuple[str, ...] = _value(
         "of each image fitted, the SHA-256 of what the backbone was given, cut to 64 bits",
         _fingerprints,

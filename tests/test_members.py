@@ -285,7 +285,7 @@ def test_a_backbone_of_two_that_is_wrong_is_named(
     tiny = {**SMALL, "image_size": 20}
     with pytest.raises(ValueError, match="does not work with backbone 'resnet18'"):
         NPad(
-            ["resnet18", "filterbank"], layers=(2, 4), weights=[untrained_resnet18, None], **tiny
+            ["resnet18", "filterbank"], layers=(4,), weights=[untrained_resnet18, None], **tiny
         ).fit(images)
     sizes = r"images of different sizes \(filterbank 256 x 256, vit_tiny_patch16_224 512 x 512\)"
     token = tmp_path / "token.safetensors"
@@ -303,7 +303,7 @@ def test_a_size_is_refused_by_whichever_backbone_does_not_take_it(
         (["filterbank", "test_vit"], [None, tokens]),
         (["test_vit", "filterbank"], [tokens, None]),
     ):
-        model = NPad(names, weights=files, **{**SMALL, "image_size": 40}, layers=(2, 3))
+        model = NPad(names, weights=files, **{**SMALL, "image_size": 40}, layers=(1, 2))
         message = r"image_size \(40, 40\) does not work with backbone 'test_vit': .* divisible"
         with pytest.raises(ValueError, match=message):
             model.fit(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from npad import devices, ops
@@ -26,7 +28,14 @@ from npad.features.defaults import (
 from npad.features.filter_bank import N_LEVELS, FilterBank
 from npad.features.weights import BackboneError, load_weights, weights_hash
 
-__all__ = ["Backbone", "BackboneError", "levels_in_parts", "shared_backbone"]
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "filled",
+    "levels_in_parts",
+    "shared_backbone",
+    "whole_strides",
+]
 
 _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measured, see the docs
 # On a CPU a larger batch goes through the network in parts: an activation of more than 32 MB would be
@@ -117,6 +126,7 @@ class Backbone(nn.Module):
             bank = FilterBank(self._taken)
             self.net, self._reductions = bank, bank.reductions
             channels = [bank.n_channels] * len(self._taken)
+            self._takes_any_size = True
             self._likely_sizes = likely_sizes()
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
             dtype = torch.float32
@@ -125,6 +135,9 @@ class Backbone(nn.Module):
             reductions, config = outline.reductions, outline.config
             chosen = default_layers(reductions) if layers is None else layers
             self._choose(chosen, map_layers, reductions)
+            self._takes_any_size = (
+                len(set(reductions)) > 1
+            )  # a transformer of one grid says what it takes
             self._likely_sizes = likely_sizes(reductions, outline.width, config)
             file = timm_models.installed(name) if weights is None else Path(weights)
             net = timm_models.features(name, config, self._taken, pretrained=file is None)
@@ -186,6 +199,11 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen."""
         return super().train(False)
+
+    @property
+    def stride(self) -> int:
+        """Pixels, up to a multiple of which a side of an image is filled."""
+        return math.lcm(*map(int, self._reductions)) if self._takes_any_size else 1
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -332,6 +350,23 @@ def levels_in_parts(network: Backbone, images: Tensor) -> list[Tensor]:
         return network.levels(images)
     parts = [network.levels(part) for part in images.tensor_split(-(-len(images) // at_once))]
     return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+
+def whole_strides(networks: Sequence[Backbone], image_size: tuple[int, int]) -> tuple[int, int]:
+    """Size (H, W) of images that are filled up to whole strides of all networks."""
+    stride = math.lcm(*(network.stride for network in networks))
+    height, width = (-(-side // stride) * stride for side in image_size)
+    return height, width
+
+
+def filled(images: Tensor, extent: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) of at least this (H, W): what is missing repeats the last row and column.
+
+    A cell that an image fills in part would else count for a whole one, and all of the map would be out
+    of place, by as much as the part that is missing.
+    """
+    below, beside = extent[0] - images.shape[2], extent[1] - images.shape[3]
+    return F.pad(images, (0, beside, 0, below), mode="replicate") if below or beside else images
 
 
 _lock = threading.Lock()  # of the two below; never held for long

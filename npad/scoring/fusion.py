@@ -109,6 +109,7 @@ def scores_and_maps(
     found: Sequence[tuple[Member, Mapping[str, Tensor]]],
     settings: Settings,
     standardization: Mapping[str, Standardization] | None = None,
+    extent: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the distances of all members come to.
 
@@ -117,6 +118,7 @@ def scores_and_maps(
     found : as for `joined`
     settings : image size, fusion and weights
     standardization : of what `joined` gives; needed by the fusion "sum"
+    extent : pixels (height, width) that the grids cover, at least the image; None: the image
 
     Returns
     -------
@@ -129,7 +131,11 @@ def scores_and_maps(
         moments = [standardization[k] for k in (kind, EUCLIDEAN)] if standardization else ()
         pair = maps.get(kind), maps.get(EUCLIDEAN)
         terms = fusion_arguments(*pair, settings.fusion, weight, moments)
-        return ops.anomaly_map(*terms, size, sigma)
+        smooth, scores = ops.anomaly_map(*terms, extent or size, sigma)
+        if smooth.shape[1:] == size:
+            return smooth, scores
+        smooth = smooth[:, : size[0], : size[1]]
+        return smooth, smooth.amax((1, 2))
 
     smooth, scores = fused(OF_MAP, settings.map_weight)
     weighed = uses_gaussians(settings.fusion) and uses_nominal_set(settings.fusion)

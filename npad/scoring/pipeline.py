@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops, progress
-from npad.features.backbone import Backbone, levels_in_parts
+from npad.features.backbone import Backbone, filled, levels_in_parts
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
 from npad.scoring.decisions import Decide
@@ -60,6 +60,7 @@ def checked_map_size(map_size: Any) -> MapSize:
 def score_in_parts(scorer: Scorer, images: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) -> scores (B,) and maps (B, H, W): the network sees a part of a batch at a time."""
     with devices.plain(images.device):
+        images = scorer.filled(images)
         levels = [levels_in_parts(network, images) for network in scorer.networks]
         return scorer.score(scorer.embeddings(levels))
 
@@ -183,18 +184,19 @@ def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> It
 
 def embedder(
     networks: Sequence[Backbone],
+    extent: tuple[int, int],
     combine: Callable[[list[list[Tensor]]], Sequence[Tensor]],
     device: torch.device,
     call: str,
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Of images from the CPU: embeddings (B, h, w, D), a batch halved where memory is short.
 
-    `combine` makes them of the levels of each network.
+    `combine` makes them of the levels of each network, which see the images filled up to `extent`.
     """
 
     def embed(images: Tensor) -> tuple[Tensor, ...]:
         with devices.plain(device):
-            there = images.to(device, non_blocking=True)
+            there = filled(images.to(device, non_blocking=True), extent)
             return tuple(combine([levels_in_parts(network, there) for network in networks]))
 
     return devices.Halving(embed, call)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from npad import devices, ops
-from npad.features.backbone import Backbone
+from npad.features.backbone import Backbone, filled, whole_strides
 from npad.learned import TENSORS, Learned, LearnedMember
 from npad.members import Member
 from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, scores_and_maps
 from npad.settings import Settings
 
-__all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "reduce"]
+__all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "extent_of", "reduce"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,6 +64,14 @@ def distances(
         distance, _ = ops.nearest_centroid(known, centroids, index)
         found[EUCLIDEAN] = distance.reshape(x.shape[:3])
     return found
+
+
+def extent_of(
+    networks: Sequence[Backbone], settings: Settings, learned: Learned | None = None
+) -> tuple[int, int]:
+    """Pixels (H, W) that the grids cover, of a fitted model or of one that is to be."""
+    fills = learned is None or learned.filled
+    return whole_strides(networks, settings.size) if fills else settings.size
 
 
 class MemberScorer(nn.Module):
@@ -147,9 +155,15 @@ class Scorer(nn.Module):
         )
         self.settings = settings
         self.standardization = learned.standardization
+        self.extent = extent_of(networks, settings, learned)
+
+    def filled(self, images: Tensor) -> Tensor:
+        """Images as the networks take them, of the size `extent`."""
+        return filled(images, self.extent)
 
     def levels(self, images: Tensor) -> list[list[Tensor]]:
         """Features of images at the levels of each network."""
+        images = self.filled(images)
         return [network.levels(images) for network in self.networks]
 
     def embeddings(self, levels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -159,7 +173,7 @@ class Scorer(nn.Module):
     def score(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Embeddings, for each member (B, h, w, D) -> scores (B,) and maps (B, H, W)."""
         found = [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
-        return scores_and_maps(found, self.settings, self.standardization)
+        return scores_and_maps(found, self.settings, self.standardization, self.extent)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
