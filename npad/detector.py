@@ -273,7 +273,7 @@ class NPad:
             settings = _sized(settings, networks)
             extent = extent_of(networks, settings)
             for network in networks:
-                network.grid(extent)  # what does not work is told before the work
+                network.grid(extent, before=settings.size)  # told before the work
             _check_features(settings, networks)
             members = members_of(settings, networks)
             combine = partial(embeddings, members, networks)

@@ -210,10 +210,17 @@ class Backbone(nn.Module):
         """Size (H, W) of images where none is chosen: see `npad.features.defaults`."""
         return size_that_works(self._likely_sizes, self.grid)
 
-    def grid(self, image_size: tuple[int, int], own_of: int | None = None) -> tuple[int, int]:
+    def grid(
+        self,
+        image_size: tuple[int, int],
+        own_of: int | None = None,
+        *,
+        before: tuple[int, int] | None = None,
+    ) -> tuple[int, int]:
         """Grid (h, w) of the embeddings of images of this size (H, W).
 
-        That of the first of ``layers``; or a level's own, where it is coarser.
+        That of the first of ``layers``; or a level's own, where it is coarser. ``before`` is their size
+        before they are filled up to whole strides, which an error names.
 
         Raises
         ------
@@ -222,7 +229,7 @@ class Backbone(nn.Module):
             that the network does not take.
         """
         if image_size not in self._grids:
-            self._grids[image_size] = self._dry_grids(image_size)
+            self._grids[image_size] = self._dry_grids(image_size, before or image_size)
         return self._grid_of(self._grids[image_size], own_of)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -292,7 +299,9 @@ class Backbone(nn.Module):
         features: list[Tensor] = self.net(x)
         return [f.permute(0, 3, 1, 2) for f in features] if self._channels_last_output else features
 
-    def _dry_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    def _dry_grids(
+        self, image_size: tuple[int, int], before: tuple[int, int]
+    ) -> dict[int, tuple[int, int]]:
         try:
             grids = self._meta_grids(image_size)
         except REFUSALS as error:
@@ -301,12 +310,12 @@ class Backbone(nn.Module):
             grid = grids[self.layers[0]]
             reason = f": the embedding grid would be {grid[0]} x {grid[1]}"
         stride = max(self._reductions)
-        if min(image_size) < stride:
+        if min(before) < stride:
             reason = f": it is smaller than the stride {stride} of layer {self.layers[-1]}"
         elif min(grid) >= 2:
             return grids
         raise ValueError(
-            f"image_size {image_size} does not work with backbone {self.name!r}{reason}; "
+            f"image_size {before} does not work with backbone {self.name!r}{reason}; "
             f"{self._least_size()}"
         )
 
