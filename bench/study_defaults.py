@@ -183,8 +183,7 @@ def fit(
         run.choose_axes(sample.split(settings.batch_size))
     for x in train.split(settings.batch_size):
         run.update(x)
-    held_out = run.end_holdout()
-    return run.finalize(), held_out
+    return run.end(last=True)
 
 
 def measured(learned: LearnedMember, settings: Settings, test: Rows) -> dict[str, Tensor]:

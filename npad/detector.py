@@ -18,11 +18,20 @@ from torch import Tensor
 
 from npad import devices, model_file
 from npad._version import __version__
+from npad.checkpoint import Checkpoint
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.features.weights import places
-from npad.fitting import fit_images
+from npad.fitting import Embed, Fit, fit_images
 from npad.images import ImageSource, Reading
 from npad.images.depth import Range, least_depth
+from npad.kept_statistics import (
+    expected_in_file,
+    in_file,
+    of_model_file,
+    required,
+    tell_of_repeats,
+    to_merge,
+)
 from npad.learned import MEANINGS, Learned, LearnedMember, Standardization
 from npad.members import members_of
 from npad.model_file import ModelFileError
@@ -42,7 +51,7 @@ from npad.scoring.pipeline import (
 )
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer, embeddings, extent_of, reduce
-from npad.settings import ARGUMENTS, Settings, uses_nominal_set
+from npad.settings import ARGUMENTS, CHECKPOINT_EVERY, Settings, uses_nominal_set
 
 __all__ = ["NPad", "Prediction"]
 
@@ -87,6 +96,7 @@ class NPad:
     _scoring: tuple[tuple[object, ...], Scorer] | None
     _graphs: tuple[Scorer, Graphs] | None
     _in_force: tuple[list[int], object, Settings] | None  # ids, whose they are, what they make
+    _statistics: Fit | None
 
     def __init__(
         self,
@@ -232,7 +242,15 @@ class NPad:
     # ----------------------------------------------------------------------------------------------
     # Fit.
 
-    def fit(self, source: Any, *, skip_bad: bool = False) -> NPad:
+    def fit(
+        self,
+        source: Any,
+        *,
+        skip_bad: bool = False,
+        statistics: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = CHECKPOINT_EVERY,
+    ) -> NPad:
         """Fit on defect-free images.
 
         Parameters
@@ -240,6 +258,12 @@ class NPad:
         source : folder, list of paths, (N, H, W, C) or (N, C, H, W) array or tensor, DataLoader, or
             any iterable of batches
         skip_bad : go on after a file that cannot be read and list it in ``skipped_``
+        statistics : keep what ``partial_fit``, ``merge`` and ``save(statistics=True)`` need, several
+            times the bytes of the model; False lets go of it
+        checkpoint : a file into which the fit is written on its way. If it is there, the fit goes on
+            from it, to the same model, bit for bit with the same number of threads. It needs images in
+            files, and stays: remove it once the model is saved
+        every : images from one time that it is written to the next
 
         Returns
         -------
@@ -249,7 +273,8 @@ class NPad:
         ------
         ValueError
             An argument that may not be, or does not fit the data; too few images; images that cannot
-            be read (ImageError).
+            be read (ImageError); a checkpoint that cannot be written, is damaged, or is that of another
+            fit (ModelFileError).
         ImportError
             The method of the nominal set needs a package that is not installed.
         MemoryError
@@ -265,6 +290,7 @@ class NPad:
             pixel of an image is equal.
         """
         settings = Settings(**self.get_params())
+        file = None if checkpoint is None else Checkpoint(checkpoint, every)
         device = devices.resolve(settings.device)
         if uses_nominal_set(settings.fusion):
             METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
@@ -275,18 +301,181 @@ class NPad:
             for network in networks:
                 network.grid(extent, before=settings.size)  # told before the work
             _check_features(settings, networks)
-            members = members_of(settings, networks)
-            combine = partial(embeddings, members, networks)
-            embed = embedder(networks, extent, combine, device, "NPad.fit")
             images = _open(source, settings, device, skip_bad)
-            learned = fit_images(settings, members, embed, images)
+            fit, start, write = Fit(settings, members_of(settings, networks)), 0, None
+            if file is not None:
+                fit, start = file.begin(fit, images, [network.identity for network in networks])
+                write = file.write
+            fit_images(fit, _embed_all(fit, networks, extent, device), images, start, write)
+            learned = fit.finalize(last=not statistics)
         _tell_of_depth(images, settings)
-        self._adopt(settings, learned, networks)
+        self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
 
-    def _adopt(self, settings: Settings, learned: Learned, networks: Sequence[Backbone]) -> None:
-        """Become the model of these; until here it is what it was."""
+    def partial_fit(self, source: Any, *, skip_bad: bool = False) -> NPad:
+        """Fit on more defect-free images: those before are neither forgotten nor read again.
+
+        The Gaussians are those of one fit of all images, bit for bit where these came in the same order
+        and batches, and so are ``eps`` and ``window``. The nominal set is composed: chosen from its
+        centroids so far and those of the new images; no embedding is farther from it than the
+        ``radius`` of its member. A number of ``n_features`` keeps the axes of the first images.
+
+        Parameters
+        ----------
+        source, skip_bad : as for ``fit``
+
+        Returns
+        -------
+        self : a model that is not fitted yet is, as by ``fit``; a calibration is dropped
+
+        Raises
+        ------
+        ValueError
+            As for ``fit``; the model has no statistics. The model is then what it was.
+        MemoryError
+            As for ``fit``; the statistics, which are copied, do not fit twice.
+        RuntimeError
+            As for ``fit``.
+
+        Warns
+        -----
+        UserWarning
+            As for ``fit``; an image had been fitted before.
+        """
+        if not self._is_fitted:
+            return self.fit(source, skip_bad=skip_bad)
+        before = required(self._statistics, "NPad.partial_fit")
+        settings = self._settings()
+        device = devices.resolve(settings.device)
+        with devices.explained("NPad.partial_fit", device), devices.plain(device):
+            networks = self._own_networks(settings, device, fitting=True)
+            images = _open(source, settings, device, skip_bad)
+            fit = before.copied(device, progress=settings.progress)
+            fit_images(
+                fit, _embed_all(fit, networks, extent_of(networks, settings), device), images
+            )
+            learned = fit.finalize()
+        _tell_of_depth(images, settings)
+        tell_of_repeats(fit, before.n_images, "NPad.partial_fit")
+        self._adopt(self.settings_, learned, networks, fit)
+        self.skipped_ = list(dict.fromkeys([*self.skipped_, *images.skipped]))
+        return self
+
+    def merge(self, other: NPad | Iterable[NPad]) -> NPad:
+        """Add the images of other models, as if they had been fitted here.
+
+        The Gaussians are those of one fit of all images up to the rounding of float32, whatever the
+        order; with ``eps="auto"`` and ``window="auto"`` both are chosen anew, on images held out of all
+        models. The nominal sets are composed: the centroids are chosen from those of all models; no
+        embedding is farther from them than the ``radius`` of their member.
+
+        Parameters
+        ----------
+        other : a model, which stays what it is, or several, of which one after the other is taken, so
+            that what loads them as they are asked for has one in memory at a time
+
+        Returns
+        -------
+        self, whose calibration is dropped
+
+        Raises
+        ------
+        TypeError
+            Something else than models.
+        ValueError
+            A model has no statistics, or is this one; its backbone, image size or another setting of a
+            fit differs, and is named. The model is then what it was.
+        RuntimeError
+            A model is not fitted.
+        MemoryError
+            The statistics, which are copied, do not fit twice.
+
+        Warns
+        -----
+        UserWarning
+            An image was fitted by several of the models.
+        """
+        self._check_fitted()
+        own = required(self._statistics, "NPad.merge")
+        settings = self._settings()
+        device = devices.resolve(settings.device)
+        fit, skipped = None, self.skipped_
+        with devices.explained("NPad.merge", device), devices.plain(device):
+            networks = self._own_networks(settings, device)
+            several = isinstance(other, Iterable) and not isinstance(other, NPad)
+            models: Any = other if several else [other]
+            for model in models:
+                if not isinstance(model, NPad):
+                    raise TypeError(
+                        f"NPad.merge: other must be an NPad or several, got {type(model).__name__}"
+                    )
+                model._check_fitted()
+                theirs = to_merge(own, self.backbones_, model._statistics, model.backbones_)
+                if fit is None:
+                    fit = own.copied(device, progress=settings.progress)
+                n_before = fit.n_images
+                fit.merge(theirs.to(device))
+                tell_of_repeats(fit, n_before, "NPad.merge")
+                skipped = list(dict.fromkeys([*skipped, *model.skipped_]))
+                del model, theirs  # before the next is made
+            if fit is None:
+                raise ValueError("NPad.merge: other holds no model; give one or more")
+            learned = fit.finalize()
+        self._adopt(self.settings_, learned, networks, fit)
+        self.skipped_ = skipped
+        return self
+
+    def shrink(self, factor_dtype: str | None = None) -> NPad:
+        """Let go of the statistics, and store the factors of the Gaussians in fewer bytes.
+
+        Parameters
+        ----------
+        factor_dtype : as for ``NPad``; None leaves it. Where there are statistics, the factors are made
+            of them, as by a fit with this dtype; else they are rounded, which is refused if it does not
+            make them smaller. Another dtype drops a calibration
+
+        Returns
+        -------
+        self, which can no longer be merged or fitted further
+
+        Raises
+        ------
+        ValueError
+            A dtype that is none of these, does not hold the factors, or would not make them smaller.
+            The model is then what it was.
+        RuntimeError
+            The model is not fitted.
+        """
+        self._check_fitted()
+        if factor_dtype is None or factor_dtype == self.settings_.factor_dtype:
+            self._statistics = None
+            return self
+        settings = replace(self.settings_, factor_dtype=factor_dtype)
+        device = devices.resolve(self.device)
+        with devices.explained("NPad.shrink", device), devices.plain(device):
+            networks = self._own_networks(self._settings(), device)
+            if self._statistics is not None:
+                now = replace(self._statistics.settings, factor_dtype=factor_dtype)
+                learned = Fit.from_state(*self._statistics.state(), **vars(now)).finalize()
+            else:
+                learned = self._learned(device).stored_as(getattr(torch, settings.factor_dtype))
+        self._adopt(settings, learned, networks, None)
+        self.factor_dtype = factor_dtype
+        return self
+
+    def _adopt(
+        self,
+        settings: Settings,
+        learned: Learned,
+        networks: Sequence[Backbone],
+        statistics: Fit | None,
+    ) -> None:
+        """Become the model of these; until here it is what it was.
+
+        Statistics are never changed once they are here: whoever goes on from them copies them first.
+        """
+        self._statistics = statistics
         found = {f"{name}_": value for name, value in vars(learned).items()}
         identities = [network.identity for network in networks]
         vars(self).update(found, settings_=settings, backbones_=identities)
@@ -602,15 +791,21 @@ class NPad:
     # ----------------------------------------------------------------------------------------------
     # Model files.
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, statistics: bool = False) -> None:
         """Write the fitted model: one safetensors file with a JSON header, whole or not at all.
+
+        Parameters
+        ----------
+        path : of the file
+        statistics : with what ``partial_fit`` and ``merge`` need, several times the bytes of the model
 
         Raises
         ------
         ModelFileError
             The file cannot be written; what was there before is whole.
         ValueError
-            A fusion that was set after the fit needs what the fit did not find.
+            A fusion that was set after the fit needs what the fit did not find; the model has no
+            statistics.
         """
         self._check_fitted()
         settings = self._settings()
@@ -621,7 +816,12 @@ class NPad:
             "backbones": self.backbones_,
             **learned.to_json(),
         }
-        model_file.write_model(path, header, learned.tensors(), progress=settings.progress)
+        tensors, version = learned.tensors(), model_file.FORMAT_VERSION
+        if statistics:
+            values, more = in_file(required(self._statistics, "NPad.save"))
+            header, tensors = header | values, tensors | more
+            version = model_file.STATISTICS_VERSION
+        model_file.write_model(path, header, tensors, version=version, progress=settings.progress)
 
     @classmethod
     def load(
@@ -653,6 +853,9 @@ class NPad:
         """
         found = devices.resolve(device)
         header, tensors = model_file.read_model(path, progress=progress)
+        if "checkpoint" in header:
+            problem = "is the checkpoint of a fit that has not ended; fit with checkpoint= to go on"
+            raise ModelFileError(path, problem)
         try:
             header, tensors = upgraded(header, tensors)
             given = header["settings"] | {"device": device, "progress": progress}
@@ -663,7 +866,7 @@ class NPad:
                 for one in header["backbones"]
             ]
             settings.size  # noqa: B018  (a model knows it)
-            expected = _expected(settings, learned, header["members"])
+            expected = _expected(settings, learned, header["members"]) | expected_in_file(header)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
@@ -671,6 +874,7 @@ class NPad:
             )
             raise ModelFileError(path, problem) from error
         model_file.check_tensors(path, tensors, expected)
+        statistics = of_model_file(path, header, tensors, progress=progress)
         if weights is not None:
             given["weights"] = weights
         model, settings = cls(**given), Settings(**given)
@@ -681,7 +885,7 @@ class NPad:
             mismatch = _other_embedding(networks, member, extent_of(networks, settings, learned))
             if mismatch:
                 raise ModelFileError(path, f"{mismatch}; fit and save the model again")
-        model._adopt(settings, learned.having(tensors).to(found), networks)
+        model._adopt(settings, learned.having(tensors).to(found), networks, statistics)
         model.skipped_ = []
         return model
 
@@ -690,7 +894,7 @@ class NPad:
     # copies in one process share it.
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the backbones, the scorer and its CUDA graphs."""
+        """All but the backbones, the scorer and its CUDA graphs, and the statistics, as ``save``."""
         return {name: value for name, value in vars(self).items() if name not in _CACHES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -707,11 +911,13 @@ class NPad:
         twin = type(self).__new__(type(self))
         twin.__setstate__(state)
         twin._networks = dict(self._networks)
+        twin._statistics = self._statistics
         return twin
 
     def _forget(self) -> None:
-        """Start without what is made at first use."""
+        """Start without what is made at first use, and without statistics."""
         self._networks = {}
+        self._statistics = None
         self._scoring = self._graphs = self._in_force = None
 
     # ----------------------------------------------------------------------------------------------
@@ -874,13 +1080,27 @@ class NPad:
             return kept[1]
 
     @property
+    def has_statistics(self) -> bool:
+        """Whether the model can be merged and fitted further."""
+        return self._statistics is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the fitted model, without its backbone."""
         self._check_fitted()
         return self._learned().nbytes
 
 
-_CACHES = ("_networks", "_scoring", "_graphs", "_in_force")
+_CACHES = ("_networks", "_scoring", "_graphs", "_in_force", "_statistics")
+
+
+def _embed_all(
+    fit: Fit, networks: Sequence[Backbone], extent: tuple[int, int], device: torch.device
+) -> Embed:
+    """What the members of a fit are given of images."""
+    members = [member.member for member in fit.members]
+    combine = partial(embeddings, members, networks)
+    return embedder(networks, extent, combine, device, "NPad.fit")
 
 
 def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:

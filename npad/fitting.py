@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from itertools import tee
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from npad import progress
+from npad import devices, progress
 from npad.images.depth import least_depth
 from npad.images.fingerprints import fingerprints
 from npad.images.source import ImageSource
-from npad.learned import Learned, Standardization
+from npad.learned import Expected, Learned, Standardization
 from npad.member_fit import AXES_IMAGES, MemberFit, under
 from npad.members import Member
 from npad.scoring.fusion import joined
-from npad.settings import Settings
+from npad.settings import OF_A_FIT, Settings
 
 __all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit", "axes_sample", "fit_images"]
 
@@ -35,37 +34,40 @@ class Fit:
     ----------
     settings : how to fit
     members : of the model
-    embed : images (B, 3, H, W) float32 in [0, 1] -> for each member, embeddings (B, h, w, D), whose
-        device is that of all statistics; not needed where only embeddings are given
 
     Attributes
     ----------
     n_images : images so far
     darkest : the largest value, 0 to 1, that each of them reaches; of embeddings it is not known
+    undeclared : how many of them have 16 bits and do not say how many of these the camera fills, and
+        the largest value of these
     fingerprints : of each image, in their order; of embeddings there are none
     members : a `MemberFit` for each
     """
 
-    def __init__(
-        self, settings: Settings, members: Sequence[Member], embed: Embed | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, members: Sequence[Member]) -> None:
         self.settings = settings
         self.n_images = 0
         self.darkest = 1.0
         self.fingerprints: list[str] = []
+        self.undeclared = 0, 0
         self.members = [MemberFit(settings, member) for member in members]
-        self._embed = embed
-        self._standardization: dict[str, Standardization] | None = None
 
     def update(
-        self, images: Tensor | None = None, *, embeddings: Sequence[Tensor] | None = None
+        self,
+        embeddings: Sequence[Tensor],
+        images: Tensor | None = None,
+        undeclared: Collection[int] = (),
     ) -> Fit:
-        """Add a batch, as images or as embeddings.
+        """Add a batch.
 
         Parameters
         ----------
-        images : (B, 3, H, W) float32 in [0, 1]
-        embeddings : for each member, (B, h, w, D) float32, as the backbone gives them
+        embeddings : for each member, (B, h, w, D) float32, as the backbone gives them, on the device
+            where the statistics are to be
+        images : (B, 3, H, W) float32 in [0, 1], from which they are, if these are known
+        undeclared : the largest value, as it is stored, of each image of 16 bits that does not say how
+            many of them the camera fills
 
         Returns
         -------
@@ -73,20 +75,11 @@ class Fit:
 
         Raises
         ------
-        TypeError
-            Neither images nor embeddings, or both; images without a way to embed them.
         ValueError
             As `MemberFit.update`.
         MemoryError
             As `MemberFit.update`.
         """
-        if (images is None) == (embeddings is None):
-            raise TypeError("Fit.update: give images or embeddings, one of them")
-        if embeddings is None:
-            if self._embed is None:
-                raise TypeError("Fit.update: this fit was made without embed=; give embeddings=")
-            assert images is not None
-            embeddings = self._embed(images)
         for member, x in zip(self.members, embeddings, strict=True):
             member.update(x)
         n = len(embeddings[0])
@@ -95,6 +88,8 @@ class Fit:
             self.darkest = min(self.darkest, 0.0 if images is None else _darkest(images))
         if images is not None:
             self.fingerprints += fingerprints(images)
+        n_undeclared, largest = self.undeclared
+        self.undeclared = n_undeclared + len(undeclared), max([largest, *undeclared])
         return self
 
     def choose_axes(self, sample: Iterable[Sequence[Tensor]]) -> None:
@@ -107,8 +102,14 @@ class Fit:
         for i, (member, copy) in enumerate(zip(self.members, copies, strict=True)):
             member.choose_axes(embeddings[i] for embeddings in copy)
 
+    @property
+    def needs_axes(self) -> bool:
+        """Whether axes can still be chosen before the first image."""
+        chosen = any(member.projection is not None for member in self.members)
+        return self.settings.chooses_axes and self.n_images == 0 and not chosen
+
     def merge(self, other: Fit) -> Fit:
-        """Add what another fit of the same settings and members has seen; that one is used up.
+        """Add what another fit of the same settings and members has seen; that one stays.
 
         Returns
         -------
@@ -122,12 +123,16 @@ class Fit:
         """
         if other is self:
             raise ValueError(
-                "Fit.merge: a fit cannot be merged with itself: its images would count twice"
+                "NPad.merge: a fit cannot be merged with itself: its images would count twice"
             )
-        if other.settings.to_json() != self.settings.to_json():
-            raise ValueError("Fit.merge: the fits have different settings; merge fits of the same")
+        differences = self.settings.differences(other.settings, OF_A_FIT)
+        if differences:
+            raise ValueError(
+                f"NPad.merge: the fits have different settings: {'; '.join(differences)}; merge fits "
+                "of the same"
+            )
         if [fit.member for fit in other.members] != [fit.member for fit in self.members]:
-            raise ValueError("Fit.merge: the fits have different members; merge fits of the same")
+            raise ValueError("NPad.merge: the fits have different members; merge fits of the same")
         pairs = list(zip(self.members, other.members, strict=True))
         for own, others in pairs:
             own.check_merge(others)
@@ -136,16 +141,21 @@ class Fit:
         self.n_images += other.n_images
         self.darkest = min(self.darkest, other.darkest)
         self.fingerprints += other.fingerprints
-        self._standardization = self._standardization or other._standardization
+        (n, largest), (others_n, others_largest) = self.undeclared, other.undeclared
+        self.undeclared = n + others_n, max(largest, others_largest)
         return self
 
-    def finalize(self) -> Learned:
-        """Make of it all what a model keeps. The fit can go on afterwards.
+    def finalize(self, *, last: bool = False) -> Learned:
+        """Make of it all what a model keeps. The fit can go on afterwards, unless this is the `last`.
+
+        Parameters
+        ----------
+        last : whether the fit is used up, so that no Gaussians are copied and each goes when it is done
 
         Raises
         ------
         ValueError
-            Too few images, or as `MemberFit.finalize`.
+            Too few images, or as `MemberFit.end`.
         MemoryError
             As for `update`.
         """
@@ -154,30 +164,58 @@ class Fit:
                 f"NPad.fit: {self.n_images} image(s) given; at least {MIN_IMAGES} defect-free images "
                 "are needed, and some tens are recommended"
             )
-        self._end_holdout()
+        members, held_out = [], []
+        left = self.members if last else [*self.members]
+        while left:
+            learned, distances = left.pop(0).end(last=last)
+            members.append(learned)
+            if distances is not None:
+                held_out.append((learned.member, distances))
         return Learned(
             n_images=self.n_images,
-            members=tuple(member.finalize() for member in self.members),
+            members=tuple(members),
             darkest=self.darkest,
+            n_bits=self._n_bits,
             filled=True,
             fingerprints=tuple(self.fingerprints),
-            standardization=self._standardization,
+            standardization=_standardization(held_out),
         )
 
-    def _end_holdout(self) -> None:
-        """Fit the images held out, once they have served; all Gaussians have held out the same."""
-        found = [(member.member, member.end_holdout()) for member in self.members]
-        known = [(member, distances) for member, distances in found if distances is not None]
-        if not known:
-            return
-        moments = {kind: Standardization.of(x) for kind, x in joined(known).items()}
-        if not all(of_kind.std > 0 for of_kind in moments.values()):
-            raise ValueError(
-                "NPad.fit: fusion='sum' divides by the spread of both distances of the images held "
-                "out, and there is none: the images are identical; fit images of different parts, or "
-                "use fusion='product'"
-            )
-        self._standardization = moments
+    @property
+    def _n_bits(self) -> int | None:
+        """Bits that the images use, where they are fewer than those that they are read as."""
+        n, largest = self.undeclared
+        known = self.settings.bit_depth is not None or n < self.n_images
+        return None if known else least_depth(largest)
+
+    def copied(self, device: torch.device, **changed: Any) -> Fit:
+        """One that goes on by itself, on a device.
+
+        Parameters
+        ----------
+        device : where its statistics live
+        changed : as for `from_state`
+
+        Raises
+        ------
+        MemoryError
+            There is no place for two.
+        """
+        values, tensors = self.state()
+        devices.require(
+            sum(tensor.nbytes for tensor in tensors.values()),
+            device,
+            "NPad",
+            "a copy of the statistics, so that an error leaves the model as it was,",
+            "fit all images at once, which needs none",
+        )
+        own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        return self.from_state(values, own, **changed)
+
+    def to(self, device: torch.device) -> Fit:
+        """Give this one, or a copy if its statistics live elsewhere."""
+        there = all(tensor.device == device for tensor in self.state()[1].values())
+        return self if there else self.copied(device)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that the fit is, as JSON types and tensors; `npad.model_file.write_model` takes both.
@@ -189,8 +227,8 @@ class Fit:
             "settings": self.settings.to_json(),
             "n_images": self.n_images,
             "darkest": self.darkest,
-            "fingerprints": self.fingerprints,
-            "standardization": Standardization.to_json(self._standardization),
+            "fingerprints": [*self.fingerprints],
+            "undeclared": [*self.undeclared],
             "members": [values for values, _ in states],
         }
         tensors = {
@@ -199,28 +237,55 @@ class Fit:
         return values, tensors
 
     @classmethod
+    def expected(cls, values: Mapping[str, Any]) -> Expected:
+        """Dtype and shape of each tensor of a `state`, by its values.
+
+        Raises
+        ------
+        KeyError
+            These are not the values of a state.
+        TypeError
+            As KeyError.
+        ValueError
+            As KeyError.
+        """
+        settings = Settings(**values["settings"])
+        return {
+            f"{i}.{name}": what
+            for i, member in enumerate(values["members"])
+            for name, what in MemberFit.expected(settings, member).items()
+        }
+
+    @classmethod
     def from_state(
-        cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor], embed: Embed | None = None
+        cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor], **changed: Any
     ) -> Fit:
         """Go on where `state` was taken: the result is that of a fit that never stopped.
 
         Parameters
         ----------
-        values, tensors : from `state`; the statistics live where the tensors do
-        embed : as for `Fit`
+        values, tensors : from `state`; the tensors, which are those that are `expected`, become those
+            of this fit, and its statistics live where they do
+        changed : arguments of `Settings` in the place of those of the state, of which what was gathered
+            does not depend
 
         Raises
         ------
         KeyError
-            This is no state of a fit.
+            These are not the values of a state.
+        TypeError
+            As KeyError.
         ValueError
-            Its settings are none.
+            As KeyError.
         """
-        fit = cls(Settings(**values["settings"]), (), embed)
+        fit = cls(Settings(**{**values["settings"], **changed}), ())
         fit.n_images = int(values["n_images"])
+        if fit.n_images < 0:
+            raise ValueError(f"n_images is {fit.n_images}")
         fit.darkest = float(values["darkest"])
-        fit.fingerprints = [*values["fingerprints"]]
-        fit._standardization = Standardization.from_json(values["standardization"])
+        fit.fingerprints = [*map(str, values["fingerprints"])]
+        n, largest = map(int, values["undeclared"])
+        fit.undeclared = n, largest
         fit.members = [
             MemberFit.from_state(fit.settings, member, under(str(i), tensors))
             for i, member in enumerate(values["members"])
@@ -237,24 +302,58 @@ def axes_sample(n_images: int, seed: int) -> list[int]:
 
 
 def fit_images(
-    settings: Settings, members: Sequence[Member], embed: Embed, images: ImageSource
-) -> Learned:
-    """One pass over the images, and a look at some of them before, where axes are to be chosen."""
-    fit = Fit(settings, members, embed)
-    if settings.chooses_axes and images.random_access and images.n_images is not None:
-        with closing(images.batches(axes_sample(images.n_images, settings.seed))) as batches:
+    fit: Fit,
+    embed: Embed,
+    images: ImageSource,
+    start: int = 0,
+    after: Callable[[Fit, int], None] | None = None,
+) -> None:
+    """One pass over the images, and a look at some of them before, where axes are to be chosen.
+
+    Parameters
+    ----------
+    fit : which gets them
+    embed : images (B, 3, H, W) -> for each member, embeddings (B, h, w, D)
+    images : where they come from
+    start : position of the first that is not fitted yet
+    after : called, once axes are chosen and after each batch, with the position of the next image
+    """
+    n_images = images.n_images if images.random_access else None
+    if fit.needs_axes and n_images is not None:
+        with closing(images.batches(axes_sample(n_images, fit.settings.seed))) as batches:
             fit.choose_axes(embed(batch.images) for batch in batches)
+    if after is not None:
+        after(fit, start)
+    left = None if n_images is None else range(start, n_images)
     with (
-        closing(images.batches()) as batches,
-        progress.task("fit: embeddings", images.n_images, settings.progress, "images") as advance,
+        closing(images.batches(left)) as batches,
+        progress.task(
+            "fit: embeddings", images.n_images, fit.settings.progress, "images"
+        ) as advance,
     ):
+        advance(start)
         for batch in batches:
-            fit.update(batch.images)
+            undeclared = [images.undeclared[i] for i in batch.indices if i in images.undeclared]
+            fit.update(embed(batch.images), batch.images, undeclared)
             advance(len(batch.images))
-    learned = fit.finalize()
-    if settings.bit_depth is not None or len(images.undeclared) < learned.n_images:
-        return learned
-    return replace(learned, n_bits=least_depth(max(images.undeclared.values())))
+            if after is not None:
+                after(fit, batch.indices[-1] + 1)
+
+
+def _standardization(
+    held_out: Sequence[tuple[Member, Mapping[str, Tensor]]],
+) -> dict[str, Standardization] | None:
+    """Of the distances of the images held out; all members have held out the same."""
+    if not held_out:
+        return None
+    moments = {kind: Standardization.of(x) for kind, x in joined(held_out).items()}
+    if not all(of_kind.std > 0 for of_kind in moments.values()):
+        raise ValueError(
+            "NPad.fit: fusion='sum' divides by the spread of both distances of the images held out, "
+            "and there is none: the images are identical; fit images of different parts, or use "
+            "fusion='product'"
+        )
+    return moments
 
 
 def _darkest(images: Tensor) -> float:

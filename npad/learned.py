@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from npad.members import Member
 from npad.nominal_scores import NominalScores
-from npad.ops.packed import stored_size
+from npad.ops.packed import is_finite, restore, store, stored_size
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
 
 __all__ = [
     "MEANINGS",
     "MEMBER_MEANINGS",
     "TENSORS",
+    "Expected",
     "Learned",
     "LearnedMember",
     "LearnedTensor",
     "Standardization",
 ]
+
+Expected: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by their names
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,13 @@ def _grid(value: Any) -> tuple[int, int]:
     return height, width
 
 
-def _eps(value: Any) -> float | None:
-    if value is None or (isinstance(value, (int, float)) and value >= 0):
-        return None if value is None else float(value)
-    raise ValueError(f"eps is {value!r}")
+def _at_least_0_or_none(name: str) -> Callable[[Any], float | None]:
+    def read(value: Any) -> float | None:
+        if value is None or (isinstance(value, (int, float)) and value >= 0):
+            return None if value is None else float(value)
+        raise ValueError(f"{name} is {value!r}")
+
+    return read
 
 
 def _count_or_none(value: Any) -> int | None:
@@ -121,10 +127,17 @@ class LearnedMember:
     member: Member = _value("which embedding it is of, and what is done with it", Member.of)
     channels: int = _value("of the embedding, as its levels give them", int)
     grid: tuple[int, int] = _value("(H, W) of the embeddings", _grid)
-    eps: float | None = _value("the eps in use; None where no Gaussian is", _eps)
+    eps: float | None = _value(
+        "the eps in use; None where no Gaussian is", _at_least_0_or_none("eps")
+    )
     window: int | None = _value("the training window in use; as eps", _count_or_none)
     n_features: int | None = _value(
         "dimensions to which the embedding is reduced; None where all are kept", _count_or_none
+    )
+    radius: float | None = _value(
+        "no embedding fitted is farther from the nominal set; None without one, and for k-means",
+        _at_least_0_or_none("radius"),
+        default=None,
     )
     projection: Tensor | None = _tensor(
         "D, C",
@@ -163,10 +176,41 @@ class LearnedMember:
             height, width = self.grid
             found.append(f"{height} x {width} Gaussians, window {self.window}, eps {self.eps:.3g}")
         if self.centroids is not None:
-            found.append(f"{self.n_centroids} centroids")
+            within = "" if self.radius is None else f" within {self.radius:.3g} of all"
+            found.append(f"{self.n_centroids} centroids{within}")
         levels = ", ".join(map(str, self.member.levels))
         kept = "" if self.n_features is None else f" in {self.n_features} dimensions"
         return f"{of} {levels}, {self.channels} channels{kept}: {', '.join(found)}"
+
+    def stored_as(self, dtype: torch.dtype) -> LearnedMember:
+        """The same with factors of another dtype, rounded from those that there are.
+
+        Raises
+        ------
+        ValueError
+            They would not become smaller, or the dtype cannot hold them.
+        """
+        if self.factor is None:
+            return self
+        if dtype.itemsize >= self.factor.dtype.itemsize:
+            before, after = (str(x).removeprefix("torch.") for x in (self.factor.dtype, dtype))
+            raise ValueError(
+                f"NPad.shrink: factors of {before} become neither smaller nor better as {after}; fit "
+                f"again with factor_dtype={after!r}, or shrink a model saved with statistics=True"
+            )
+        channels = self.n_features or self.channels
+        factor = torch.cat(
+            [
+                store(restore(part, channels, torch.float32), channels, dtype)
+                for part in self.factor.split(64)
+            ]
+        )
+        if not is_finite(factor, channels):
+            raise ValueError(
+                f"NPad.shrink: the factors need values larger than {str(dtype).removeprefix('torch.')} "
+                "holds; use factor_dtype='bfloat16' or 'int8'"
+            )
+        return replace(self, factor=factor)
 
     def used_by(self, settings: Settings) -> LearnedMember | None:
         """What a model of these settings needs of it, if anything."""
@@ -175,7 +219,7 @@ class LearnedMember:
             return None
         used = replace(self, member=part)
         unused: dict[str, Any] = {t.name: None for t in TENSORS if not t.when(used)}
-        return replace(used, **unused)
+        return replace(used, radius=self.radius if part.nominal_set else None, **unused)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
@@ -186,12 +230,11 @@ class LearnedMember:
             "eps": self.eps,
             "window": self.window,
             "n_features": self.n_features,
+            "radius": self.radius,
             "n_centroids": self.n_centroids,
         }
 
-    def expected(
-        self, settings: Settings, n_centroids: int
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, settings: Settings, n_centroids: int) -> Expected:
         """Dtype and shape of each tensor."""
         reduced = self.n_features or self.channels
         sizes = {
@@ -285,6 +328,11 @@ class Learned:
     def to(self, device: torch.device) -> Learned:
         """The same on a device."""
         return self.having({name: x.to(device) for name, x in self.tensors().items()})
+
+    def stored_as(self, dtype: torch.dtype) -> Learned:
+        """As `LearnedMember.stored_as`, of all members; a calibration is dropped, as scores change."""
+        members = tuple(member.stored_as(dtype) for member in self.members)
+        return replace(self, members=members, calibration=None)
 
     def used_by(self, settings: Settings) -> Learned:
         """What a model of these settings needs of it."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.projection import leading_axes, principal_axes
-from npad.learned import LearnedMember
+from npad.learned import Expected, LearnedMember
 from npad.members import Member
 from npad.ops.axes import random_axes
 from npad.scoring.scorer import distances, reduce
@@ -24,8 +26,6 @@ from npad.statistics.nominal_set import NominalSet
 __all__ = ["AXES_IMAGES", "MemberFit", "under"]
 
 AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
-
-S = TypeVar("S", NeighborhoodGaussian, NominalSet)
 
 
 class MemberFit:
@@ -44,11 +44,14 @@ class MemberFit:
 
     Notes
     -----
-    A share of the images is held out from the statistics until `end_holdout` has chosen window and eps
-    on them; then they are fitted too. With a number of principal axes, embeddings wait until there
-    are `AXES_IMAGES` of them, unless `choose_axes` came before. With ``n_features="auto"`` the
-    statistics are those of all channels, and the axes are chosen from them at the end: a fit that goes
-    on, or is merged, is exact, and no image is looked at twice.
+    Where something is to be learned of images that are not fitted yet, a share is held out: from the
+    Gaussians, to choose window and eps; with the fusion "sum" from the nominal set, too, to measure
+    distances. `end` does that and fits these images, in a copy: a fit that goes on is the one that
+    never stopped, but for the nominal set, whose bank `end` has composed.
+
+    With a number of principal axes, embeddings wait until there are `AXES_IMAGES` of them, unless
+    `choose_axes` came before. With ``n_features="auto"`` the statistics are those of all channels, and
+    the axes are chosen from them at the end, so that no image is looked at twice.
     """
 
     def __init__(self, settings: Settings, member: Member) -> None:
@@ -59,7 +62,8 @@ class MemberFit:
         self._grid: tuple[int, int] | None = None
         self._n_channels = 0  # of the embeddings as they come
         self._waiting: list[Tensor] = []  # for axes
-        self._held_out = Reservoir(settings.holdout, settings.seed)
+        held_out = settings.holdout if self._uses_held_out else 0.0
+        self._held_out = Reservoir(held_out, settings.seed)
         self._gaussian: NeighborhoodGaussian | None = None
         self._nominal: NominalSet | None = None
         if member.nominal_set:
@@ -93,7 +97,7 @@ class MemberFit:
         """
         self._begin(x)
         self.n_images += len(x)
-        if self._needs_axes():
+        if self.needs_axes:
             self._waiting.append(x)
             if self.n_images >= AXES_IMAGES:
                 self._end_waiting()
@@ -111,10 +115,12 @@ class MemberFit:
         first = next(rest, None)
         if first is not None:
             self._begin(first)
-            if self._needs_axes():
+            if self.needs_axes:
                 self._choose_axes(chain([first], rest))
 
-    def _needs_axes(self) -> bool:
+    @property
+    def needs_axes(self) -> bool:
+        """Whether embeddings wait for axes."""
         return self._reduces and self.projection is None
 
     def _begin(self, x: Tensor) -> None:
@@ -152,7 +158,7 @@ class MemberFit:
 
     def _end_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
-        if waiting and self._needs_axes():
+        if waiting and self.needs_axes:
             self._choose_axes(waiting)
         for x in waiting:
             self._take(x)
@@ -163,13 +169,20 @@ class MemberFit:
             x = reduce(x, self.projection)
         if self._gaussian is None and self.member.gaussian:
             self._gaussian = self._new_gaussian(x)
+        if not self._judges_nominal:
+            self._cover(x)
         fitted = self._held_out.take(x)
         if len(fitted):
             self._add(fitted)
 
     def _add(self, x: Tensor) -> None:
+        """Fit what is held out no longer, or never was."""
         if self._gaussian is not None:
             self._gaussian.update(x)
+        if self._judges_nominal:
+            self._cover(x)
+
+    def _cover(self, x: Tensor) -> None:
         if self._nominal is not None:
             self._nominal.update(x[..., : self.member.prefix])
 
@@ -192,15 +205,22 @@ class MemberFit:
     @property
     def _chooses(self) -> bool:
         """Whether the Gaussians are chosen on images held out."""
-        return self.settings.eps == "auto" or len(self.settings.windows) > 1
+        return self.member.gaussian and (
+            self.settings.eps == "auto" or len(self.settings.windows) > 1
+        )
+
+    @property
+    def _judges_nominal(self) -> bool:
+        """Whether the nominal set is measured on images held out."""
+        return self.settings.fusion == "sum"
 
     # ----------------------------------------------------------------------------------------------
     # Other fits.
 
     def merge(self, other: MemberFit) -> None:
-        """Add what another fit of the same member and settings has seen; that one is used up.
+        """Add what another fit of the same member and settings has seen; that one stays.
 
-        The Gaussians are those of one fit of all images, up to float32 rounding; the nominal sets are
+        The Gaussians are those of one fit of all images, up to float32 rounding; both nominal sets are
         composed (see `npad.statistics.nominal_set.NominalSet`).
 
         Raises
@@ -212,17 +232,21 @@ class MemberFit:
         if other._grid is None:
             return
         self.check_merge(other)
-        axes = [fit.projection for fit in (self, other) if fit.projection is not None]
-        self._grid, self._n_channels = other._grid, other._n_channels
-        self.projection = axes[0] if axes else None
-        self._gaussian = _joined(self._gaussian, other._gaussian)
-        self._nominal = _joined(self._nominal, other._nominal)
+        if self._grid is None:
+            vars(self).update(vars(other._copied()), settings=self.settings)
+            return
+        self.projection = other.projection if self.projection is None else self.projection
+        if other._gaussian is not None:
+            if self._gaussian is None:
+                self._gaussian = other._gaussian.copy()
+            else:
+                self._gaussian.merge(other._gaussian)
+        if self._nominal is not None and other._nominal is not None:
+            self._nominal.merge(other._nominal)
         self._held_out.merge(other._held_out, self._add)
-        if self._eps is None:
-            self._eps = other._eps
         self.n_images += other.n_images
         self._waiting += other._waiting
-        if not self._needs_axes() or self.n_images >= AXES_IMAGES:
+        if not self.needs_axes or self.n_images >= AXES_IMAGES:
             self._end_waiting()
 
     def check_merge(self, other: MemberFit) -> None:
@@ -232,29 +256,76 @@ class MemberFit:
         shapes = [(fit._grid, fit._n_channels) for fit in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                "Fit.merge: grid and channels are {} here and {} in other".format(*shapes)
+                "NPad.merge: grid and channels are {} here and {} in other".format(*shapes)
             )
         axes = [fit.projection for fit in (self, other) if fit.projection is not None]
         if len(axes) == 2 and not torch.equal(*axes):
             raise ValueError(
-                "Fit.merge: the fits have different axes; give the second the projection of the first"
+                "NPad.merge: the fits have chosen different principal axes; fit with n_features='auto' "
+                "or None, or with reduction='random', whose axes are the same for all"
             )
 
     # ----------------------------------------------------------------------------------------------
     # The end.
 
-    def finalize(self) -> LearnedMember:
-        """Make of it all what a model keeps, once `end_holdout` has been called.
+    def end(self, *, last: bool = False) -> tuple[LearnedMember, dict[str, Tensor] | None]:
+        """Make of it all what a model keeps. The fit can go on afterwards, unless this is the `last`.
 
-        The fit can go on afterwards; until other images are held out, eps stays.
+        Parameters
+        ----------
+        last : whether the fit is used up; else a copy of the Gaussians takes the images held out
+
+        Returns
+        -------
+        learned : what a model keeps
+        distances : for the fusion "sum", those of the images held out to what was fitted before them,
+            by their names; else None
 
         Raises
         ------
         ValueError
-            Identical images, or a covariance that is not positive definite with this eps.
+            Too few images, or identical ones; a covariance that is not positive definite with this eps.
         MemoryError
             As for `update`.
         """
+        if not last:
+            return self._for_the_end().end(last=True)
+        found = self._end_holdout()
+        return self._finalize(), found
+
+    def _for_the_end(self) -> MemberFit:
+        """What may be used up in the place of this fit; of a bank there is never a second."""
+        if self._waiting:
+            return self._copied()  # nothing is fitted yet
+        if self._held_out.kept:
+            self._leave_enough()
+        if self._judges_nominal:
+            self._centroids()
+        end = copy.copy(self)
+        end._held_out = self._held_out.copy()
+        if end._held_out.kept and self._gaussian is not None:
+            devices.require(
+                self._gaussian.scatter.nbytes,
+                self._gaussian.scatter.device,
+                "NPad.fit",
+                "a copy of the statistics of one layer, which stay as they are,",
+                "fit all images at once with statistics=False, which needs none",
+            )
+            end._gaussian = self._gaussian.copy()
+        if self._judges_nominal and self._nominal is not None:
+            end._nominal = self._nominal.copy()
+        return end
+
+    def _copied(self) -> MemberFit:
+        """One that goes on by itself."""
+        other = copy.copy(self)
+        other._waiting = list(self._waiting)
+        for name, part in self._parts().items():
+            setattr(other, f"_{name}", part.copy())
+        return other
+
+    def _finalize(self) -> LearnedMember:
+        """Once `_end_holdout` has been called."""
         if self._gaussian is not None and not self._gaussian.varies:
             raise ValueError(
                 f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
@@ -263,6 +334,7 @@ class MemberFit:
         self._choose_axes_at_the_end()
         mean, factor = self._gaussians()
         axes = self._axes
+        centroids = self._centroids()
         assert self._grid is not None
         return LearnedMember(
             member=self.member,
@@ -271,43 +343,32 @@ class MemberFit:
             eps=self._eps if self._gaussian is not None else None,
             window=None if self._gaussian is None else self._gaussian.window,
             n_features=None if axes is None else axes.shape[1],
+            radius=self._radius,
             projection=axes,
             mean=mean,
             factor=factor,
-            centroids=self._centroids(),
+            centroids=centroids,
         )
 
-    def end_holdout(self) -> dict[str, Tensor] | None:
-        """Choose window and eps on the images held out, which are then fitted.
-
-        Returns
-        -------
-        for the fusion "sum", their distances to what has been fitted before them, by their names; None
-        where no images were held out since the last time
-
-        Raises
-        ------
-        ValueError
-            Too few images.
-        """
+    def _end_holdout(self) -> dict[str, Tensor] | None:
+        """Choose window and eps on the images held out, which are then fitted; distances as `end`."""
         self._end_waiting()
         if not self._held_out.kept:
             return None
         self._leave_enough()
         x = torch.stack(self._held_out.kept)
-        if self._uses_held_out:
-            self._choose_axes_at_the_end()
+        self._choose_axes_at_the_end()
         if self._gaussian is not None and self._chooses:
             eps = None if self.settings.eps == "auto" else float(self.settings.eps)
             reduced = reduce(x, self._gaussian.axes)
             _, self._eps = self._gaussian.choose(reduced, self.settings.windows, eps)
-        found = self._distances(x) if self.settings.fusion == "sum" else None
+        found = self._distances(x) if self._judges_nominal else None
         self._held_out.kept.clear()
         self._add(x)
         return found
 
     def _distances(self, x: Tensor) -> dict[str, Tensor]:
-        """To what has been fitted so far, which is then let go."""
+        """To what has been fitted so far."""
         mean, factor = self._gaussians()
         window, prefix = self.settings.score_window, self.member.prefix
         if self._gaussian is not None:
@@ -317,12 +378,10 @@ class MemberFit:
     @property
     def _uses_held_out(self) -> bool:
         """Whether anything is learned of the images held out before they are fitted."""
-        return self.settings.fusion == "sum" or (self.member.gaussian and self._chooses)
+        return self._judges_nominal or self._chooses
 
     def _leave_enough(self) -> None:
         """Give back to the fit what it needs of a few images that have nearly all been held out."""
-        if not self._uses_held_out:
-            return
         window = max(self.settings.windows)
         kept, needed = self._held_out.kept, least_images(window) if self.member.gaussian else 1
         while len(kept) > 1 and self.n_images - len(kept) < needed:
@@ -372,6 +431,12 @@ class MemberFit:
         with self._task("fit: nominal set", n if n >= 1 else None, "centroids") as advance:
             return self._nominal.finalize(advance).centroids_
 
+    @property
+    def _radius(self) -> float | None:
+        """Of the centroids."""
+        radius = math.nan if self._nominal is None else self._nominal.radius_
+        return None if math.isnan(radius) else radius
+
     def _task(
         self, description: str, total: float | None, unit: str
     ) -> AbstractContextManager[progress.Advance]:
@@ -394,13 +459,11 @@ class MemberFit:
             "grid": self._grid,
             "n_channels": self._n_channels,
             "waiting": [len(x) for x in self._waiting],
-            "eps": self._eps,
+            "projection": self.projection is not None,
         }
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"waiting.{i}": x for i, x in enumerate(self._waiting)}
         if self.projection is not None:
             tensors["projection"] = self.projection
-        if self._waiting:
-            tensors["waiting"] = torch.cat(self._waiting)
         for name, part in self._parts().items():
             values[name], found = part.state()
             tensors |= {f"{name}.{key}": tensor for key, tensor in found.items()}
@@ -410,22 +473,47 @@ class MemberFit:
     def from_state(
         cls, settings: Settings, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> MemberFit:
-        """What `state` was taken from."""
+        """What `state` was taken from; the tensors become those of this one."""
+        fit = cls._of(settings, values)
+        fit.projection = tensors.get("projection")
+        fit._waiting = [tensors[f"waiting.{i}"] for i in range(len(values["waiting"]))]
+        if "gaussian" in values:
+            fit._gaussian = NeighborhoodGaussian(fit._grid or (0, 0), 0)
+        for name, part in fit._parts().items():
+            part.restore(values[name], under(name, tensors))
+        return fit
+
+    @classmethod
+    def _of(cls, settings: Settings, values: Mapping[str, Any]) -> MemberFit:
+        """One that has seen what these of a `state` say, without its statistics."""
         fit = cls(settings, Member.of(values["member"]))
         fit.n_images = int(values["n_images"])
         if values["grid"] is not None:
             height, width = values["grid"]
             fit._grid = int(height), int(width)
         fit._n_channels = int(values["n_channels"])
-        fit._eps = values["eps"]
-        fit.projection = tensors.get("projection")
-        if "waiting" in tensors:
-            fit._waiting = list(tensors["waiting"].split(values["waiting"]))
-        if "gaussian" in values:
-            fit._gaussian = NeighborhoodGaussian((1, 1), 1)
-        for name, part in fit._parts().items():
-            part.restore(values[name], under(name, tensors))
         return fit
+
+    @classmethod
+    def expected(cls, settings: Settings, values: Mapping[str, Any]) -> Expected:
+        """Dtype and shape of each tensor of a `state`, by its values."""
+        fit = cls._of(settings, values)
+        grid, channels, reduced = fit._grid or (0, 0), fit._n_channels, fit._n_features
+        found: Expected = {
+            f"waiting.{i}": (torch.float32, (int(n), *grid, channels))
+            for i, n in enumerate(values["waiting"])
+        }
+        if values["projection"]:
+            found["projection"] = torch.float32, (channels, reduced)
+        parts = {"held_out": Reservoir.expected(values["held_out"], (*grid, reduced))}
+        if "gaussian" in values:
+            parts["gaussian"] = NeighborhoodGaussian.expected(grid, reduced)
+        if fit._nominal is not None:
+            prefix = fit.member.prefix or reduced
+            parts["nominal"] = NominalSet.expected(values["nominal"], prefix)
+        for name, part in parts.items():
+            found |= {f"{name}.{key}": what for key, what in part.items()}
+        return found
 
     def _parts(self) -> dict[str, Reservoir | NeighborhoodGaussian | NominalSet]:
         parts = {
@@ -440,11 +528,3 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those whose names begin with a prefix and a dot, without both."""
     start = f"{prefix}."
     return {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
-
-
-def _joined(part: S | None, other: S | None) -> S | None:
-    """Statistics of both; either may be None."""
-    if part is None or other is None:
-        return other if part is None else part
-    part.merge(other)
-    return part

@@ -5,7 +5,7 @@ Layout of the file, which any safetensors reader opens::
     8 bytes   length of the table, little endian
     table     {"__metadata__": {"npad": HEADER}, name: {"dtype", "shape", "data_offsets"}, ...}
     data      the tensors, in the table's order, without gaps
-    HEADER    {"sha256": ..., "format_version": 2, "header": {...}}, as a string
+    HEADER    {"sha256": ..., "format_version": ..., "header": {...}}, as a string
 
 The SHA-256 is that of the whole file with its own 64 digits set to "0", so no changed byte goes
 unnoticed. It stands at a fixed place: tensors are hashed while they stream to the disk, and the
@@ -32,9 +32,17 @@ from npad.atomic_file import replacing
 from npad.file_names import shown
 from npad.progress import Advance, task
 
-__all__ = ["FORMAT_VERSION", "ModelFileError", "check_tensors", "read_model", "write_model"]
+__all__ = [
+    "FORMAT_VERSION",
+    "STATISTICS_VERSION",
+    "ModelFileError",
+    "check_tensors",
+    "read_model",
+    "write_model",
+]
 
 FORMAT_VERSION = 2
+STATISTICS_VERSION = 3  # of what holds statistics, too: the newest that can be read
 
 _DTYPES = {
     "F64": torch.float64,
@@ -95,6 +103,7 @@ def write_model(
     header: dict[str, Any],
     tensors: Mapping[str, Tensor],
     *,
+    version: int | None = None,
     progress: bool | None = None,
 ) -> None:
     """Write a model file: whole, or not at all.
@@ -110,6 +119,8 @@ def write_model(
     tensors : mapping of str to Tensor
         float64, float32, float16, bfloat16, int64, int32, int8 or uint8; any shape, strides and device.
         They are written one at a time, and a tensor that is contiguous in memory is not copied.
+    version : int, optional
+        The oldest format that an npad must know to read it; by default `FORMAT_VERSION`.
     progress : bool, optional
         As `enabled` of `npad.progress.task`.
 
@@ -123,7 +134,7 @@ def write_model(
         `header` holds NaN or infinity, or a tensor has a name that is not free.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    table = _encode_table(header, ordered)
+    table = _encode_table(header, ordered, version or FORMAT_VERSION)
     size = sum(tensor.nbytes for _, tensor in ordered)
     try:
         with (
@@ -210,9 +221,9 @@ def check_tensors(
 # Writing
 
 
-def _encode_table(header: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> bytes:
+def _encode_table(header: dict[str, Any], tensors: list[tuple[str, Tensor]], version: int) -> bytes:
     """Length and table, padded so that the data is aligned to 8 bytes; the digest is zeros yet."""
-    content = {"sha256": _NO_DIGEST.decode(), "format_version": FORMAT_VERSION, "header": header}
+    content = {"sha256": _NO_DIGEST.decode(), "format_version": version, "header": header}
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     table: dict[str, Any] = {"__metadata__": {"npad": text}}
     end = 0
@@ -306,11 +317,11 @@ def _decode_table(
         raise malformed from error
     if content is None:
         raise ModelFileError(path, _NO_HEADER)
-    if type(version) is int and version > FORMAT_VERSION:
+    if type(version) is int and version > STATISTICS_VERSION:
         raise ModelFileError(
             path,
             f"was written by a newer npad, format {version}; this one reads up to "
-            f"{FORMAT_VERSION}; upgrade npad",
+            f"{STATISTICS_VERSION}; upgrade npad",
         )
     header = content.get("header")
     if type(version) is not int or version < 1 or not isinstance(header, dict):

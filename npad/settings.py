@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
@@ -22,9 +22,11 @@ from npad.nominal_methods import METHODS
 
 __all__ = [
     "ARGUMENTS",
+    "CHECKPOINT_EVERY",
     "FUSIONS",
     "LEAST_RATE",
     "MAX_PIXELS",
+    "OF_A_FIT",
     "Argument",
     "Settings",
     "uses_gaussians",
@@ -38,6 +40,7 @@ FACTOR_DTYPES: Final = (*DTYPES, "int8")
 REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
+CHECKPOINT_EVERY: Final = 200  # images of a fit from one time that it is written to the next
 LEAST_RATE: Final = 1e-9  # of false alarms: one that would need a billion images
 
 # Of n_features="auto".
@@ -667,6 +670,11 @@ class Settings:
         """These of a fitted model, but for the arguments given that it heeds."""
         return replace(self, **{a.name: given[a.name] for a in ARGUMENTS if a.live})
 
+    def differences(self, other: Settings, names: Iterable[str]) -> list[str]:
+        """Those of these arguments that are others there, with both values, in words."""
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [f"{name} is {a!r} in one and {b!r} in the other" for name, a, b in pairs if a != b]
+
     def to_json(self) -> dict[str, Any]:
         """What a model file keeps, as JSON types."""
         values = {a.name: getattr(self, a.name) for a in ARGUMENTS if a.kept}
@@ -674,3 +682,6 @@ class Settings:
 
 
 ARGUMENTS: Final = tuple(Argument(f.name, f.default, **f.metadata) for f in fields(Settings))
+
+# What decides which statistics a fit gathers; a fusion may be changed to another that they serve.
+OF_A_FIT: Final = tuple(a.name for a in ARGUMENTS if a.kept and (not a.live or a.name == "fusion"))

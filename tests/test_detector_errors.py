@@ -403,9 +403,9 @@ def test_model_with_a_flipped_bit(position, model, folder, tmp_path):
 def test_model_of_a_newer_version(fitted, folder, tmp_path, monkeypatch):
     newer = tmp_path / "newer.npad"
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, "FORMAT_VERSION", model_file.FORMAT_VERSION + 1)
+        patch.setattr(model_file, "FORMAT_VERSION", model_file.STATISTICS_VERSION + 1)
         fitted.save(newer)
-    version = str(model_file.FORMAT_VERSION + 1)
+    version = str(model_file.STATISTICS_VERSION + 1)
     with pytest.raises(
         ModelFileError, match=rf"newer\.npad: .*newer npad, format {version}.*upgrade"
     ):

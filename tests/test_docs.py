@@ -85,7 +85,8 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data and weights that the pages name: woven cloth, or a few real tiles, and noise."""
     root = tmp_path_factory.mktemp("resources")
     size = {"image_size": (64, 64), "n_train": 6, "n_test_good": 4, "n_defective": 5}
-    for seed, name in enumerate(("bottle", "mvtec/bottle", "mvtec/cable", "mtd", WOVEN)):
+    names = ("bottle", "mvtec/bottle", "mvtec/cable", "mtd", WOVEN, "line1", "line2")
+    for seed, name in enumerate(names):
         make_dataset(root / name, seed, **size)
     if "NPAD_DATA" in os.environ:
         few_of(Path(os.environ["NPAD_DATA"]) / "mtd", root / "tiles")

@@ -21,6 +21,7 @@ from npad.settings import Settings
 from npad.statistics.holdout import MAX_HELD_OUT, Reservoir
 
 GRID, CHANNELS = (3, 4), 10
+GAUSSIAN = ("projection", "mean", "factor")
 
 
 def embeddings(n: int, seed: int = 0) -> Tensor:
@@ -239,12 +240,62 @@ def test_what_does_not_merge() -> None:
     with pytest.raises(ValueError, match="merged with itself"):
         fit.merge(fit)
     fit.merge(new(n_features=4, device="cuda:1", progress=None))  # the machine's own
-    with pytest.raises(ValueError, match="different axes"):
+    with pytest.raises(ValueError, match="different principal axes"):
         fit.merge(new(n_features=4).update(embeddings=views(embeddings(80, seed=1))))
     with pytest.raises(ValueError, match=r"grid and channels are .*5\) here and .*4\) in other"):
         fit.merge(new(n_features=4).update(embeddings=[x, x[:, ::2, ::2, :4]]))
     assert fit.merge(new(n_features=4)).n_images == 80  # nothing was seen
     assert torch.equal(fit.state()[1]["1.gaussian.scatter"], before)
+
+
+@pytest.mark.parametrize("arguments", CASES)
+@pytest.mark.parametrize("stop", [2, 20, 70])
+def test_an_end_changes_nothing(arguments: dict[str, object], stop: int) -> None:
+    """But for the nominal set, which is composed there."""
+    x = embeddings(100)
+    ended, other = new(**arguments), new(**arguments)
+    for part in x[:stop].split(7):
+        for fit in (ended, other):
+            fit.update(embeddings=views(part))
+    if stop > 2 or arguments.get("window") != 1:
+        assert_equal(ended.finalize(), ended.finalize())
+    for part in x[stop:].split(7):
+        for fit in (ended, other):
+            fit.update(embeddings=views(part))
+    found, expected = ended.finalize(), other.finalize()
+    for a, b in zip(found.members, expected.members, strict=True):
+        assert (a.eps, a.window, a.n_features) == (b.eps, b.window, b.n_features)
+        assert a.n_centroids == b.n_centroids
+        for name in GAUSSIAN:
+            tensors = getattr(a, name), getattr(b, name)
+            assert tensors == (None, None) or torch.equal(*tensors), name
+
+
+@pytest.mark.parametrize("arguments", [*CASES, {"fusion": "sum", "holdout": 0.5}])
+@pytest.mark.parametrize("n", [3, 4, 6, 70])
+def test_the_last_end_finds_what_any_does(arguments: dict[str, object], n: int) -> None:
+    """From few images, too, of which most are held out."""
+    for seed in range(4):
+        fits = [new(**arguments, seed=seed).update(embeddings=views(embeddings(n))) for _ in "ab"]
+        assert_equal(fits[0].finalize(), fits[1].finalize(last=True))
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    x = embeddings(60)
+    fit = new(fusion="sum", holdout=0.3).update(embeddings=views(x[:40]))
+    expected = fit.finalize()
+    copy = fit.copied(torch.device("cpu"), progress=False)
+    copy.update(embeddings=views(x[40:])).finalize()
+    assert_equal(fit.finalize(), expected)
+    assert (fit.n_images, copy.n_images) == (40, 60)
+    assert fit.to(torch.device("cpu")) is fit
+
+
+def test_a_copy_for_which_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = new().update(embeddings=views(embeddings(5)))
+    monkeypatch.setattr("npad.devices.free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"a copy of the statistics.* are free on cpu; fit all"):
+        fit.copied(torch.device("cpu"))
 
 
 def test_a_fit_can_go_on_after_its_end() -> None:
@@ -260,10 +311,6 @@ def test_a_fit_can_go_on_after_its_end() -> None:
 def test_what_is_refused() -> None:
     x = embeddings(4)
     fit = new().update(embeddings=views(x))
-    with pytest.raises(TypeError, match="images or embeddings, one of them"):
-        fit.update()
-    with pytest.raises(TypeError, match="made without embed="):
-        fit.update(torch.zeros(2, 3, 8, 8))
     with pytest.raises(
         ValueError, match=r"must be \(3, 4\) with 10 channels as before, got \(2, 4\)"
     ):
@@ -338,8 +385,8 @@ def test_fingerprints_of_parts_come_together() -> None:
     x = torch.rand(4, 3, 8, 8)
 
     def fit(part: Tensor) -> Fit:
-        whole = Fit(settings(), [Member(0, (1,))], lambda images: [images.permute(0, 2, 3, 1)])
-        return whole.update(part)
+        whole = Fit(settings(), [Member(0, (1,))])
+        return whole.update([part.permute(0, 2, 3, 1)], part)
 
     merged = fit(x[:3]).merge(fit(x[3:]))
     assert merged.fingerprints == fit(x).fingerprints

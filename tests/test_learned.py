@@ -52,6 +52,7 @@ def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None
     of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None}
     of_all = {"darkest": 0.0, "n_bits": None, "fingerprints": [], "calibration": None}
     of_all["filled"] = False
+    old[0]["members"][0]["radius"] = None
     assert new[0] == old[0] | of_all | {"settings": old[0]["settings"] | of_settings}
     assert old[1].keys() == new[1].keys()
     assert all(torch.equal(old[1][name], tensor) for name, tensor in new[1].items())

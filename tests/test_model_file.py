@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from npad import model_file
 from npad.model_file import (
     FORMAT_VERSION,
+    STATISTICS_VERSION,
     ModelFileError,
     check_tensors,
     read_model,
@@ -342,7 +343,7 @@ def test_newer_format_is_refused_by_name(path):
     table["packed"] = "in a way of the future"
     message = (
         rf"written by a newer npad, format {FORMAT_VERSION + 6}; "
-        rf"this one reads up to {FORMAT_VERSION}; upgrade npad"
+        rf"this one reads up to {STATISTICS_VERSION}; upgrade npad"
     )
     expect_error(path, join(table, data), message)
 

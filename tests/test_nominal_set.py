@@ -122,6 +122,46 @@ def test_composition_covers_within_four_radii() -> None:
     assert covering_radius(x, composed.centroids_) <= 1.5 * whole.radius_  # in practice
 
 
+@pytest.mark.parametrize("rows", [100, 350, 4000])
+@pytest.mark.parametrize("n_ends", [1, 3])
+def test_the_radius_covers_all_that_was_seen(rows: int, n_ends: int) -> None:
+    """However often it was composed, merged and finalized; it is exact where nothing was composed."""
+    x = embeddings(4000)
+    sets = [NominalSet(n_centroids=60, bank_bytes=rows * 4 * 12) for _ in range(2)]
+    for part in x.split(90):
+        sets[0].update(part)
+    for part in embeddings(900, seed=1).split(900 // n_ends):
+        sets[1].update(part).finalize()
+    merged = sets[0].copy().merge(sets[1]).finalize()
+    everything = torch.cat([x, embeddings(900, seed=1)])
+    covers = covering_radius(everything, merged.centroids_)
+    assert covers <= merged.radius_ * (1 + 1e-5)
+    whole = NominalSet(n_centroids=60).update(everything).finalize()
+    assert covering_radius(everything, whole.centroids_) == pytest.approx(whole.radius_, rel=1e-5)
+    alone = sets[0].finalize()
+    assert covering_radius(x, alone.centroids_) <= alone.radius_ * (1 + 1e-5)
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    nominal = NominalSet(n_centroids=20).update(embeddings(300))
+    copy = nominal.copy().update(embeddings(300, seed=1)).finalize()
+    assert (nominal.n_seen, copy.n_seen) == (300, 600)
+    alone = NominalSet(n_centroids=20).update(embeddings(300)).finalize()
+    assert torch.equal(nominal.finalize().centroids_, alone.centroids_)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_finalized_is_so_after_it_was_written_down(method: str) -> None:
+    nominal = NominalSet(method, 20).update(embeddings(300)).finalize()
+    again = NominalSet(method, 20)
+    again.restore(*nominal.state())
+    assert again.finalize().centroids_ is nominal.centroids_
+    assert again.radius_ == nominal.radius_ or method == "kmeans"
+    more = embeddings(50, seed=1)
+    found, expected = (one.update(more).finalize() for one in (again, nominal))
+    assert torch.equal(found.centroids_, expected.centroids_)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n_centroids", [40, 0.1])
 def test_merging_is_a_bank_that_is_full_between(method: str, n_centroids: float) -> None:

@@ -1,11 +1,11 @@
-"""The command line: fit, calibrate, predict, evaluate, demo, backbones, fetch, check, info."""
+"""The command line: from `fit` to `info`, a function each."""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +28,7 @@ from npad.cli.program import (
     with_options,
 )
 from npad.file_names import shown
-from npad.settings import Settings
+from npad.settings import CHECKPOINT_EVERY, Settings
 
 if TYPE_CHECKING:  # it imports libraries
     from npad.evaluation.datasets import Category
@@ -47,6 +47,25 @@ app = typer.Typer(
 MEASURE = ("npad.detector", "npad.cli.evaluation_files")  # modules of evaluate and demo
 
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="DIR")]
+ModelFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")]
+NewModel = Annotated[
+    Path, typer.Option("--output", "-o", metavar="MODEL", help="Model file to write.")
+]
+WithStatistics = Annotated[
+    bool,
+    typer.Option(
+        "--statistics",
+        help="Write what merging and fitting further need, too: several times the bytes.",
+    ),
+]
+Weights = Annotated[
+    Any,
+    typer.Option(
+        parser=parsed("weights"),
+        metavar="FILE[,FILE]",
+        help="The backbone's weights, if not where they were; one file for each of several.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Go on after a file that cannot be read, and list it.")
@@ -88,10 +107,27 @@ def _show_version() -> None:
 @command(app, "npad.detector")
 def fit(
     folder: Folder,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="MODEL", help="Model file to write.")
-    ],
+    output: NewModel,
     arguments: Arguments,
+    statistics: WithStatistics = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            metavar="FILE",
+            help="Write the fit down on its way, and go on from this file if it is there. Removed once "
+            "the model is written.",
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images from one time that the checkpoint is written to the next. "
+            f"[default: {CHECKPOINT_EVERY}]",
+        ),
+    ] = None,
     skip_bad: SkipBad = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -99,14 +135,32 @@ def fit(
     """Fit a model on a folder of images without defects."""
     images = _nominal_images(folder)
     _check_can_be_written(output)
+    if checkpoint is not None:
+        _check_can_be_written(checkpoint)
+        if checkpoint.resolve() == output.resolve():
+            raise UsageError("--checkpoint and --output are the same file: give two")
+    elif every is not None:
+        raise UsageError("--every says when a checkpoint is written: give --checkpoint FILE, too")
     _set_threads(threads)
     model = new_model(arguments, progress=_progress(quiet))
-    model.fit(images, skip_bad=skip_bad)  # those that were looked at
-    model.save(output)
+    model.fit(
+        images,  # those that were looked at
+        skip_bad=skip_bad,
+        statistics=statistics,
+        checkpoint=checkpoint,
+        every=every or CHECKPOINT_EVERY,
+    )
+    model.save(output, statistics=statistics)
+    if checkpoint is not None:
+        checkpoint.unlink()
     _list_skipped(model.skipped_)
+    _tell_of_model(model, output, quiet)
+
+
+def _tell_of_model(model: Any, path: Path, quiet: bool) -> None:
     if not quiet:
         print(
-            f"{shown(output)}: {output.stat().st_size / 1e6:.1f} MB, {model.n_images_} images\n"
+            f"{shown(path)}: {path.stat().st_size / 1e6:.1f} MB, {model.n_images_} images\n"
             + "\n".join(map(str, model.members_))
         )
 
@@ -148,17 +202,81 @@ def _check_can_be_written(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+# --- merge and shrink ---
+
+
+@command(app, "npad.detector")
+def merge(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            metavar="MODEL...",
+            help="Two or more models, each with statistics: written with --statistics.",
+        ),
+    ],
+    output: NewModel,
+    statistics: WithStatistics = False,
+    weights: Weights = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make one model of several, as if it had been fitted on the images of all.
+
+    The models must have been fitted with the same settings on the same backbone.
+    """
+    from npad.detector import NPad  # noqa: PLC0415
+    from npad.model_file import ModelFileError  # noqa: PLC0415
+
+    if len(models) < 2:
+        raise UsageError("one model is nothing to merge: give two or more")
+    _check_can_be_written(output)
+    _set_threads(threads)
+    at = models[0]
+
+    def loaded() -> Iterator[Any]:
+        nonlocal at
+        for at in models:
+            yield NPad.load(at, weights=weights, progress=_progress(quiet))
+
+    others = loaded()
+    model = next(others)
+    try:
+        model.merge(others)
+    except ValueError as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ValueError(f"{shown(at)}: {with_options(str(error))}") from error
+    model.save(output, statistics=statistics)
+    _tell_of_model(model, output, quiet)
+
+
+@command(app, "npad.detector")
+def shrink(
+    model_file: ModelFile,
+    output: NewModel,
+    factor_dtype: Annotated[Any, model_option("factor_dtype")] = None,
+    weights: Weights = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model without its statistics, and with its factors in fewer bytes.
+
+    It scores as before, but for what a smaller dtype of the factors rounds; it can no longer be merged
+    or fitted further.
+    """
+    from npad.detector import NPad  # noqa: PLC0415
+
+    _check_can_be_written(output)
+    _set_threads(threads)
+    model = NPad.load(model_file, weights=weights, progress=_progress(quiet))
+    model.shrink(factor_dtype).save(output)
+    _tell_of_model(model, output, quiet)
+
+
 # --- calibrate and predict ---
 
-ModelFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="MODEL")]
-Weights = Annotated[
-    Any,
-    typer.Option(
-        parser=parsed("weights"),
-        metavar="FILE[,FILE]",
-        help="The backbone's weights, if not where they were; one file for each of several.",
-    ),
-]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")]
 BatchSize = Annotated[Any, model_option("batch_size")]
 MaxPixels = Annotated[Any, model_option("max_pixels")]
@@ -225,7 +343,7 @@ def calibrate(
     _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
     groups = _groups(group, group_by_folder, images, paths)
     model.calibrate(images, groups=groups, skip_bad=skip_bad)
-    model.save(target)
+    model.save(target, statistics=model.has_statistics)
     if not quiet:
         print(f"{shown(target)}: {model.calibration_}")
         scores, maps = model.threshold_, model.map_threshold_

@@ -247,7 +247,8 @@ def _message(error: Exception) -> str:
 
 def with_options(text: str) -> str:
     """A message with options in the place of arguments: `seed must be`, `seed=3`, `skip_bad=True`."""
-    names = "|".join([*(argument.name for argument in OPTIONS), "skip_bad", "good", "groups"])
+    more = ("skip_bad", "good", "groups", "statistics", "checkpoint", "every")
+    names = "|".join([*(argument.name for argument in OPTIONS), *more])
     text = re.sub(r"^((NPad|Calibration|GroupedCalibration)(\.\w+)?|npad): ", "", text)
     text = re.sub(rf"^({names})(?=:| must| \[| ')", lambda m: _option_name(m[1]), text)
     return re.sub(

@@ -39,8 +39,10 @@ class Model(Protocol):
     def skipped_(self) -> Sequence[tuple[str, str]]:
         """(path, reason) of training images that could not be read."""
 
-    def fit(self, source: Sequence[Path], *, skip_bad: bool = False) -> object:
-        """Fit on defect-free images."""
+    def fit(
+        self, source: Sequence[Path], *, skip_bad: bool = False, statistics: bool = True
+    ) -> object:
+        """Fit on defect-free images; without statistics it need not go on afterwards."""
 
     def predict_batches(
         self, source: Sequence[Path], *, skip_bad: bool = False, map_size: tuple[int, int]
@@ -93,7 +95,7 @@ def evaluate(
     """
     truth = read_truth(category, _metric_size(model, metric_size), _max_pixels(model))
     start = time.perf_counter()
-    model.fit(category.train, skip_bad=skip_bad)
+    model.fit(category.train, skip_bad=skip_bad, statistics=False)
     fit_seconds = time.perf_counter() - start
     return _score(model, category, truth, fit_seconds, skip_bad, progress)
 

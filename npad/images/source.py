@@ -196,6 +196,12 @@ class ImageSource:
         if self.n_images == 0:
             raise ValueError("source holds no images")
 
+    @property
+    def paths(self) -> list[str] | None:
+        """Of its files, as they were given, in order; None where an image is no file."""
+        names = [os.fspath(x) for x in self._entries if isinstance(x, (str, os.PathLike))]
+        return names if names and len(names) == len(self._entries) else None
+
     def batches(self, indices: Sequence[int] | None = None) -> Generator[Batch]:
         """Decode, resize and yield the images in order.
 

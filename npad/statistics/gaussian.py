@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import sqrt
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npad import devices, ops
+from npad.learned import Expected
 from npad.ops.packed import is_finite, packed_layout, unpack
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
@@ -169,17 +171,34 @@ class NeighborhoodGaussian:
         self.count += other.count
         return self
 
+    def copy(self) -> NeighborhoodGaussian:
+        """One that goes on by itself."""
+        other = copy.copy(self)
+        other.count, other.mean, other.scatter = (
+            tensor.clone() for tensor in (self.count, self.mean, self.scatter)
+        )
+        return other
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As JSON types and tensors."""
         tensors = {"count": self.count, "mean": self.mean, "scatter": self.scatter}
-        return {"grid": self.grid, "window": self.window}, tensors
+        return {"window": self.window}, tensors
+
+    @staticmethod
+    def expected(grid: tuple[int, int], channels: int) -> Expected:
+        """Dtype and shape of each tensor of a `state`."""
+        positions = grid[0] * grid[1]
+        return {
+            "count": (torch.int64, (positions,)),
+            "mean": (torch.float32, (positions, channels)),
+            "scatter": (torch.float32, (positions, ops.packed_size(channels))),
+        }
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Become what `state` was taken from."""
-        height, width = values["grid"]
-        self.grid, self.window = (int(height), int(width)), int(values["window"])
+        """Become what `state` was taken from, of the same grid; the tensors become its own."""
+        self.window = int(values["window"])
         self.count, self.mean, self.scatter = (
-            tensors[name].clone() for name in ("count", "mean", "scatter")
+            tensors[name] for name in ("count", "mean", "scatter")
         )
 
     def choose(

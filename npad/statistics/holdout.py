@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from npad.learned import Expected
 
 __all__ = ["Reservoir"]
 
@@ -69,14 +72,31 @@ class Reservoir:
         self.kept = kept
         self._candidates += other._candidates
 
+    def copy(self) -> Reservoir:
+        """One that goes on by itself."""
+        other = copy.copy(self)
+        other.kept, other._random = list(self.kept), copy.copy(self._random)
+        return other
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As JSON types and tensors."""
-        values = {"candidates": self._candidates, "random": self._random.getstate()}
-        return values, {"kept": torch.stack(self.kept)} if self.kept else {}
+        values = {
+            "candidates": self._candidates,
+            "random": self._random.getstate(),
+            "kept": len(self.kept),
+        }
+        return values, {f"kept.{i}": x for i, x in enumerate(self.kept)}
+
+    @staticmethod
+    def expected(values: Mapping[str, Any], shape: tuple[int, ...]) -> Expected:
+        """Dtype and shape of each tensor of a `state`, by its values and the shape of an embedding."""
+        return {f"kept.{i}": (torch.float32, shape) for i in range(int(values["kept"]))}
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Become what `state` was taken from."""
         version, numbers, gauss = values["random"]
+        if any(not 0 <= number < 1 << 32 for number in numbers):
+            raise ValueError("the state of the random numbers is none")
         self._random.setstate((version, tuple(numbers), gauss))
         self._candidates = int(values["candidates"])
-        self.kept = list(tensors["kept"]) if "kept" in tensors else []
+        self.kept = [tensors[f"kept.{i}"] for i in range(int(values["kept"]))]

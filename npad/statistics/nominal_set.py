@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from npad import ops
+from npad.learned import Expected
 from npad.nominal_methods import METHODS
 
 __all__ = ["NominalSet"]
@@ -33,7 +36,8 @@ class NominalSet:
     Attributes
     ----------
     centroids_ : (K, C) float32; with k-center, embeddings that were seen
-    radius_ : covering radius of the last k-center in the space it worked on; NaN for k-means
+    radius_ : no embedding seen is farther from the nearest centroid, in the space that k-center worked
+        on: the covering radius, or its bound where parts were composed; NaN for k-means
     n_seen : number of embeddings so far
 
     Raises
@@ -51,7 +55,8 @@ class NominalSet:
     within 2 r of a centre of its part, and that centre, itself a point of the data, within 2 r of a
     final one (Malkomes et al., *Fast distributed k-center clustering with outliers on massive data*,
     2015). Where the centres of the parts outgrow the bank they are composed again, for another 2 r
-    at most. With a projection all this holds in the projected space; with a fraction, r of a part is
+    at most. ``radius_`` adds up what the k-centers reached: that of the centres, and the largest of the
+    parts. With a projection all this holds in the projected space; with a fraction, r of a part is
     that of its own number of centres.
 
     A part is composed by itself, so sets fitted separately and then merged have the centroids, bit
@@ -88,6 +93,7 @@ class NominalSet:
         self.seed = seed
         self.n_seen = 0
         self._composed: list[Tensor] = []  # centres of the parts so far
+        self._radii: list[float] = []  # within which each of them covers its part
         self._bank: list[Tensor] = []  # embeddings not composed yet
         self._sums: list[Tensor] = []  # of updates whose values are not known to be finite
         self._banked = 0
@@ -123,6 +129,8 @@ class NominalSet:
     def merge(self, other: NominalSet) -> NominalSet:
         """Add the embeddings of another set: both banks are composed and the centroids joined.
 
+        The other stays a set of its own.
+
         Raises
         ------
         ValueError
@@ -140,6 +148,7 @@ class NominalSet:
         self.compose()
         other.compose()
         self._composed += other._composed
+        self._radii += other._radii
         self.n_seen += other.n_seen
         return self
 
@@ -147,27 +156,55 @@ class NominalSet:
         """As JSON types and tensors; what belongs to the constructor is not in it."""
         self._check_finite()
         parts = {"bank": self._bank, "composed": self._composed}
-        tensors = {name: torch.cat(part) for name, part in parts.items() if part}
-        return {"n_seen": self.n_seen, "composed": [len(x) for x in self._composed]}, tensors
+        values = {name: [len(x) for x in part] for name, part in parts.items()}
+        tensors = {f"{name}.{i}": x for name, part in parts.items() for i, x in enumerate(part)}
+        radii = [None if math.isnan(radius) else radius for radius in self._radii]
+        return {"n_seen": self.n_seen, "radii": radii, "chosen": self._is_chosen, **values}, tensors
+
+    @staticmethod
+    def expected(values: Mapping[str, Any], channels: int) -> Expected:
+        """Dtype and shape of each tensor of a `state`, by its values and the channels."""
+        return {
+            f"{name}.{i}": (torch.float32, (int(n), channels))
+            for name in ("bank", "composed")
+            for i, n in enumerate(values[name])
+        }
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Become what `state` was taken from, in a set of the same arguments."""
         self.n_seen = int(values["n_seen"])
-        self._bank = [tensors["bank"].clone()] if "bank" in tensors else []
+        self._bank, self._composed = (
+            [tensors[f"{name}.{i}"] for i in range(len(values[name]))]
+            for name in ("bank", "composed")
+        )
         self._banked = sum(map(len, self._bank))
-        sizes = [int(n) for n in values["composed"]]
-        self._composed = list(tensors["composed"].split(sizes)) if sizes else []
+        self._radii = [math.nan if radius is None else float(radius) for radius in values["radii"]]
+        if len(self._radii) != len(self._composed):
+            raise ValueError(f"{len(self._composed)} parts have {len(self._radii)} radii")
+        if values["chosen"]:
+            ((self.centroids_, self.radius_),) = zip(self._composed, self._radii, strict=True)
+            self._chosen = self.centroids_
+
+    def copy(self) -> NominalSet:
+        """One that goes on by itself."""
+        other = copy.copy(self)
+        other._bank, other._composed = list(self._bank), list(self._composed)
+        other._radii, other._sums = list(self._radii), list(self._sums)
+        return other
 
     def compose(self) -> NominalSet:
         """Replace the bank by its own centroids."""
         self._check_finite()
         rows = sum(map(len, self._composed))
         if self.n_centroids >= 1 and rows > 0 and rows * 4 * self._channels() > self.bank_bytes:
-            self._composed = [self._choose(_take(self._composed), int(self.n_centroids))[0]]
+            centres, radius = self._choose(_take(self._composed), int(self.n_centroids))
+            self._composed, self._radii = [centres], [radius + _largest(self._radii)]
         if self._bank:
             points = _take(self._bank)
             self._banked = 0
-            self._composed.append(self._choose(points, self._target(len(points)))[0])
+            centres, radius = self._choose(points, self._target(len(points)))
+            self._composed.append(centres)
+            self._radii.append(radius)
         return self
 
     def finalize(self, advance: Callable[[int], None] | None = None) -> NominalSet:
@@ -185,16 +222,23 @@ class NominalSet:
         if not self.n_seen:
             raise ValueError("NominalSet.finalize: no embeddings; call update first")
         self._check_finite()
-        if not self._bank and len(self._composed) == 1 and self._composed[0] is self._chosen:
+        if self._is_chosen:
             return self  # nothing new
         if self._composed:
             self.compose()
         points = _take(self._composed or self._bank)
         self._banked = 0
-        self.centroids_, self.radius_ = self._choose(points, self._target(self.n_seen), advance)
+        self.centroids_, radius = self._choose(points, self._target(self.n_seen), advance)
+        self.radius_ = radius + _largest(self._radii)
         self._chosen = self.centroids_
         self._composed.append(self.centroids_)
+        self._radii = [self.radius_]
         return self
+
+    @property
+    def _is_chosen(self) -> bool:
+        """Whether the last finalize has chosen from all that was seen."""
+        return not self._bank and len(self._composed) == 1 and self._composed[0] is self._chosen
 
     def distance(self, x: Tensor) -> Tensor:
         """(..., C) -> (...): Euclidean distance to the nearest centroid."""
@@ -237,6 +281,11 @@ class NominalSet:
         return self._choose_points(
             points, n, seed=self.seed, projection=self.projection, advance=advance
         )
+
+
+def _largest(radii: Sequence[float]) -> float:
+    """Of some parts; NaN where one is not known."""
+    return math.nan if any(map(math.isnan, radii)) else max(radii, default=0.0)
 
 
 def _take(parts: list[Tensor]) -> Tensor:
