@@ -9,13 +9,15 @@ mean over the splits with a 99 % interval; the share of splits whose rate is abo
 and what the law of these thresholds expects of it, for a test of this size; and the share of defective
 images found, the mean over the splits.
 
+The images that fit and choose are also used together: all are fitted, and each is scored by a model of
+the others (``calibration_folds``).
+
 Beside them, on the same scores: so many standard deviations above the mean; the highest score of the
 images that choose, which is anomalib's threshold where it is shown no defect; and the threshold of the
 best F1 on these images and half of the defective ones, which is anomalib's where it is shown some. Its
 rate of defects found is that of the other half.
 
-Prints a table for each data set, those of docs/thresholds.md, and writes study_calibration_<name>.json
-with the scores of every split.
+Prints a table for each data set, those of docs/thresholds.md, and writes study_calibration_<name>.json.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from scipy import stats
 from torch import Tensor
 
 from npad.calibration import Calibration, images_needed
+from npad.cross_calibration import CrossCalibration
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.metrics import best_f1
 from npad.features.backbone import Backbone, levels_in_parts, shared_backbone
@@ -50,7 +53,9 @@ from npad.settings import Settings
 RATES = (0.01, 0.02, 0.05, 0.1)
 CONFIDENCE = 0.95
 FITTED, CALIBRATED = 0.5, 0.3  # of the nominal images; the rest tests
+FOLDS = 5
 BATCH = 8
+SPLIT, CROSSED = "conformal", f"cross-conformal, {FOLDS} folds"
 
 Scores = NDArray[np.float64]
 Threshold = Callable[
@@ -80,6 +85,7 @@ class Embedded:
             settings.levels_of_maps,
         )
         self.settings = settings
+        self.network = network
         self.members = members_of(settings, [network])
         self.good, self.bad = (self._embedded(paths, network) for paths in (good, bad))
 
@@ -93,14 +99,44 @@ class Embedded:
 
     def split(self, seed: int) -> Split:
         """Fit some of the nominal images and score all others."""
-        order = np.random.default_rng([seed, self.settings.seed]).permutation(len(self.good[0]))
-        n_fitted, n_chosen = (int(share * len(order)) for share in (FITTED, CALIBRATED))
+        fitted, chosen, tested = self._parts(seed)
         fit = Fit(self.settings, self.members)
-        for part in np.split(order[:n_fitted], range(BATCH, n_fitted, BATCH)):
+        for part in in_batches(fitted):
             fit.update([x[part] for x in self.good])
         scorer = Scorer([], fit.finalize(last=True), self.settings)
-        good = scores(scorer, [x[order[n_fitted:]] for x in self.good])
-        return Split(good[:n_chosen], good[n_chosen:], scores(scorer, self.bad))
+        return Split(
+            scores(scorer, [x[chosen] for x in self.good]),
+            scores(scorer, [x[tested] for x in self.good]),
+            scores(scorer, self.bad),
+        )
+
+    def crossed(self, seed: int) -> Split:
+        """Fit what `split` fits and what it chooses a threshold on, and calibrate on both."""
+        fitted, chosen, tested = self._parts(seed)
+        fit = Fit(self.settings, self.members)
+        with CrossCalibration(fit, [self.network]) as folds:
+            for part in in_batches(np.concatenate([fitted, chosen])):
+                embedded = [x[part] for x in self.good]
+                fit.update(embedded)
+                folds.update(embedded)
+            learned = fit.finalize(last=True)
+            nominal = folds.finish(learned)
+        scorer = Scorer([], learned, self.settings)
+        return Split(
+            nominal.scores,
+            scores(scorer, [x[tested] for x in self.good]),
+            scores(scorer, self.bad),
+        )
+
+    def _parts(self, seed: int) -> list[NDArray[np.int64]]:
+        """Of the nominal images: to fit, to choose a threshold, and to test it."""
+        order = np.random.default_rng([seed, self.settings.seed]).permutation(len(self.good[0]))
+        n_fitted, n_chosen = (int(share * len(order)) for share in (FITTED, CALIBRATED))
+        return np.split(order, [n_fitted, n_fitted + n_chosen])
+
+
+def in_batches(order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return np.split(order, range(BATCH, len(order), BATCH))
 
 
 def scores(scorer: Scorer, parts: Sequence[Tensor]) -> Scores:
@@ -108,20 +144,25 @@ def scores(scorer: Scorer, parts: Sequence[Tensor]) -> Scores:
     return torch.cat([scorer.score(batch)[0] for batch in batches]).double().numpy()
 
 
-def thresholds(n: int) -> Iterator[tuple[float, str, Threshold, int | None]]:
+def conformals(n: int, name: str) -> Iterator[tuple[float, str, Threshold, int | None]]:
     """Rate that is asked for, name, how to choose it, and its rank from the highest of n scores."""
     for rate in RATES:
         for confidence in (None, CONFIDENCE):
             if n >= images_needed(rate, confidence):
-                name = "conformal" + (f", confidence {confidence}" if confidence else "")
+                sure = f", confidence {confidence}" if confidence else ""
                 choose = partial(conformal, rate=rate, confidence=confidence)
                 # Of the scores 1, ..., n it chooses n + 1 - k.
                 ranks = np.arange(1.0, n + 1)
-                yield rate, name, choose, n + 1 - round(choose(ranks, ranks))
+                yield rate, name + sure, choose, n + 1 - round(choose(ranks, ranks))
+
+
+def others() -> Iterator[tuple[float, str, Threshold, int | None]]:
+    """As `conformals`, of thresholds that promise nothing."""
+    for rate in RATES:
         sigmas = stats.norm.isf(rate)
         yield rate, f"mean + {sigmas:.2f} sd", partial(gaussian, sigmas=sigmas), None
     yield float(stats.norm.sf(3)), "mean + 3 sd", partial(gaussian, sigmas=3.0), None
-    yield math.nan, "highest score", lambda good, _: float(good.max()), 1
+    yield math.nan, "highest score", lambda good, _: float(good.max()), None
     yield math.nan, "best F1, shown half of the defects", f1, None
 
 
@@ -139,17 +180,19 @@ def f1(good: Scores, bad: Scores) -> float:
     return float(np.nextafter(best_f1(labels, np.concatenate([good, bad]))[1], -np.inf))
 
 
-def measured(splits: Sequence[Split]) -> Iterator[dict[str, Any]]:
+def measured(
+    splits: Sequence[Split], thresholds: Iterable[tuple[float, str, Threshold, int | None]]
+) -> Iterator[dict[str, Any]]:
     """A row for each threshold."""
     n, n_test = len(splits[0].calibration), len(splits[0].test)
-    for rate, name, choose, k in thresholds(n):
+    for rate, name, choose, k in thresholds:
         alarms, found = np.empty(len(splits)), np.empty(len(splits))
         for i, split in enumerate(splits):
             bad = np.random.default_rng(i).permutation(split.defective)
-            shown, others = np.array_split(bad, 2)
+            shown, hidden = np.array_split(bad, 2)
             threshold = choose(split.calibration, shown)
             alarms[i] = (split.test > threshold).mean()
-            found[i] = (others > threshold).mean()
+            found[i] = (hidden > threshold).mean()
         # As splits are drawn from one set of images, this is the error of their finite number alone.
         error = stats.norm.isf(0.005) * alarms.std(ddof=1) / math.sqrt(len(splits))
         asked = not math.isnan(rate)
@@ -213,20 +256,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         image_size=args.image_size,
         n_centroids=args.n_centroids,
         seed=args.seed,
+        calibration_folds=FOLDS,
+        false_alarm_rate=0.5,  # so that none is refused; each row asks for its own
         progress=False,
     )
     for data in args.data:
         name = data.resolve().name
         embedded = Embedded(data, settings)
         splits = [embedded.split(i) for i in range(args.splits)]
-        rows = list(measured(splits))
+        rows = list(measured(splits, [*conformals(len(splits[0].calibration), SPLIT), *others()]))
+        crossed = [embedded.crossed(i) for i in range(args.splits)]
+        rows += measured(crossed, conformals(len(crossed[0].calibration), CROSSED))
+        rows.sort(key=lambda row: math.inf if row["rate"] is None else row["rate"])
         report = {
             "provenance": provenance(),
             "data": name,
             "settings": settings.to_json() | {"weights": None},
             "fitted": int(FITTED * len(embedded.good[0])),
+            "folds": FOLDS,
             "rows": rows,
-            "splits": [{k: v.tolist() for k, v in vars(split).items()} for split in splits],
         }
         file = args.out / f"study_calibration_{name}.json"
         file.write_text(json.dumps(report, indent=1) + "\n")

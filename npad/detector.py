@@ -19,6 +19,7 @@ from torch import Tensor
 from npad import devices, model_file
 from npad._version import __version__
 from npad.checkpoint import Checkpoint
+from npad.cross_calibration import CrossCalibration, check_folds
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.features.weights import places
 from npad.fitting import Embed, Fit, fit_images
@@ -123,6 +124,7 @@ class NPad:
         holdout: float = 0.1,
         false_alarm_rate: float = 0.01,
         confidence: float | None = None,
+        calibration_folds: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
         backbone_dtype: str | None = None,
@@ -152,6 +154,7 @@ class NPad:
         self.holdout = holdout
         self.false_alarm_rate = false_alarm_rate
         self.confidence = confidence
+        self.calibration_folds = calibration_folds
         self.seed = seed
         self.device = device
         self.backbone_dtype = backbone_dtype
@@ -306,8 +309,16 @@ class NPad:
             if file is not None:
                 fit, start = file.begin(fit, images, [network.identity for network in networks])
                 write = file.write
-            fit_images(fit, _embed_all(fit, networks, extent, device), images, start, write)
-            learned = fit.finalize(last=not statistics)
+            embed = _embed_all(fit, networks, extent, device)
+            if settings.calibration_folds is None:
+                fit_images(fit, embed, images, start, write)
+                learned = fit.finalize(last=not statistics)
+            else:
+                check_folds(settings, images, file)
+                with CrossCalibration(fit, networks) as folds:
+                    fit_images(fit, embed, images, also=folds.update)
+                    learned = fit.finalize(last=not statistics)
+                    learned = replace(learned, calibration=folds.finish(learned))
         _tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it

@@ -102,6 +102,11 @@ class Fit:
         for i, (member, copy) in enumerate(zip(self.members, copies, strict=True)):
             member.choose_axes(embeddings[i] for embeddings in copy)
 
+    def compose(self) -> None:
+        """Let the nominal sets choose from what they have, once, and not whenever it is merged."""
+        for member in self.members:
+            member.compose()
+
     @property
     def needs_axes(self) -> bool:
         """Whether axes can still be chosen before the first image."""
@@ -307,6 +312,7 @@ def fit_images(
     images: ImageSource,
     start: int = 0,
     after: Callable[[Fit, int], None] | None = None,
+    also: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> None:
     """One pass over the images, and a look at some of them before, where axes are to be chosen.
 
@@ -317,6 +323,7 @@ def fit_images(
     images : where they come from
     start : position of the first that is not fitted yet
     after : called, once axes are chosen and after each batch, with the position of the next image
+    also : gets the embeddings of each batch after the fit has
     """
     n_images = images.n_images if images.random_access else None
     if fit.needs_axes and n_images is not None:
@@ -334,7 +341,10 @@ def fit_images(
         advance(start)
         for batch in batches:
             undeclared = [images.undeclared[i] for i in batch.indices if i in images.undeclared]
-            fit.update(embed(batch.images), batch.images, undeclared)
+            embeddings = embed(batch.images)
+            fit.update(embeddings, batch.images, undeclared)
+            if also is not None:
+                also(embeddings)
             advance(len(batch.images))
             if after is not None:
                 after(fit, batch.indices[-1] + 1)

@@ -71,6 +71,7 @@ class MemberFit:
             self._nominal = NominalSet(
                 settings.nominal_set, settings.n_centroids, seed=settings.seed
             )
+        self._like: LearnedMember | None = None  # which has chosen
         self._eps: float | None = None if settings.eps == "auto" else float(settings.eps)
 
     # ----------------------------------------------------------------------------------------------
@@ -249,6 +250,19 @@ class MemberFit:
         if not self.needs_axes or self.n_images >= AXES_IMAGES:
             self._end_waiting()
 
+    def follow(self, learned: LearnedMember) -> None:
+        """Take over what another fit has chosen, window, eps and number of axes, and choose nothing.
+
+        The unit of a distance depends on all three: only so do the distances of both compare.
+        """
+        self._like = learned
+
+    def compose(self) -> None:
+        """Let the nominal set choose from what it has."""
+        self._end_waiting()
+        if self._nominal is not None:
+            self._nominal.compose()
+
     def check_merge(self, other: MemberFit) -> None:
         """Raise what `merge` does."""
         if self._grid is None or other._grid is None:
@@ -358,7 +372,10 @@ class MemberFit:
         self._leave_enough()
         x = torch.stack(self._held_out.kept)
         self._choose_axes_at_the_end()
-        if self._gaussian is not None and self._chooses:
+        if self._gaussian is not None and self._like is not None:
+            assert self._like.window is not None
+            self._gaussian.window, self._eps = self._like.window, self._like.eps
+        elif self._gaussian is not None and self._chooses:
             eps = None if self.settings.eps == "auto" else float(self.settings.eps)
             reduced = reduce(x, self._gaussian.axes)
             _, self._eps = self._gaussian.choose(reduced, self.settings.windows, eps)
@@ -416,7 +433,11 @@ class MemberFit:
         """Those of what the Gaussians have seen so far, for what they give."""
         if self._gaussian is not None and self._reduces_at_the_end:
             covariance = self._gaussian.covariance()
-            self._gaussian.axes = leading_axes(covariance, KEPT_VARIANCE, MOST_FEATURES)
+            if self._like is None:
+                self._gaussian.axes = leading_axes(covariance, KEPT_VARIANCE, MOST_FEATURES)
+            else:
+                n = self._like.n_features
+                self._gaussian.axes = None if n is None else leading_axes(covariance, 1.0, n)
 
     @property
     def _axes(self) -> Tensor | None:

@@ -513,6 +513,16 @@ class Settings:
         unset="the rate is kept on average over calibrations",
         live=True,
     )
+    calibration_folds: int | None = _argument(
+        None,
+        "Calibrate while fitting, with the images fitted: in so many folds, of which each is scored by "
+        "a model of the others. The model is the same without.",
+        "N",
+        _or_none(_int("an int of at least 2", lambda n: n >= 2)),
+        int,
+        unset="no calibration",
+        kept=False,
+    )
     seed: int = _argument(
         0,
         "Seed of every random choice.",

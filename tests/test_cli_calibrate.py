@@ -53,7 +53,7 @@ def calibrated(images, fitted):
     said = succeed(
         *("calibrate", fitted, images / "nominal", "-o", path, "--false-alarm-rate", "0.1")
     ).out
-    assert f"{path}: 22 nominal images" in said
+    assert f"{path}:\ncalibrated with 22 nominal images, false-alarm rate 0.1\n" in said
     assert "anomalous above a score of" in said
     return path
 

@@ -298,6 +298,7 @@ def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
         "device",
         "max_pixels",
         "progress",
+        "calibration_folds",
     }
     json.dumps(fitted.settings(), allow_nan=False)
 

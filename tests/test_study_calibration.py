@@ -8,42 +8,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import study_calibration
+from study_calibration import Split, conformals, measured, others
 
 from npad.evaluation.synthetic import make_dataset
 
 
-def test_rates_are_the_expected_ones_where_scores_are_exchangeable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(study_calibration, "SPLITS", 300)
+def test_rates_are_the_expected_ones_where_scores_are_exchangeable() -> None:
     rng = np.random.default_rng(0)
-    rows = list(study_calibration.measured(rng.normal(size=400), np.array([-9.0, 9.0]), seed=0))
-    assert [row["threshold"] for row in rows[-2:]] == ["mean + 1.28 sd", "mean + 3 sd"]
-    n, tested = 260, 140
+    bad = np.full(4, 9.0)
+    splits = [Split(rng.normal(size=260), rng.normal(size=140), bad) for _ in range(300)]
+    rows = list(measured(splits, [*conformals(260, "conformal"), *others()]))
     for row in rows:
-        assert (row["calibrated"], row["tested"], row["found"]) == (n, tested, 0.5)
+        assert (row["calibrated"], row["tested"]) == (260, 140)
         low, high = row["interval"]
-        assert low < row["false_alarms"] < high
-        if row["threshold"] == "conformal":
-            k = int(row["rate"] * (n + 1))
-            assert row["false_alarms"] == pytest.approx(k / (n + 1), abs=1.5 * (high - low))
-        if row["splits_over_expected"] is not None:
+        assert low <= row["false_alarms"] <= high
+        if row["false_alarms_expected"] is not None:
+            error = 2 * (high - low)
+            assert row["false_alarms"] == pytest.approx(row["false_alarms_expected"], abs=error)
             assert row["splits_over"] == pytest.approx(row["splits_over_expected"], abs=0.12)
     # 260 images are too few for 1 % with confidence 0.95.
     assert sum("confidence" in row["threshold"] for row in rows) == 3
+    highest, f1 = (row["false_alarms"] for row in rows if row["rate"] is None)
+    assert highest == pytest.approx(1 / 261, abs=0.004)
+    assert f1 < 0.01  # as the defects are beyond all doubt
 
 
-def test_every_nominal_image_is_fitted_or_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(study_calibration, "SPLITS", 5)
-    size = {"image_size": (64, 64), "n_train": 12, "n_test_good": 5, "n_defective": 3}
+def test_every_image_has_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = {"image_size": (64, 64), "n_train": 30, "n_test_good": 10, "n_defective": 4}
     root = make_dataset(tmp_path / "woven", **size)
-    study_calibration.main([str(root), "--n-centroids", "50", "--out", str(tmp_path)])
+    small = "--n-centroids", "50", "--image-size", "64", "--splits", "3"
+    study_calibration.main([str(root), *small, "--out", str(tmp_path)])
     report = json.loads((tmp_path / "study_calibration_woven.json").read_text())
-    assert report["settings"]["fitted"] == 8
-    assert {name: len(found) for name, found in report["scores"].items()} == {
-        "nominal": 9,
-        "defective": 3,
-    }
+    assert report["fitted"] == 20
+    calibrated = {row["threshold"]: row["calibrated"] for row in report["rows"]}
+    assert calibrated["conformal"] == 12
+    assert calibrated["cross-conformal, 5 folds"] == 32
+    assert {row["tested"] for row in report["rows"]} == {8}
     assert "| 0.135 % | mean + 3 sd |" in capsys.readouterr().out

@@ -30,7 +30,8 @@ from npad.cli.program import (
 from npad.file_names import shown
 from npad.settings import CHECKPOINT_EVERY, Settings
 
-if TYPE_CHECKING:  # it imports libraries
+if TYPE_CHECKING:  # they import libraries
+    from npad.detector import NPad
     from npad.evaluation.datasets import Category
 
 __all__ = ["app", "main"]
@@ -163,6 +164,8 @@ def _tell_of_model(model: Any, path: Path, quiet: bool) -> None:
             f"{shown(path)}: {path.stat().st_size / 1e6:.1f} MB, {model.n_images_} images\n"
             + "\n".join(map(str, model.members_))
         )
+        if model.calibration_ is not None:
+            _tell_thresholds(model)
 
 
 def _nominal_images(folder: Path) -> list[Path]:
@@ -345,17 +348,24 @@ def calibrate(
     model.calibrate(images, groups=groups, skip_bad=skip_bad)
     model.save(target, statistics=model.has_statistics)
     if not quiet:
-        print(f"{shown(target)}: {model.calibration_}")
-        scores, maps = model.threshold_, model.map_threshold_
-        if isinstance(scores, dict) and isinstance(maps, dict):
-            for name, threshold in scores.items():
-                print(f"{shown(str(name))}: {_thresholds(threshold, maps[name])}")
-        else:
-            print(_thresholds(scores, maps))
+        print(f"{shown(target)}:")
+        _tell_thresholds(model)
 
 
-def _thresholds(of_score: Any, of_map: Any) -> str:
-    return f"anomalous above a score of {of_score:.4g}, marked above {of_map:.4g} of the map"
+def _tell_thresholds(model: NPad) -> None:
+    rate = f"false-alarm rate {model.false_alarm_rate:g}"
+    sure = "" if model.confidence is None else f", confidence {model.confidence:g}"
+    print(f"calibrated with {model.calibration_}, {rate}{sure}")
+    scores, maps = (_by_group(x) for x in (model.threshold_, model.map_threshold_))
+    for group, threshold in scores.items():
+        of = f"{shown(group)}: " if group else ""
+        marked = f"marked above {maps[group]:.4g} of the map"
+        print(f"{of}anomalous above a score of {threshold:.4g}, {marked}")
+
+
+def _by_group(thresholds: Any) -> dict[str, float]:
+    groups = thresholds if isinstance(thresholds, dict) else {"": thresholds}
+    return {str(group): threshold for group, threshold in groups.items()}
 
 
 def _of_path(path: Path) -> list[Path]:

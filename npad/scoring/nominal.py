@@ -16,7 +16,7 @@ from npad.scoring.decisions import GroupOf, Groups, group_of_each
 from npad.scoring.pipeline import Run, predictions
 from npad.settings import Settings
 
-__all__ = ["score_nominal"]
+__all__ = ["check_number", "score_nominal"]
 
 _CALL = "NPad.calibrate"
 _NAMED = 3  # images that were fitted
@@ -54,7 +54,7 @@ def score_nominal(
         (lambda _: _ALL) if groups is None else group_of_each(_CALL, groups, images.n_images)
     )
     if images.n_images is not None:
-        _check_number(settings, Counter(map(of, range(images.n_images))))
+        _check_sizes(_CALL, settings, Counter(map(of, range(images.n_images))))
     scores, maxima = [], []
     indices: list[int] = []
     known: list[str] = []  # that were fitted
@@ -69,7 +69,7 @@ def score_nominal(
         maxima.append(prediction.map_maxima)
     found = tuple(map(of, indices))
     none_left = {of(i): 0 for i in range(images.n_images or 1)}  # of a group that was skipped whole
-    _check_number(settings, none_left | Counter(found))
+    _check_sizes(_CALL, settings, none_left | Counter(found))
     if known:
         named = ", ".join(known[:_NAMED]) + (", ..." if len(known) > _NAMED else "")
         warnings.warn(
@@ -82,7 +82,18 @@ def score_nominal(
     return NominalScores(np.concatenate(scores), np.concatenate(maxima), kept, settings.scoring)
 
 
-def _check_number(settings: Settings, sizes: Mapping[Group, int]) -> None:
+def check_number(call: str, settings: Settings, n_images: int) -> None:
+    """Refuse too few images for ``false_alarm_rate`` and ``confidence``.
+
+    Raises
+    ------
+    ValueError
+        With the number that it takes.
+    """
+    _check_sizes(call, settings, {_ALL: n_images})
+
+
+def _check_sizes(call: str, settings: Settings, sizes: Mapping[Group, int]) -> None:
     rate, confidence = settings.false_alarm_rate, settings.confidence
     needed = images_needed(rate, confidence)
     lacking = [
@@ -94,6 +105,6 @@ def _check_number(settings: Settings, sizes: Mapping[Group, int]) -> None:
         sure = "" if confidence is None else f" with confidence={confidence:g}"
         each = "" if _ALL in sizes else " of each group"
         raise ValueError(
-            f"{_CALL}: false_alarm_rate={rate:g}{sure} needs {needed} nominal images{each} that were "
-            f"not fitted, got {', '.join(lacking)}; give more, or set a higher rate"
+            f"{call}: to calibrate, false_alarm_rate={rate:g}{sure} needs {needed} nominal images"
+            f"{each}, got {', '.join(lacking)}; give more, or set a higher rate"
         )
