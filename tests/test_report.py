@@ -17,10 +17,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from fake_model import CalibratedModel, FakeModel, write_category
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binomtest
 
-from npad.evaluation import measure, report
+from npad.evaluation import measure, plots, report
 from npad.evaluation.calibrated import Share
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.metrics import PIXEL_METRICS
@@ -269,14 +271,40 @@ def test_what_the_calibrated_threshold_gave_is_said_first(calibrated, calibrated
     assert "<b>odd & long type name<b>, missed 7" in text
 
 
-def test_a_rate_that_is_not_kept_is_said(calibrated, tmp_path):
-    rate, path = calibrated.calibrated.false_alarm_rate, tmp_path / "report.html"
-    for count in (2, 3):
-        alarms = dataclasses.replace(calibrated.calibrated, false_alarms=Share(count, 12))
-        report.write_report([replaced(calibrated, alarms)], path)
-        more = binomtest(count, 12).proportion_ci(0.95, method="exact").low > rate
-        assert more == (count == 3)
-        assert ("More good images are rejected than the rate" in words(path)) == more
+@pytest.mark.parametrize("which", ["false_alarms", "marked"])
+@pytest.mark.parametrize(("count", "more"), [(2, False), (3, True)])
+def test_a_rate_that_is_not_kept_is_said(calibrated, tmp_path, which, count, more):
+    few = dataclasses.replace(calibrated.calibrated, false_alarms=Share(0, 12), marked=Share(0, 12))
+    path = tmp_path / "report.html"
+    report.write_report(
+        [replaced(calibrated, dataclasses.replace(few, **{which: Share(count, 12)}))], path
+    )
+    assert (binomtest(count, 12).proportion_ci(0.95, method="exact").low > 0.05) == more
+    assert ("More good images are rejected, or marked," in words(path)) == more
+
+
+@pytest.mark.parametrize("at", [0.02, 0.6, 0.98])
+@pytest.mark.parametrize("other", [0.05, 0.61, 0.95])
+@pytest.mark.parametrize("log", [False, True])
+def test_names_of_thresholds_are_crossed_by_no_line(at, other, log):
+    figure = Figure(figsize=(9.6, 2), layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlim=(1, 101))
+    x = [1 + 100 * at, 1 + 100 * other]
+    if log:
+        ax.set_xscale("log")
+        x = [101**at, 101**other]
+    plots._name_lines(ax, [(x[0], "calibrated", "k"), (x[1], "best F1", "k")])
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their lines
+    for i, own in enumerate(boxes):
+        assert own.x0 >= 0
+        assert own.x1 <= figure.bbox.x1
+        below = boxes[1 - i]
+        x_of_line = ax.transData.transform((ax.texts[i].xy[0], 0))[0]
+        if own.y0 > below.y0:
+            assert not below.x0 + 1 < x_of_line < below.x1 - 1
+            assert own.y0 + 1 > below.y1 or own.x0 > below.x1 or own.x1 < below.x0
 
 
 def test_what_p_values_say(calibrated, tmp_path):

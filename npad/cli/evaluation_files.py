@@ -36,6 +36,7 @@ COLUMNS = {
     "fit_seconds": "fit\ns",
     "images_per_second": "images\n/s",
 }
+TIMES = ("fit_seconds", "images_per_second")
 
 Row = dict[str, Any]
 
@@ -138,10 +139,14 @@ def _write_json(path: Path, values: Any) -> None:
 def print_table(rows: Sequence[Row]) -> None:
     """Print a table on a terminal, else tab-separated columns under the names used in the JSON.
 
-    Columns of what a calibrated model decided are left out where none is.
+    Columns of what a calibrated model decided are left out where none is. A terminal has no room for
+    these and the times.
     """
     decided = any(_is_known(row.get(key)) for row in rows for key in CALIBRATED)
-    columns = {k: v for k, v in COLUMNS.items() if decided or k not in CALIBRATED}
+    left_out = () if decided else CALIBRATED
+    if decided and sys.stdout.isatty():
+        left_out = TIMES
+    columns = {key: heading for key, heading in COLUMNS.items() if key not in left_out}
     cells = [
         [shown(row["category"]), *(_cell(key, row) if key in row else "" for key in columns)]
         for row in rows
@@ -170,7 +175,7 @@ def _cell(key: str, row: Row) -> str:
         return NO_MASKS
     if not _is_known(value):
         return "–"
-    return f"{value:.1f}" if key in ("fit_seconds", "images_per_second") else f"{value:.3f}"
+    return f"{value:.1f}" if key in TIMES else f"{value:.3f}"
 
 
 def _is_known(value: float | None) -> bool:

@@ -77,35 +77,36 @@ def draw_histogram(result: CategoryResult, label: str) -> str:
             ax.spines[side].set_visible(False)
         ax.spines["bottom"].set_color(_LINE)
         ax.tick_params(which="both", length=0, colors=_MUTED)
-    if calibrated:  # names in two rows, so that none hides the other
-        _name_line(axes[0], calibrated[-1], "calibrated", 0, _ACCENT)
-        if not np.isnan(result.threshold):
-            _name_line(axes[0], result.threshold, "best F1", 1, _INK)
+    if calibrated:
+        names = [(calibrated[-1], "calibrated", _ACCENT), (result.threshold, "best F1", _INK)]
+        _name_lines(axes[0], [line for line in names if not np.isnan(line[0])])
     axes[-1].tick_params(which="major", length=3, color=_LINE)
     axes[-1].set_xlabel("image score" + (", logarithmic" if log else ""), color=_MUTED)
     return _svg(figure, label)
 
 
-def _name_line(ax: Axes, x: float, name: str, row: int, color: str) -> None:
-    """Above the axes, on the side of the line where there is room."""
-    is_right = ax.transAxes.inverted().transform(ax.transData.transform((x, 0)))[0] > 0.5
-    ax.annotate(
-        name,
-        (x, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 2 + 11 * row),
-        textcoords="offset points",
-        ha="right" if is_right else "left",
-        va="bottom",
-        color=color,
-        arrowprops={  # the line goes on up to its name
-            "arrowstyle": "-",
-            "color": color,
-            "relpos": (int(is_right), 0),
-            "shrinkA": 0,
-            "shrinkB": 0,
-        },
-    )
+def _name_lines(ax: Axes, lines: list[tuple[float, str, str]]) -> None:
+    """Write (x, name, colour) of lines above the axes, in rows and where no line crosses a name."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    to_left = np.mean([to_axes.transform((x, 0))[0] for x, *_ in lines]) > 0.5
+    for row, (x, name, color) in enumerate(sorted(lines, reverse=not to_left)):
+        ax.annotate(
+            name,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2 + 11 * row),
+            textcoords="offset points",
+            ha="right" if to_left else "left",
+            va="bottom",
+            color=color,
+            arrowprops={  # the line goes on up to its name
+                "arrowstyle": "-",
+                "color": color,
+                "relpos": (int(to_left), 0),
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
 
 
 def draw_p_values(flatness: Flatness, label: str) -> str:
