@@ -350,6 +350,7 @@ def test_calibrated_with_one_class(calibrated, anomalous, tmp_path):
     assert ("good images rejected" in text) == (not anomalous)
     assert ("defective missed" in text) == anomalous
     assert "so nothing can be said about telling one from the other" in text
+    assert "The dashed line" not in text
 
 
 def test_a_summary_of_a_calibrated_category_and_another(calibrated, result, tmp_path):
