@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from npad.nominal_scores import NominalScores
+from npad.scoring.decisions import Decider
 from npad.scoring.fusion import resized
 from npad.scoring.prediction import Prediction
+from npad.settings import Settings
 
 BACKGROUND = 100
 SIZE = (24, 32)
@@ -54,6 +57,38 @@ class FakeModel:
                 batch.paths.append(str(path))
                 batch.sizes.append(difference.shape)
             batch.scores = np.array(scores)
+            yield batch
+
+
+class CalibratedModel(FakeModel):
+    """A `FakeModel` that was calibrated with these scores, and half of them as maxima of maps.
+
+    Parameters
+    ----------
+    nominal : scores of nominal images
+    groups : their groups; images are in the group that their name ends in
+    """
+
+    def __init__(self, nominal, groups=None, **asked):
+        super().__init__()
+        self.asked = Settings(**asked)
+        scores = np.array(nominal, float)
+        groups = None if groups is None else tuple(groups)
+        self.calibration_ = NominalScores(scores, scores / 2, groups, self.asked.scoring)
+
+    def settings(self):
+        asked = self.asked.false_alarm_rate, self.asked.confidence
+        return super().settings() | dict(
+            zip(("false_alarm_rate", "confidence"), asked, strict=True)
+        )
+
+    def predict_batches(self, source, **options):
+        decider = Decider(self.calibration_, self.asked)
+        for batch in super().predict_batches(source, **options):
+            groups = [path.removesuffix(".png")[-1] for path in batch.paths]
+            grouped = self.calibration_.groups is not None
+            batch.decisions = decider.decide(batch.scores, groups if grouped else None)
+            batch.map_maxima = batch.scores * 0.75
             yield batch
 
 

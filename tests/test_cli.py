@@ -16,17 +16,21 @@ import sys
 import tempfile
 import termios
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import SMALL, disk_of, fail, npad, succeed
+from fake_model import CalibratedModel, write_category
 from image_files import make_category, save_image, smooth_pixels
 from PIL import Image
 
 from npad import NPad, __version__
 from npad.cli import program
+from npad.cli.evaluation_files import evaluate_all, print_table
 from npad.cli.prediction_files import find_inputs
+from npad.evaluation.datasets import find_categories
 from npad.features import offline
 from npad.images.folders import OUTPUT_MARK
 from npad.settings import ARGUMENTS
@@ -311,6 +315,7 @@ def test_evaluate(category, tmp_path):
     assert files(out) == {"report.html", "results.json"}
     header, row, kind, last = said.out.splitlines()
     assert header.split("\t")[:2] == ["category", "auroc"]
+    assert "calibrated" not in header  # the model is not
     assert row.startswith("part\t")
     assert kind.startswith("  hole\t")
     assert last == str(out / "report.html")
@@ -347,6 +352,40 @@ def test_evaluate_without_masks(category, tmp_path):
     assert "no masks" in (tmp_path / "out/report.html").read_text()
     seeds = table(root / "nut", "--seeds", "0,1")
     assert all(row[name] == "no masks" for row in seeds.values() for name in pixels)
+
+
+class Seeded(CalibratedModel):
+    """Of each seed the threshold is 20 and a little more: above good images and scratches."""
+
+    def __init__(self, seed):
+        super().__init__(np.linspace(0, 20 + seed, 99))
+        self.seed = seed
+
+    def settings(self):
+        return super().settings() | {"seed": self.seed}
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2])
+def test_columns_of_what_a_calibrated_model_decided(tmp_path, capsys, n_seeds):
+    tests = [
+        ("good", "0", 0, 1),
+        ("dent", "0", 60, 1),
+        *[("scratch", f"{i}", 5, 1) for i in range(3)],
+    ]
+    (category,) = find_categories(write_category(tmp_path / "plate", tests))
+    rows, _ = evaluate_all([category], [partial(Seeded, seed) for seed in range(n_seeds)], tmp_path)
+    print_table(rows)
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
+    found = [
+        [row["category"].strip(), row["calibrated_false_alarms"], row["calibrated_found"]]
+        for row in table
+    ]
+    assert found[0] == ["plate", "0.000", "0.250"]
+    over_seeds = [["± over seeds", "0.000", "0.000"]]
+    types = [["dent", "", "1.000"], ["scratch", "", "0.000"]]  # good images are of no type
+    assert found[1:] == (types if n_seeds == 1 else over_seeds)
+    results = json.loads((tmp_path / "results.json").read_text())["categories"]
+    assert [of["calibrated"]["missed"]["count"] for of in results] == [3] * n_seeds
 
 
 @pytest.mark.parametrize("good", ["ok", "Normal"])

@@ -16,10 +16,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from fake_model import FakeModel, write_category
+from fake_model import CalibratedModel, FakeModel, write_category
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
+from scipy.stats import binomtest
 
-from npad.evaluation import measure, report
+from npad.evaluation import measure, plots, report
+from npad.evaluation.calibrated import Share
 from npad.evaluation.datasets import find_categories
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.results import NO_MASKS
@@ -53,6 +57,24 @@ def result(tmp_path_factory):
 def page(result, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
     report.write_report([result], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(result, tmp_path_factory):
+    """Of a model whose threshold is the median of the defective images."""
+    bad = sorted(image.score for image in result.images if image.is_anomalous)
+    root = result.images[0].path.parents[2]
+    good = [image.score for image in result.images if not image.is_anomalous]
+    nominal = [*np.linspace(min(good), bad[4], 91), *[bad[4]] * 8]
+    model = CalibratedModel(nominal, false_alarm_rate=0.05)
+    return measure.evaluate(model, find_categories(root)[0])
+
+
+@pytest.fixture(scope="module")
+def calibrated_page(calibrated, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "calibrated.html"
+    report.write_report([calibrated], path)
     return path
 
 
@@ -102,7 +124,9 @@ addEventListener("load", () => {
 
 
 @pytest.mark.parametrize("width", [1280, 520])
-def test_a_browser_shows_every_picture(page, result, tmp_path, width):
+@pytest.mark.parametrize(("which", "n_plots"), [("page", 4), ("calibrated_page", 5)])
+def test_a_browser_shows_every_picture(which, n_plots, result, tmp_path, width, request):
+    page = request.getfixturevalue(which)
     # The page forbids scripts; the copy under test has to allow the one that looks at it.
     text, n_policies = re.subn(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
     assert n_policies == 1
@@ -123,7 +147,7 @@ def test_a_browser_shows_every_picture(page, result, tmp_path, width):
         assert min(natural_width, natural_height, shown_width, shown_height) > 0
     for shown_width, _, *_ in (picture[3:] for picture in found["images"][1:]):
         assert shown_width > 80
-    assert len(found["plots"]) == 4
+    assert len(found["plots"]) == n_plots
     for plot_width, plot_height, n_paths in found["plots"]:
         assert plot_width > 150
         assert plot_height > 60
@@ -210,6 +234,156 @@ def test_words_and_figures(page, result):
     assert f"numpy {np.__version__}" in text
     order = [text.index(heading) for heading in ("Good images,", "Defective images,")]
     assert order == sorted(order)
+
+
+def words(path):
+    return " ".join(Elements(path.read_text(encoding="utf-8")).text.split())
+
+
+def said(count, of, what):
+    low, high = 100 * np.array(binomtest(count, of).proportion_ci(0.95, method="exact"))
+    low, high, rate = (f"{x:.{2 if x < 10 else 3}g}" for x in (low, high, 100 * count / of))
+    return f"{count} of {of} {what} ({rate} %, 95 % interval {low} to {high} %)"
+
+
+def test_what_the_calibrated_threshold_gave_is_said_first(calibrated, calibrated_page):
+    text = words(calibrated_page)
+    (threshold,) = calibrated.calibrated.thresholds
+    good, bad = (
+        np.array([i.score for i in calibrated.images if i.is_anomalous == is_bad])
+        for is_bad in (False, True)
+    )
+    n_rejected, n_missed = int(np.sum(good > threshold)), int(np.sum(bad <= threshold))
+    assert 0 < n_missed < 10
+    first = f"At the threshold {threshold:#.4g}, chosen on 99 nominal images for a false-alarm rate"
+    assert (
+        f"{first} of 5 %: {said(n_rejected, 12, 'good images rejected')}, "
+        f"{said(n_missed, 10, 'defective missed')}." in text
+    )
+    # Maps have half the threshold, and three quarters of the score as their largest value.
+    n_marked, n_unmarked = (int(np.sum(s > threshold / 1.5)) for s in (good, bad))
+    assert (
+        f"{threshold / 2:#.4g}, chosen in the same way: "
+        f"{said(n_marked, 12, 'good images have a marked pixel')}, "
+        f"{said(10 - n_unmarked, 10, 'defective have none')}." in text
+    )
+    assert text.index(first) < text.index("At the threshold with the best F1")
+    assert "<b>odd & long type name<b>, missed 7" in text
+
+
+@pytest.mark.parametrize("which", ["false_alarms", "marked"])
+@pytest.mark.parametrize(("count", "more"), [(2, False), (3, True)])
+def test_a_rate_that_is_not_kept_is_said(calibrated, tmp_path, which, count, more):
+    few = dataclasses.replace(calibrated.calibrated, false_alarms=Share(0, 12), marked=Share(0, 12))
+    path = tmp_path / "report.html"
+    report.write_report(
+        [replaced(calibrated, dataclasses.replace(few, **{which: Share(count, 12)}))], path
+    )
+    assert (binomtest(count, 12).proportion_ci(0.95, method="exact").low > 0.05) == more
+    assert ("More good images are rejected, or marked," in words(path)) == more
+
+
+@pytest.mark.parametrize("at", [0.02, 0.6, 0.98])
+@pytest.mark.parametrize("other", [0.05, 0.61, 0.95])
+@pytest.mark.parametrize("log", [False, True])
+def test_names_of_thresholds_are_crossed_by_no_line(at, other, log):
+    figure = Figure(figsize=(9.6, 2), layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlim=(1, 101))
+    x = [1 + 100 * at, 1 + 100 * other]
+    if log:
+        ax.set_xscale("log")
+        x = [101**at, 101**other]
+    plots._name_lines(ax, [(x[0], "calibrated", "k"), (x[1], "best F1", "k")])
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their lines
+    for i, own in enumerate(boxes):
+        assert own.x0 >= 0
+        assert own.x1 <= figure.bbox.x1
+        below = boxes[1 - i]
+        x_of_line = ax.transData.transform((ax.texts[i].xy[0], 0))[0]
+        if own.y0 > below.y0:
+            assert not below.x0 + 1 < x_of_line < below.x1 - 1
+            assert own.y0 + 1 > below.y1 or own.x0 > below.x1 or own.x1 < below.x0
+
+
+def test_what_p_values_say(calibrated, tmp_path):
+    path, found = tmp_path / "report.html", calibrated.calibrated
+    sure = dataclasses.replace(found.flatness, noticed=0.2)
+    for flatness, mean, words_of_it in [
+        (dataclasses.replace(sure, noticed=0.41), 0.5, ["too few images to tell", "distance of 0.41"]),
+        (dataclasses.replace(sure, p_value=0.05), 0.5, ["No difference is seen", "p = 0.05."]),
+        (dataclasses.replace(sure, p_value=0.049), 0.4, ["They differ", "p = 0.049", "higher"]),
+        (dataclasses.replace(sure, p_value=0.049), 0.6, ["They differ", "p = 0.049", "lower"]),
+    ]:  # fmt: skip
+        other = dataclasses.replace(found, flatness=flatness, p_values=np.full(12, mean))
+        report.write_report([replaced(calibrated, other)], path)
+        for expected in words_of_it:
+            assert expected in words(path)
+
+
+def test_groups_and_confidence_are_said(calibrated, tmp_path):
+    path, found = tmp_path / "report.html", calibrated.calibrated
+    (threshold,) = found.thresholds
+    grouped = dataclasses.replace(
+        found, n_groups=2, thresholds=(threshold, 2 * threshold), flatness=None, confidence=0.95
+    )
+    report.write_report([replaced(calibrated, grouped)], path)
+    text = words(path)
+    assert "At the thresholds of 2 groups, chosen on 99 nominal images" in text
+    assert "for a false-alarm rate of 5 % with confidence 0.95: " in text
+    assert "The model was calibrated in groups." in text
+    assert "p-values of the good images of" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("anomalous", [False, True])
+def test_calibrated_with_one_class(calibrated, anomalous, tmp_path):
+    path = tmp_path / "report.html"
+    only = [s for s in calibrated.images if s.is_anomalous == anomalous]
+    model = CalibratedModel(range(99))
+    (category,) = find_categories(only[0].path.parents[2])
+    test = [s for s in category.test if s.is_anomalous == anomalous]
+    result = measure.evaluate(model, dataclasses.replace(category, test=test))
+    report.write_report([result], path)
+    text = words(path)
+    assert "nan" not in text.lower()
+    assert ("good images rejected" in text) == (not anomalous)
+    assert ("defective missed" in text) == anomalous
+    assert "so nothing can be said about telling one from the other" in text
+    assert "The dashed line" not in text
+
+
+def test_a_summary_of_a_calibrated_category_and_another(calibrated, result, tmp_path):
+    path = tmp_path / "report.html"
+    report.write_report([calibrated, dataclasses.replace(result, name="bracket")], path)
+    summary = words(path).partition("At the threshold")[0]
+    found = f"{100 * (1 - calibrated.calibrated.missed.rate):.3g} %"
+    assert "False alarms Found fitted" in summary
+    assert summary.count(found) == 2  # of the one, and of the mean
+    assert "– – 4 22" in summary
+
+
+def replaced(result, calibrated):
+    return dataclasses.replace(result, calibrated=calibrated, pictures=[])
+
+
+def test_verdicts_are_those_of_the_calibrated_threshold(calibrated, calibrated_page, page):
+    text = words(calibrated_page)
+    assert "Found or missed, passed or false alarm: at the calibrated threshold." in text
+    assert "calibrated" not in words(page)
+    source = calibrated_page.read_text(encoding="utf-8")
+    verdicts = re.findall(r'class="verdict[^>]*>([^<]+)<', source)
+    names = {(True, True): "found", (True, False): "missed", (False, True): "false alarm"}
+    (threshold,) = calibrated.calibrated.thresholds
+    assert verdicts == [
+        names.get((p.image.is_anomalous, p.image.score > threshold), "passed")
+        for p in calibrated.pictures
+    ]
+    at_best_f1 = [
+        names.get((p.image.is_anomalous, p.image.score >= calibrated.threshold), "passed")
+        for p in calibrated.pictures
+    ]
+    assert verdicts != at_best_f1
 
 
 def test_many_categories_begin_with_a_summary(result, tmp_path):

@@ -17,7 +17,7 @@ from npad.evaluation.datasets import Category
 from npad.evaluation.measure import Model, evaluate
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.report import write_report
-from npad.evaluation.results import NO_MASKS, CategoryResult, summarize, to_json
+from npad.evaluation.results import CALIBRATED, NO_MASKS, CategoryResult, summarize, to_json
 from npad.file_names import shown
 
 __all__ = ["REPORT", "evaluate_all", "print_table"]
@@ -31,9 +31,12 @@ COLUMNS = {
     "pixel_ap": "pixel\nAP",
     "pixel_f1_max": "pixel\nF1-max",
     "aupro": "AUPRO\n0.3",
+    "calibrated_false_alarms": "false\nalarms",
+    "calibrated_found": "\nfound",
     "fit_seconds": "fit\ns",
     "images_per_second": "images\n/s",
 }
+TIMES = ("fit_seconds", "images_per_second")
 
 Row = dict[str, Any]
 
@@ -112,19 +115,20 @@ def _rows(means: list[Row], deviations: list[Row], results: Sequence[CategoryRes
     if len(results) == 1:
         means = means[:1]  # their mean would say the same again
     if not deviations:
-        types = results[0].types if len(results) == 1 else {}
-        has_masks = results[0].has_masks
-        return [
-            *means,
-            *(
-                {"category": f"  {name}", "has_masks": has_masks, **row}
-                for name, row in types.items()
-            ),
-        ]
+        return [*means, *(_of_types(results[0]) if len(results) == 1 else ())]
     rows = []
     for mean, deviation in zip(means, deviations, strict=False):
         rows += [mean, {**deviation, "category": "  ± over seeds"}]
     return rows
+
+
+def _of_types(result: CategoryResult) -> list[Row]:
+    missed = result.calibrated.missed_by_type if result.calibrated else {}
+    return [
+        {"category": f"  {name}", "has_masks": result.has_masks, **values}
+        | ({"calibrated_found": 1 - missed[name].rate} if name in missed else {})
+        for name, values in result.types.items()
+    ]
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -133,14 +137,23 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print a table on a terminal, else tab-separated columns under the names used in the JSON."""
+    """Print a table on a terminal, else tab-separated columns under the names used in the JSON.
+
+    Columns of what a calibrated model decided are left out where none is. A terminal has no room for
+    these and the times.
+    """
+    decided = any(_is_known(row.get(key)) for row in rows for key in CALIBRATED)
+    left_out = () if decided else CALIBRATED
+    if decided and sys.stdout.isatty():
+        left_out = TIMES
+    columns = {key: heading for key, heading in COLUMNS.items() if key not in left_out}
     cells = [
-        [shown(row["category"]), *(_cell(key, row) if key in row else "" for key in COLUMNS)]
+        [shown(row["category"]), *(_cell(key, row) if key in row else "" for key in columns)]
         for row in rows
     ]
     if not sys.stdout.isatty():
         lines = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-        lines.writerows([["category", *COLUMNS], *cells])
+        lines.writerows([["category", *columns], *cells])
         return
     from rich import box  # noqa: PLC0415  (of no use without a terminal)
     from rich.console import Console  # noqa: PLC0415
@@ -149,7 +162,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", overflow="ellipsis", no_wrap=True)
-    for key, heading in COLUMNS.items():  # in a narrow terminal, "no masks" takes two lines
+    for key, heading in columns.items():  # in a narrow terminal, "no masks" takes two lines
         table.add_column(heading, justify="right", no_wrap=key not in PIXEL_METRICS)
     for name, *values in cells:
         table.add_row(Text(name), *values)  # a name is no markup
@@ -160,6 +173,10 @@ def _cell(key: str, row: Row) -> str:
     value = row[key]
     if key in PIXEL_METRICS and not row["has_masks"]:
         return NO_MASKS
-    if value is None or math.isnan(value):
+    if not _is_known(value):
         return "–"
-    return f"{value:.1f}" if key in ("fit_seconds", "images_per_second") else f"{value:.3f}"
+    return f"{value:.1f}" if key in TIMES else f"{value:.3f}"
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)

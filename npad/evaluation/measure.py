@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npad.evaluation import metrics
+from npad.evaluation.calibrated import Calibrated, Decision, judge
 from npad.evaluation.datasets import GOOD, Category
 from npad.evaluation.metrics import Curve, PixelRanking
 from npad.evaluation.results import PRO_LIMIT, CategoryResult, Picture, ScoredImage
 from npad.evaluation.truth import Truth, read_truth, wrong_size
+from npad.nominal_scores import NominalScores
 from npad.progress import task
+from npad.scoring.decisions import Decisions
 from npad.scoring.prediction import Prediction
 from npad.settings import MAX_PIXELS
 
@@ -33,11 +36,19 @@ _NO_CURVE = np.empty(0), np.empty(0)
 
 
 class Model(Protocol):
-    """What is evaluated; `npad.NPad` is one. Attributes that end in ``_`` are what it learned."""
+    """What is evaluated; `npad.NPad` is one. Attributes that end in ``_`` are what it learned.
+
+    One whose predictions have ``decisions`` also has ``false_alarm_rate`` and ``confidence`` among its
+    settings.
+    """
 
     @property
     def skipped_(self) -> Sequence[tuple[str, str]]:
         """(path, reason) of training images that could not be read."""
+
+    @property
+    def calibration_(self) -> NominalScores | None:
+        """What its decisions rest on; asked for where there are some."""
 
     def fit(
         self, source: Sequence[Path], *, skip_bad: bool = False, statistics: bool = True
@@ -135,6 +146,7 @@ def _score(
     paths = [sample.path for sample in category.test]
     position = {str(path): i for i, path in enumerate(paths)}
     scores: dict[int, float] = {}
+    decisions: dict[int, Decision] = {}
     maps = np.empty((len(paths), *truth.size), dtype=np.float32)
     skipped = list(model.skipped_)
     predict_seconds = 0.0
@@ -146,6 +158,9 @@ def _score(
         if batch is None:
             break
         skipped += batch.skipped
+        if batch.decisions is not None:
+            own = _decisions(batch, batch.decisions)
+            decisions.update(zip((position[path] for path in batch.paths), own, strict=True))
         for path, value, own_map, size in zip(
             batch.paths, batch.scores, batch.maps, batch.sizes, strict=True
         ):
@@ -158,7 +173,10 @@ def _score(
         raise ValueError(f"{category.name}: none of its test images could be scored")
     scored = sorted(scores)
     images = [
-        ScoredImage(category.test[i].path, category.test[i].defect_type, scores[i]) for i in scored
+        ScoredImage(
+            category.test[i].path, category.test[i].defect_type, scores[i], decisions.get(i)
+        )
+        for i in scored
     ]
     return CategoryResult(
         name=category.name,
@@ -184,6 +202,35 @@ def _score(
             progress,
         ),
         notes=[*_notes(category, truth, scored), *truth.notes],
+        calibrated=_calibrated(model, images),
+    )
+
+
+def _decisions(batch: Prediction, decided: Decisions) -> Iterator[Decision]:
+    """Of each image of the batch."""
+    values = (
+        decided.p_values,
+        decided.thresholds,
+        batch.labels,
+        batch.map_maxima,
+        decided.map_thresholds,
+    )
+    for of_image in zip(*(array.tolist() for array in values), strict=True):
+        yield Decision(*of_image)
+
+
+def _calibrated(model: Model, images: Sequence[ScoredImage]) -> Calibrated | None:
+    decisions = [image.decision for image in images if image.decision is not None]
+    if not decisions or model.calibration_ is None:
+        return None
+    asked = model.settings()
+    return judge(
+        [image.defect_type for image in images],
+        [image.score for image in images],
+        decisions,
+        model.calibration_,
+        asked["false_alarm_rate"],
+        asked["confidence"],
     )
 
 

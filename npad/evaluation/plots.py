@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from npad.evaluation.calibrated import BINS, Flatness
 from npad.evaluation.datasets import GOOD
 from npad.evaluation.metrics import Curve
 from npad.evaluation.results import CategoryResult
 from npad.file_names import shown
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_curve", "draw_histogram"]
+__all__ = ["draw_curve", "draw_histogram", "draw_p_values"]
 
 _HISTOGRAM_BINS = 48
 # Colours that stand for the page's own in the plots, so that they follow its light and dark scheme.
@@ -29,28 +31,35 @@ _THEME = {
     "#050505": "var(--bad)",
     "#060606": "var(--accent)",
 }
+_DASHES = 0, (4, 3)
 _INK, _MUTED, _LINE, _GOOD, _BAD, _ACCENT = _THEME
 
 
 def draw_histogram(result: CategoryResult, label: str) -> str:
-    """One histogram of image scores under the other, good images first, on one scale."""
+    """One histogram of image scores under the other, good images first, on one scale.
+
+    A line is the threshold of the best F1; those of a calibrated model stand beside it, with names.
+    """
     kinds = (
         [GOOD, *result.types] if any(not i.is_anomalous for i in result.images) else [*result.types]
     )
     scores = {k: [i.score for i in result.images if i.defect_type == k] for k in kinds}
-    every = np.concatenate(list(scores.values()))
+    calibrated = result.calibrated.thresholds if result.calibrated else ()
+    every = np.concatenate([*scores.values(), calibrated])
     low, high = float(every.min()), float(every.max())
     log = low > 0 and high > 20 * low  # a few huge scores would squeeze the rest into one bin
     if high == low:
         low, high = low - 0.5, high + 0.5
     edges = (np.geomspace if log else np.linspace)(low, high, _HISTOGRAM_BINS + 1)
-    figure = _figure(9.6, 0.55 + 0.52 * len(kinds))
+    figure = _figure(9.6, 0.55 + 0.52 * len(kinds) + (0.4 if calibrated else 0))
     axes = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
     for ax, kind in zip(axes, kinds, strict=True):
         color = _GOOD if kind == GOOD else _BAD
         counts, _ = np.histogram(scores[kind], edges)
         ax.stairs(counts, edges, fill=True, color=color, alpha=0.75)
-        ax.axvline(result.threshold, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        ax.axvline(result.threshold, color=_INK, linewidth=1, linestyle=_DASHES)
+        for threshold in calibrated:
+            ax.axvline(threshold, color=_ACCENT, linewidth=1.5)
         name = shown(kind)
         name = name if len(name) <= 24 else name[:23] + "…"
         ax.set_ylabel(
@@ -68,8 +77,55 @@ def draw_histogram(result: CategoryResult, label: str) -> str:
             ax.spines[side].set_visible(False)
         ax.spines["bottom"].set_color(_LINE)
         ax.tick_params(which="both", length=0, colors=_MUTED)
+    if calibrated:
+        names = [(calibrated[-1], "calibrated", _ACCENT), (result.threshold, "best F1", _INK)]
+        _name_lines(axes[0], [line for line in names if not np.isnan(line[0])])
     axes[-1].tick_params(which="major", length=3, color=_LINE)
     axes[-1].set_xlabel("image score" + (", logarithmic" if log else ""), color=_MUTED)
+    return _svg(figure, label)
+
+
+def _name_lines(ax: Axes, lines: list[tuple[float, str, str]]) -> None:
+    """Write (x, name, colour) of lines above the axes, in rows and where no line crosses a name."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    to_left = np.mean([to_axes.transform((x, 0))[0] for x, *_ in lines]) > 0.5
+    for row, (x, name, color) in enumerate(sorted(lines, reverse=not to_left)):
+        ax.annotate(
+            name,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2 + 11 * row),
+            textcoords="offset points",
+            ha="right" if to_left else "left",
+            va="bottom",
+            color=color,
+            arrowprops={  # the line goes on up to its name
+                "arrowstyle": "-",
+                "color": color,
+                "relpos": (int(to_left), 0),
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
+
+
+def draw_p_values(flatness: Flatness, label: str) -> str:
+    """Histogram of the p-values of nominal images, and what it is expected to be."""
+    edges = np.linspace(0, 1, BINS + 1)
+    figure = _figure(9.6, 2.2)
+    ax = figure.subplots()
+    ax.stairs(flatness.high, edges, baseline=flatness.low, fill=True, color=_MUTED, alpha=0.2)
+    ax.stairs(flatness.counts, edges, fill=True, color=_GOOD, alpha=0.75)
+    ax.stairs(flatness.expected, edges, baseline=None, color=_INK, linewidth=1, linestyle=_DASHES)
+    top = max(flatness.counts.max(), flatness.high.max())
+    ax.set(xlim=(0, 1), ylim=(0, top * 1.08), xticks=edges)
+    ax.set_xlabel("p-value", color=_MUTED)
+    ax.set_ylabel("good images", color=_MUTED)
+    ax.locator_params(axis="y", integer=True, nbins=5)
+    ax.tick_params(length=3, color=_LINE, labelcolor=_MUTED)
+    for side in ("top", "left", "right"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(_LINE)
     return _svg(figure, label)
 
 

@@ -25,8 +25,9 @@ from npad.atomic_file import replacing
 from npad.evaluation.masks import resample_mask
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.overlay import color_map, draw_overlay
-from npad.evaluation.plots import draw_curve, draw_histogram
+from npad.evaluation.plots import draw_curve, draw_histogram, draw_p_values
 from npad.evaluation.results import (
+    CALIBRATED,
     METRICS,
     NO_MASKS,
     PRO_LIMIT,
@@ -50,6 +51,8 @@ _LABELS = {
     "pixel_ap": "Pixel AP",
     "pixel_f1_max": "Pixel F1‑max",
     "aupro": f"AUPRO {PRO_LIMIT}",
+    "calibrated_false_alarms": "False alarms",
+    "calibrated_found": "Found",
 }
 _GROUPS = {
     "good": "Good images, highest score first",
@@ -93,7 +96,13 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"metric": _metric, "number": _number, "seconds": _seconds}
+    environment.filters |= {
+        "metric": _metric,
+        "number": _number,
+        "percent": _percent,
+        "interval": _interval,
+        "seconds": _seconds,
+    }
     shared = _shared([_settings(result) for result in results])
     page = environment.get_template("report.html.j2").render(
         title=title,
@@ -101,8 +110,10 @@ def write_report(
         versions=versions(),
         labels=_LABELS,
         metrics=METRICS,
+        shares=CALIBRATED,
         limit=PRO_LIMIT,
         no_masks=NO_MASKS,
+        any_calibrated=any(result.calibrated for result in results),
         with_masks=all(result.has_masks for result in results),
         rows=summarize(results),
         settings=shared,
@@ -135,6 +146,7 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
     }
     if not result.has_masks:
         curves = {"roc": curves["roc"]}
+    flatness = result.calibrated and result.calibrated.flatness
     own = {key: value for key, value in _settings(result).items() if key not in shared}
     return {
         "id": f"category-{number + 1}",
@@ -144,6 +156,8 @@ def _category(number: int, result: CategoryResult, shared: dict[str, str]) -> di
         "own_settings": own,
         "groups": groups,
         "histogram": Markup(draw_histogram(result, f"Scores of {result.name} by type")),
+        "p_values": flatness
+        and Markup(draw_p_values(flatness, f"p-values of the good images of {result.name}")),
         "curves": [
             Markup(
                 draw_curve(
@@ -181,7 +195,8 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
         overlay[ndimage.binary_dilation(mask, iterations=2) & ~mask] = (90, 220, 255)
         if image.is_anomalous:
             pictures["mask"] = mask, "PNG"
-    alarm = image.score >= result.threshold
+    decision = image.decision
+    alarm = decision.anomalous if decision else image.score >= result.threshold
     if image.is_anomalous:
         verdict = "found" if alarm else "missed"
     else:
@@ -191,7 +206,7 @@ def _row(picture: Picture, result: CategoryResult) -> dict[str, Any]:
         "path": str(image.path),
         "defect_type": image.defect_type,
         "score": image.score,
-        "verdict": "" if math.isnan(result.threshold) else verdict,
+        "verdict": verdict if decision or not math.isnan(result.threshold) else "",
         "width": size[0],
         "height": size[1],
         "pictures": {what: _data_uri(*picture) for what, picture in pictures.items()},
@@ -227,6 +242,15 @@ def _metric(value: float, name: str = "", has_masks: bool = True) -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:#.4g}".rstrip(".")
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.{2 if rate < 0.1 else 3}g}\u00a0%"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    low, high = map(_percent, interval)
+    return f"{low[:-2]} to {high}"
 
 
 def _seconds(value: float) -> str:

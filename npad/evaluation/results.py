@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npad import environment
+from npad.evaluation.calibrated import Calibrated, Decision
 from npad.evaluation.datasets import GOOD
 from npad.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS, Curve
 
 __all__ = [
+    "CALIBRATED",
     "METRICS",
     "NO_MASKS",
     "PRO_LIMIT",
@@ -30,16 +32,18 @@ __all__ = [
 
 PRO_LIMIT = 0.3  # false positive rate up to which AUPRO is integrated
 METRICS = (*IMAGE_METRICS, *PIXEL_METRICS)
+CALIBRATED = ("calibrated_false_alarms", "calibrated_found")  # shares, of calibrated models
 NO_MASKS = "no masks"  # what a table says in the place of a figure that needs them
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """One test image and its score."""
+    """One test image and its score; if the model is calibrated, what it decided."""
 
     path: Path
     defect_type: str
     score: float
+    decision: Decision | None = None
 
     @property
     def is_anomalous(self) -> bool:
@@ -98,6 +102,7 @@ class CategoryResult:
     fitted : what it chose or found while fitting, such as ``n_images_`` and ``members_``
     skipped : (path, reason) of training and test images that could not be read
     notes : what a reader of the figures should know
+    calibrated : what the model's own thresholds gave; None where it is not calibrated
     """
 
     name: str
@@ -120,6 +125,7 @@ class CategoryResult:
     fitted: dict[str, Any]
     skipped: list[tuple[str, str]]
     notes: list[str]
+    calibrated: Calibrated | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -139,6 +145,7 @@ class CategoryResult:
                 "threshold": self.threshold,
                 "n_false_alarms": self.n_false_alarms,
                 "n_missed": self.n_missed,
+                "calibrated": self.calibrated and self.calibrated.to_json(),
                 "metric_size": self.metric_size,
                 "pro_limit": PRO_LIMIT,
                 "fit_seconds": self.fit_seconds,
@@ -151,7 +158,12 @@ class CategoryResult:
                 "notes": self.notes,
                 "curves": {k: {"x": x, "y": y} for k, (x, y) in self.curves.items()},
                 "images": [
-                    {"path": image.path, "defect_type": image.defect_type, "score": image.score}
+                    {
+                        "path": image.path,
+                        "defect_type": image.defect_type,
+                        "score": image.score,
+                        **(vars(image.decision) if image.decision else {}),
+                    }
                     for image in self.images
                 ],
             }
@@ -162,7 +174,8 @@ class CategoryResult:
 def summarize(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
     """One row for each category and a last one, ``"mean"``, with the mean over categories.
 
-    Keys: ``category``, ``has_masks`` (of the mean: of any), `METRICS`, ``n_train``, ``n_test``,
+    Keys: ``category``, ``has_masks`` (of the mean: of any), `METRICS`, `CALIBRATED` (shares of the good
+    and of the defective images that are above the calibrated threshold), ``n_train``, ``n_test``,
     ``fit_seconds`` and ``images_per_second``. Undefined values are NaN and left out of the means.
     """
     rows: list[dict[str, Any]] = [
@@ -170,6 +183,7 @@ def summarize(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
             "category": result.name,
             "has_masks": result.has_masks,
             **result.metrics,
+            **dict(zip(CALIBRATED, _above_threshold(result.calibrated), strict=True)),
             "n_train": result.n_train,
             "n_test": len(result.images),
             "fit_seconds": result.fit_seconds,
@@ -182,6 +196,12 @@ def summarize(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
         known = [row[key] for row in rows if not math.isnan(row[key])]
         mean[key] = sum(known) / len(known) if known else math.nan
     return [*rows, mean] if rows else []
+
+
+def _above_threshold(calibrated: Calibrated | None) -> tuple[float, float]:
+    if calibrated is None:
+        return math.nan, math.nan
+    return calibrated.false_alarms.rate, 1 - calibrated.missed.rate
 
 
 def to_json(results: Sequence[CategoryResult]) -> dict[str, Any]:
