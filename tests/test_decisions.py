@@ -175,7 +175,7 @@ def test_too_few_images_are_told_before_they_are_read(
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"false_alarm_rate=0\.1 needs 9 .* got 8; give more"):
         model.calibrate(missing)
-    with pytest.raises(ValueError, match=r"needs 9 .*of each group .* got 8 of group 'b'"):
+    with pytest.raises(ValueError, match=r"needs 9 .*of each group, got 8 of group 'b'"):
         model.calibrate(NOMINAL[:20], groups=["a"] * 12 + ["b"] * 8)
     with pytest.raises(ValueError, match="got 8"):
         model.calibrate(batch for batch in [NOMINAL[:5], NOMINAL[5:8]])
