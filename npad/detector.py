@@ -30,6 +30,7 @@ from npad.kept_statistics import (
     in_file,
     of_model_file,
     required,
+    tell_of_calibrations,
     tell_of_repeats,
     to_merge,
 )
@@ -352,7 +353,7 @@ class NPad:
         Warns
         -----
         UserWarning
-            As for ``fit``; an image had been fitted before.
+            As for ``fit``; an image had been fitted before; the model was calibrated.
         """
         if not self._is_fitted:
             return self.fit(source, skip_bad=skip_bad)
@@ -369,6 +370,7 @@ class NPad:
             learned = fit.finalize()
         _tell_of_depth(images, settings)
         tell_of_repeats(fit, before.n_images, "NPad.partial_fit")
+        tell_of_calibrations("NPad.partial_fit", [self.calibration_])
         self._adopt(self.settings_, learned, networks, fit)
         self.skipped_ = list(dict.fromkeys([*self.skipped_, *images.skipped]))
         return self
@@ -405,13 +407,13 @@ class NPad:
         Warns
         -----
         UserWarning
-            An image was fitted by several of the models.
+            An image was fitted by several of the models; one of them was calibrated.
         """
         self._check_fitted()
         own = required(self._statistics, "NPad.merge")
         settings = self._settings()
         device = devices.resolve(settings.device)
-        fit, skipped = None, self.skipped_
+        fit, skipped, calibrations = None, self.skipped_, [self.calibration_]
         with devices.explained("NPad.merge", device), devices.plain(device):
             networks = self._own_networks(settings, device)
             several = isinstance(other, Iterable) and not isinstance(other, NPad)
@@ -429,10 +431,12 @@ class NPad:
                 fit.merge(theirs.to(device))
                 tell_of_repeats(fit, n_before, "NPad.merge")
                 skipped = list(dict.fromkeys([*skipped, *model.skipped_]))
+                calibrations.append(model.calibration_)
                 del model, theirs  # before the next is made
             if fit is None:
                 raise ValueError("NPad.merge: other holds no model; give one or more")
             learned = fit.finalize()
+        tell_of_calibrations("NPad.merge", calibrations)
         self._adopt(self.settings_, learned, networks, fit)
         self.skipped_ = skipped
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from npad.fitting import Fit
 from npad.learned import Expected
 from npad.member_fit import under
 from npad.model_file import ModelFileError
+from npad.nominal_scores import NominalScores
 
 __all__ = [
     "expected_in_file",
@@ -21,6 +22,7 @@ __all__ = [
     "of_model_file",
     "other_backbones",
     "required",
+    "tell_of_calibrations",
     "tell_of_repeats",
     "to_merge",
 ]
@@ -150,6 +152,18 @@ def to_merge(
             "the same"
         )
     return theirs
+
+
+def tell_of_calibrations(call: str, calibrations: Iterable[NominalScores | None]) -> None:
+    """Warn that what models were calibrated with holds no longer."""
+    sizes = [str(len(one.scores)) for one in calibrations if one is not None]
+    if sizes:
+        warnings.warn(
+            f"{call}: the scores of the model are other ones now, and its calibration is dropped: call "
+            f"calibrate again with the nominal images of before ({' and '.join(sizes)}), none of which "
+            "may have been fitted",
+            stacklevel=3,
+        )
 
 
 def tell_of_repeats(fit: Fit, n_before: int, call: str) -> None:

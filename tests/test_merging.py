@@ -7,7 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
@@ -417,13 +417,20 @@ def test_a_change_drops_the_calibration(images: np.ndarray) -> None:
     def calibrated() -> NPad:
         return new(false_alarm_rate=0.3).fit(images[:10]).calibrate(images[10:16])
 
-    other = new().fit(images[20:30])
-    assert calibrated().partial_fit(images[20:30]).calibration_ is None
-    assert calibrated().merge(other).calibration_ is None
+    other = new(false_alarm_rate=0.3).fit(images[20:30])
+    again = copy.copy(other).calibrate(images[30:36])
+
+    def drops(numbers: str, change: Callable[[], NPad]) -> bool:
+        with pytest.warns(UserWarning, match=rf"nominal images of before \({numbers}\)"):
+            return change().calibration_ is None
+
+    assert drops("6", lambda: calibrated().partial_fit(images[20:30]))
+    assert drops("6", lambda: calibrated().merge(other))
+    assert drops("6 and 6", lambda: calibrated().merge(again))
     assert calibrated().shrink("bfloat16").calibration_ is None
     model = calibrated().shrink()
     assert model.calibration_ is not None
-    assert other.merge(calibrated()).calibration_ is None
+    assert drops("6", lambda: other.merge(calibrated()))
 
 
 # --- files ---
