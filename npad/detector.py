@@ -23,13 +23,15 @@ from npad.features.weights import places
 from npad.fitting import fit_images
 from npad.images import ImageSource, Reading
 from npad.images.depth import Range, least_depth
+from npad.images.roi import RegionsOfInterest, region_of_model
 from npad.learned import MEANINGS, Learned, LearnedMember, Standardization
-from npad.members import members_of
+from npad.members import Member, members_of
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
 from npad.nominal_scores import NominalScores
 from npad.old_models import upgraded
 from npad.ops import _cuda
+from npad.roi import blanked
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.decisions import Decider, Groups, NotCalibratedError, Thresholds, decide_by
 from npad.scoring.nominal import score_nominal
@@ -82,6 +84,8 @@ class NPad:
     fingerprints_: tuple[str, ...]
     standardization_: dict[str, Standardization] | None
     calibration_: NominalScores | None
+    roi_color_: tuple[float, float, float] | None
+    roi_: Tensor | None
     skipped_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
@@ -96,6 +100,8 @@ class NPad:
         map_layers: Sequence[int] | None = None,
         gaussians: str = "per_layer",
         image_size: int | tuple[int, int] | None = None,
+        roi: Any = None,
+        rois: str | None = None,
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
         weights: str | Path | Sequence[str | Path | None] | None = None,
@@ -125,6 +131,8 @@ class NPad:
         self.map_layers = map_layers
         self.gaussians = gaussians
         self.image_size = image_size
+        self.roi = roi
+        self.rois = rois
         self.bit_depth = bit_depth
         self.max_pixels = max_pixels
         self.weights = weights
@@ -183,8 +191,8 @@ class NPad:
         """The arguments that a model file keeps, checked, as JSON types.
 
         All but ``device``, ``max_pixels`` and ``progress``, which belong to the machine and not to the
-        model. For a fitted model, the ones that it was fitted with, where a change has no effect before
-        the next fit.
+        model, and ``roi``, of which it keeps the mask. For a fitted model, the ones that it was fitted
+        with, where a change has no effect before the next fit.
 
         Raises
         ------
@@ -232,7 +240,9 @@ class NPad:
     # ----------------------------------------------------------------------------------------------
     # Fit.
 
-    def fit(self, source: Any, *, skip_bad: bool = False) -> NPad:
+    def fit(
+        self, source: Any, *, skip_bad: bool = False, rois: Sequence[Any] | None = None
+    ) -> NPad:
         """Fit on defect-free images.
 
         Parameters
@@ -240,6 +250,8 @@ class NPad:
         source : folder, list of paths, (N, H, W, C) or (N, C, H, W) array or tensor, DataLoader, or
             any iterable of batches
         skip_bad : go on after a file that cannot be read and list it in ``skipped_``
+        rois : the region of interest of each image, in place of the argument ``rois``: the path of a
+            mask, an (H, W) array of bool or uint8, or None for the whole image
 
         Returns
         -------
@@ -262,7 +274,7 @@ class NPad:
         -----
         UserWarning
             Most images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every
-            pixel of an image is equal.
+            pixel of an image is equal; positions of a grid have too few images for their own window.
         """
         settings = Settings(**self.get_params())
         device = devices.resolve(settings.device)
@@ -276,9 +288,10 @@ class NPad:
                 network.grid(extent)  # what does not work is told before the work
             _check_features(settings, networks)
             members = members_of(settings, networks)
+            regions = _rois_to_fit(settings, members, networks, extent, rois)
             combine = partial(embeddings, members, networks)
             embed = embedder(networks, extent, combine, device, "NPad.fit")
-            images = _open(source, settings, device, skip_bad)
+            images = _open(source, settings, device, skip_bad, regions=regions)
             learned = fit_images(settings, members, embed, images)
         _tell_of_depth(images, settings)
         self._adopt(settings, learned, networks)
@@ -303,8 +316,9 @@ class NPad:
         Returns
         -------
         (N, h, w, C) float32, on the device: ``layers`` of each backbone, one after another on the
-        grid of the first. A fitted model reduces them to the axes of its nominal sets, where these
-        have axes; otherwise all channels are kept, whatever ``n_features``.
+        grid of the first. A fitted model fills what is outside its region of interest, as it does to
+        score, and reduces them to the axes of its nominal sets, where these have axes; otherwise all
+        channels are kept, whatever ``n_features``.
 
         Raises
         ------
@@ -343,13 +357,14 @@ class NPad:
             return (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0],)
 
         embed = embedder(networks, extent, combine, device, "NPad.embed")
-        images = _open(source, settings, device, skip_bad, fitted=Range())
+        regions = self._rois_of(settings, device, None) if self._is_fitted else None
+        images = _open(source, settings, device, skip_bad, fitted=Range(), regions=regions)
 
         def batches() -> Iterator[Tensor]:
             with closing(images.batches()) as opened:
                 for batch in opened:
                     with devices.explained("NPad.embed", device):
-                        (x,) = embed(batch.images)
+                        (x,) = embed(self._looked_at(batch.images))
                     yield x
 
         return batches()
@@ -365,6 +380,7 @@ class NPad:
         map_size: MapSize = "image",
         keep_images: bool = False,
         groups: Groups | None = None,
+        rois: Sequence[Any] | None = None,
     ) -> Prediction:
         """Score images; see ``fit`` for the sources and ``predict_batches`` for endless ones.
 
@@ -376,6 +392,7 @@ class NPad:
         keep_images : also return the images as they were decoded
         groups : of a model that was calibrated in groups, that of the images: one of all of them, or a
             list of one for each
+        rois : as for ``fit``; the model must have been fitted with a region of interest
 
         Raises
         ------
@@ -387,7 +404,12 @@ class NPad:
             As for ``predict_batches``.
         """
         parts = self.predict_batches(
-            source, skip_bad=skip_bad, map_size=map_size, keep_images=keep_images, groups=groups
+            source,
+            skip_bad=skip_bad,
+            map_size=map_size,
+            keep_images=keep_images,
+            groups=groups,
+            rois=rois,
         )
         return Prediction.joined(list(parts))
 
@@ -399,6 +421,7 @@ class NPad:
         map_size: MapSize = "image",
         keep_images: bool = False,
         groups: Groups | None = None,
+        rois: Sequence[Any] | None = None,
     ) -> Iterator[Prediction]:
         """Score images batch by batch, in memory that does not grow with their number.
 
@@ -407,7 +430,7 @@ class NPad:
 
         Parameters
         ----------
-        source, skip_bad, map_size, keep_images, groups : as for ``predict``
+        source, skip_bad, map_size, keep_images, groups, rois : as for ``predict``
 
         Raises
         ------
@@ -424,10 +447,14 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = self._to_score(source, settings, device, skip_bad, keep_images)
+        images = self._to_score(source, settings, device, skip_bad, keep_images, rois)
         decide = decide_by(self.calibration_, settings, groups, images.n_images)
-        run = Run(self._on_device(settings, device), device, map_size)
+        run = self._run(settings, device, map_size)
         return predictions(run, images, settings.progress, decide)
+
+    def _run(self, settings: Settings, device: torch.device, map_size: MapSize) -> Run:
+        in_part = self.roi_ is not None
+        return Run(self._on_device(settings, device), device, map_size, in_part=in_part)
 
     def _to_score(
         self,
@@ -436,21 +463,56 @@ class NPad:
         device: torch.device,
         skip_bad: bool,
         keep_images: bool = False,
+        rois: Sequence[Any] | None = None,
     ) -> ImageSource:
-        depth = Range(self.darkest_, self.n_bits_)
-        return _open(source, settings, device, skip_bad, fitted=depth, keep_pixels=keep_images)
+        return _open(
+            source,
+            settings,
+            device,
+            skip_bad,
+            fitted=Range(self.darkest_, self.n_bits_),
+            keep_pixels=keep_images,
+            regions=self._rois_of(settings, device, rois),
+        )
+
+    def _rois_of(
+        self, settings: Settings, device: torch.device, rois: Sequence[Any] | None
+    ) -> RegionsOfInterest | None:
+        """Those of the images to be scored, where they have such."""
+        own = settings.rois if rois is None else rois
+        if own is None:
+            return None
+        if self.roi_ is None:
+            raise ValueError(
+                "NPad: rois must be left out of a model that was fitted without a region of interest; "
+                "fit with roi or rois, with roi=(0, 0, 1, 1) where all of it matters"
+            )
+        extent = extent_of(self._own_networks(settings, device), settings, self._learned())
+        grids = [member.grid for member in self.members_]
+        return RegionsOfInterest(
+            self.roi_.cpu(), own, grids=grids, extent=extent, max_pixels=settings.max_pixels
+        )
+
+    def _looked_at(self, images: Tensor) -> Tensor:
+        """Images on the CPU as the backbone of this model sees them."""
+        if not self._is_fitted or self.roi_ is None or self.roi_color_ is None:
+            return images
+        images, _ = blanked(images, self.roi_.cpu(), torch.tensor(self.roi_color_, device="cpu"))
+        return images
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
 
         Parameters
         ----------
-        images : (B, 3, H, W) float32 in [0, 1] on ``device``, (H, W) = ``image_size``
+        images : (B, 3, H, W) float32 in [0, 1] on ``device``, (H, W) = ``image_size``; for a model with
+            a region of interest also (B, 4, H, W), the fourth channel 1 inside the image's own region
+            and 0 outside
 
         Returns
         -------
         scores : (B,) float32
-        maps : (B, H, W) float32, at the model's size; both on the device
+        maps : (B, H, W) float32, at the model's size, NaN outside; both on the device
 
         Raises
         ------
@@ -469,7 +531,10 @@ class NPad:
         height, width = settings.size
         if images.dtype != torch.float32:
             raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+        channels = (3,) if self.roi_ is None else (3, 4)
+        if images.ndim != 4 or tuple(images.shape[1:]) not in [
+            (c, height, width) for c in channels
+        ]:
             raise ValueError(
                 f"NPad.score: images must have shape (B, 3, H, W) = (B, 3, {height}, {width}), "
                 f"got {tuple(images.shape)}"
@@ -488,7 +553,12 @@ class NPad:
     # Calibrate.
 
     def calibrate(
-        self, source: Any, *, groups: Groups | None = None, skip_bad: bool = False
+        self,
+        source: Any,
+        *,
+        groups: Groups | None = None,
+        skip_bad: bool = False,
+        rois: Sequence[Any] | None = None,
     ) -> NPad:
         """Choose thresholds by nominal images that the model was not fitted on.
 
@@ -499,7 +569,7 @@ class NPad:
 
         Parameters
         ----------
-        source, skip_bad : as for ``fit``
+        source, skip_bad, rois : as for ``fit``
         groups : lots, cameras or shifts, each with thresholds of its own: a text or int for all of the
             images, or a list of one for each; predictions are then told the group, too
 
@@ -529,8 +599,8 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = self._to_score(source, settings, device, skip_bad)
-        run = Run(self._on_device(settings, device), device, "model")
+        images = self._to_score(source, settings, device, skip_bad, rois=rois)
+        run = self._run(settings, device, "model")
         fitted = frozenset(self.fingerprints_)
         self.calibration_ = score_nominal(run, images, settings, groups, fitted)
         return self
@@ -672,6 +742,8 @@ class NPad:
         model_file.check_tensors(path, tensors, expected)
         if weights is not None:
             given["weights"] = weights
+        if "roi" in tensors:
+            given["roi"] = tensors["roi"].numpy().copy()  # for another fit
         model, settings = cls(**given), Settings(**given)
         networks, settings = model._networks_of_file(
             path, settings, found, fitted, searched=weights is None
@@ -904,6 +976,7 @@ def _open(
     *,
     fitted: Range | None = None,
     keep_pixels: bool = False,
+    regions: RegionsOfInterest | None = None,
 ) -> ImageSource:
     return ImageSource(
         source,
@@ -914,6 +987,30 @@ def _open(
         reading=Reading(settings.bit_depth, settings.max_pixels),
         fitted=fitted,
         keep_pixels=keep_pixels,
+        regions=regions,
+    )
+
+
+def _rois_to_fit(
+    settings: Settings,
+    members: Sequence[Member],
+    networks: Sequence[Backbone],
+    extent: tuple[int, int],
+    rois: Sequence[Any] | None,
+) -> RegionsOfInterest | None:
+    """The regions of a fit, where there are such."""
+    own = settings.rois if rois is None else rois
+    if own is None and settings.roi is None:
+        return None
+    region, drawn_at = region_of_model(settings.roi, settings.size, settings.max_pixels)
+    grids = [_grid(member, networks[member.network], extent) for member in members]
+    return RegionsOfInterest(
+        region,
+        own,
+        grids=grids,
+        extent=extent,
+        drawn_at=drawn_at,
+        max_pixels=settings.max_pixels,
     )
 
 
@@ -957,6 +1054,11 @@ def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
     )
 
 
+def _grid(member: Member, network: Backbone, extent: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the embeddings of a member."""
+    return network.grid(extent, member.levels[0] if member.own_grid else None)
+
+
 def _other_embedding(
     networks: Sequence[Backbone], learned: LearnedMember, extent: tuple[int, int]
 ) -> str | None:
@@ -969,7 +1071,7 @@ def _other_embedding(
     if not levels or not {*levels} <= network.level_channels.keys():
         return f"has a member of levels {member.levels}, which its backbone does not give"
     *parts, channels = accumulate(network.level_channels[level] for level in levels)
-    grid = network.grid(extent, levels[0] if member.own_grid else None)
+    grid = _grid(member, network, extent)
     known = learned.channels if levels == member.levels else member.prefix
     if (grid, channels) != (learned.grid, known):
         return (

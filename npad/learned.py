@@ -153,6 +153,11 @@ class LearnedMember:
     n_features: int | None = _value(
         "dimensions to which the embedding is reduced; None where all are kept", _count_or_none
     )
+    borrowed: int = _value(
+        "positions with too few images of their own, whose training window is a wider one",
+        int,
+        default=0,
+    )
     projection: Tensor | None = _tensor(
         "D, C",
         "float32",
@@ -188,6 +193,8 @@ class LearnedMember:
         if self.member.gaussian:
             height, width = self.grid
             found.append(f"{height} x {width} Gaussians, window {self.window}, eps {self.eps:.3g}")
+            if self.borrowed:
+                found.append(f"{self.borrowed} of a wider window for want of images")
         if self.centroids is not None:
             found.append(f"{self.n_centroids} centroids")
         levels = ", ".join(map(str, self.member.levels))
@@ -214,6 +221,7 @@ class LearnedMember:
             "eps": self.eps,
             "window": self.window,
             "n_features": self.n_features,
+            "borrowed": self.borrowed,
             "n_centroids": self.n_centroids,
         }
 
@@ -251,6 +259,15 @@ def _members(values: Any) -> tuple[LearnedMember, ...]:
     return members
 
 
+def _color(value: Any) -> tuple[float, float, float] | None:
+    if value is None:
+        return None
+    red, green, blue = (float(channel) for channel in value)
+    if not all(0 <= channel <= 1 for channel in (red, green, blue)):
+        raise ValueError(f"roi_color is {value!r}")
+    return red, green, blue
+
+
 @dataclass(frozen=True, eq=False)
 class Learned:
     """What a fit has found."""
@@ -286,6 +303,18 @@ class Learned:
         "`NPad.calibrate`",
         NominalScores.from_json,
         default=None,
+    )
+    roi_color: tuple[float, float, float] | None = _value(
+        "what the backbone sees in the place of pixels outside the region of interest: the mean R, G, "
+        "B of those inside, from 0 to 1; None where the fit had no region",
+        _color,
+        default=None,
+    )
+    roi: Tensor | None = _tensor(
+        "H, W",
+        "uint8",
+        "the region of interest: 1 for a pixel that is looked at, else 0",
+        lambda learned: learned.roi_color is not None,
     )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from npad.features.projection import leading_axes, principal_axes
 from npad.learned import LearnedMember
 from npad.members import Member
 from npad.ops.axes import random_axes
+from npad.roi import covered, is_known
 from npad.scoring.scorer import distances, reduce
 from npad.settings import KEPT_VARIANCE, MOST_FEATURES, Settings
 from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_images
@@ -35,6 +36,9 @@ class MemberFit:
     ----------
     settings : how to fit
     member : which statistics
+    roi : (H, W) uint8, the region of interest, at the model's size; None: the whole image. With one,
+        embeddings are NaN at positions where their image does not count.
+    extent : pixels (height, width) that the grid covers; None: those of the region
 
     Attributes
     ----------
@@ -51,9 +55,17 @@ class MemberFit:
     on, or is merged, is exact, and no image is looked at twice.
     """
 
-    def __init__(self, settings: Settings, member: Member) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        member: Member,
+        roi: Tensor | None = None,
+        extent: tuple[int, int] | None = None,
+    ) -> None:
         self.settings = settings
         self.member = member
+        self.roi = roi
+        self.extent = extent
         self.n_images = 0
         self.projection: Tensor | None = None
         self._grid: tuple[int, int] | None = None
@@ -148,7 +160,8 @@ class MemberFit:
         return self._n_features < self._n_channels
 
     def _choose_axes(self, embeddings: Iterable[Tensor]) -> None:
-        self.projection = principal_axes(embeddings, self._n_features)
+        known = (x if self.roi is None else x[is_known(x)] for x in embeddings)
+        self.projection = principal_axes(known, self._n_features)
 
     def _end_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -168,10 +181,12 @@ class MemberFit:
             self._add(fitted)
 
     def _add(self, x: Tensor) -> None:
+        known = None if self.roi is None else is_known(x)
         if self._gaussian is not None:
-            self._gaussian.update(x)
+            self._gaussian.update(x, known)
         if self._nominal is not None:
-            self._nominal.update(x[..., : self.member.prefix])
+            nominal = x[..., : self.member.prefix]
+            self._nominal.update(nominal if known is None else nominal[known])
 
     def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
@@ -187,7 +202,11 @@ class MemberFit:
             + "lower n_features or image_size, or choose fewer layers",
         )
         window = self.settings.windows[-1]
-        return NeighborhoodGaussian(grid, channels, window=window, device=x.device)
+        gaussian = NeighborhoodGaussian(grid, channels, window=window, device=x.device)
+        if self.roi is not None:
+            extent = self.extent or (self.roi.shape[0], self.roi.shape[1])
+            gaussian.region = covered(self.roi[None] != 0, grid, extent).flatten().to(x.device)
+        return gaussian
 
     @property
     def _chooses(self) -> bool:
@@ -271,6 +290,7 @@ class MemberFit:
             eps=self._eps if self._gaussian is not None else None,
             window=None if self._gaussian is None else self._gaussian.window,
             n_features=None if axes is None else axes.shape[1],
+            borrowed=0 if self._gaussian is None else self._gaussian.borrowed,
             projection=axes,
             mean=mean,
             factor=factor,
@@ -282,8 +302,8 @@ class MemberFit:
 
         Returns
         -------
-        for the fusion "sum", their distances to what has been fitted before them, by their names; None
-        where no images were held out since the last time
+        for the fusion "sum", their distances to what has been fitted before them, by their names, NaN
+        where an image does not count; None where no images were held out since the last time
 
         Raises
         ------
@@ -312,7 +332,10 @@ class MemberFit:
         window, prefix = self.settings.score_window, self.member.prefix
         if self._gaussian is not None:
             x = reduce(x, self._gaussian.axes)
-        return distances(x, mean, factor, self._centroids(), window, prefix)
+        if self.roi is None:
+            return distances(x, mean, factor, self._centroids(), window, prefix)
+        found = distances(x.nan_to_num(0.0), mean, factor, self._centroids(), window, prefix)
+        return {kind: d.masked_fill(~is_known(x), torch.nan) for kind, d in found.items()}
 
     @property
     def _uses_held_out(self) -> bool:
@@ -408,10 +431,15 @@ class MemberFit:
 
     @classmethod
     def from_state(
-        cls, settings: Settings, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        cls,
+        settings: Settings,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        roi: Tensor | None = None,
+        extent: tuple[int, int] | None = None,
     ) -> MemberFit:
-        """What `state` was taken from."""
-        fit = cls(settings, Member.of(values["member"]))
+        """What `state` was taken from, in a fit of this region."""
+        fit = cls(settings, Member.of(values["member"]), roi, extent)
         fit.n_images = int(values["n_images"])
         if values["grid"] is not None:
             height, width = values["grid"]

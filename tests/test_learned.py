@@ -50,9 +50,10 @@ def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None
     np.testing.assert_allclose(model.predict(images[:4]).scores, OLD_SCORES, rtol=1e-5)
     model.save(tmp_path / "new.npad")
     old, new = upgraded(*read_model(OLD)), read_model(tmp_path / "new.npad")
-    of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None}
+    of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None, "rois": None}
     of_all = {"darkest": 0.0, "n_bits": None, "fingerprints": [], "calibration": None}
-    of_all["filled"] = False
+    of_all |= {"filled": False, "roi_color": None}
+    of_all["members"] = [member | {"borrowed": 0} for member in old[0]["members"]]
     assert new[0] == old[0] | of_all | {"settings": old[0]["settings"] | of_settings}
     assert old[1].keys() == new[1].keys()
     assert all(torch.equal(old[1][name], tensor) for name, tensor in new[1].items())
