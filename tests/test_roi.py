@@ -25,7 +25,7 @@ from npad.fitting import Fit
 from npad.images.errors import ImageError
 from npad.images.roi import RegionsOfInterest, region_of_model, without_masks
 from npad.members import members_of
-from npad.model_file import ModelFileError
+from npad.model_file import STATISTICS_VERSION, ModelFileError, read_model, write_model
 from npad.ops import reference
 from npad.roi import blanked, covered, mean_color, nearest_covered, seen
 from npad.scoring.scorer import Scorer, embeddings
@@ -502,20 +502,38 @@ def test_fits_of_other_regions_are_not_merged() -> None:
     ("name", "value"),
     [
         ("fill", None), ("fill", [0.1, 0.2]), ("fill", [0.1, 0.2, 3.0]), ("fill", "red"),
-        ("extent", [10, 10]), ("extent", [48]), ("roi", False),
+        ("extent", [10, 10]), ("extent", [48]),
     ],
 )  # fmt: skip
 def test_a_state_of_no_region_is_refused(name: str, value: Any) -> None:
     batch = batch_of(pictures(4, SIZE), steps(4, SIZE))
     fit = add(fit_of(region_of_model((0.1, 0.1, 0.8, 0.8), SIZE)[0]), batch)
     values, tensors = fit.state()
-    if name == "roi":  # then its tensor is one too many
-        assert "roi" not in Fit.expected(values | {"roi": False})
-        return
     with pytest.raises((KeyError, TypeError, ValueError)):
         Fit.from_state(values | {name: value}, tensors)
     with pytest.raises(ValueError, match="roi is empty"):
         Fit.from_state(values, tensors | {"roi": torch.zeros(SIZE, dtype=torch.uint8)})
+
+
+def test_a_file_whose_statistics_are_of_no_such_region_is_refused(tmp_path: Path) -> None:
+    model = NPad(**SMALL, roi=(0.1, 0.1, 0.8, 0.8)).fit(pictures(4, SIZE))
+    path = tmp_path / "m.npad"
+    model.save(path, statistics=True)
+    header, tensors = read_model(path)
+
+    def refused(message: str, tensors: dict[str, Tensor] = tensors, **changed: Any) -> None:
+        statistics = header["statistics"] | changed
+        write_model(path, header | {"statistics": statistics}, tensors, version=STATISTICS_VERSION)
+        with pytest.raises(ModelFileError, match=message):
+            NPad.load(path)
+
+    refused("statistics.*in another colour", fill=[0.1, 0.2, 0.3])
+    refused("statistics.*fill is", fill=[0.1, 0.2, 3.0])
+    refused("statistics.*extent is", extent=[10, 10])
+    refused("statistics.roi", roi=False)
+    refused("statistics.roi", {k: x for k, x in tensors.items() if k != "statistics.roi"})
+    refused("statistics.roi", tensors | {"statistics.roi": tensors["roi"][1:].clone()})
+    refused("statistics.*roi is empty", tensors | {"statistics.roi": 0 * tensors["roi"]})
 
 
 # --------------------------------------------------------------------------------------------------
