@@ -166,8 +166,8 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy from the scores and maps that the predicting process left, with its timings."""
     import numpy as np
 
-    from npad.evaluation.masks import read_mask, resample_mask
     from npad.evaluation.metrics import image_metrics, pixel_metrics
+    from npad.images.masks import read_mask, resample_mask
 
     result: dict[str, Any] = {}
     for phase in ("fit", "predict"):

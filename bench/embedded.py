@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npad.evaluation.datasets import Category
-from npad.evaluation.masks import read_mask, resample_mask
 from npad.evaluation.metrics import image_metrics, pixel_metrics
 from npad.features.backbone import Backbone, levels_in_parts
 from npad.images import ImageSource
+from npad.images.masks import read_mask, resample_mask
 from npad.members import Member
 
 METRICS = ("auroc", "pixel_auroc", "aupro")

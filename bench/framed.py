@@ -8,7 +8,7 @@ from typing import Final
 from PIL import Image
 
 from npad.evaluation.datasets import find_categories
-from npad.evaluation.masks import read_mask
+from npad.images.masks import read_mask
 
 SIDE: Final = 0.6  # of the images, where 1 is the size they had
 

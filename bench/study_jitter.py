@@ -37,9 +37,9 @@ from torch import Tensor
 
 from npad.environment import versions
 from npad.evaluation.datasets import Category, Sample, find_categories
-from npad.evaluation.masks import read_mask
 from npad.evaluation.synthetic import make_dataset
 from npad.features.backbone import Backbone
+from npad.images.masks import read_mask
 from npad.learned import LearnedMember
 from npad.members import Member
 from npad.scoring.fusion import scores_and_maps

@@ -24,7 +24,7 @@ from npad.settings import OF_A_FIT, Settings
 __all__ = ["Checkpoint"]
 
 # What must be the same for the result to be the same, bit for bit; weights are known by their hash.
-_COMPARED = [*OF_A_FIT, "score_window", "backbone_dtype", "compile", "batch_size"]
+_COMPARED = [*OF_A_FIT, "rois", "score_window", "backbone_dtype", "compile", "batch_size"]
 _REMEDY = "give what it was begun with, or remove this file, and the fit begins anew"
 
 
@@ -76,12 +76,17 @@ class Checkpoint:
         ModelFileError
             The file is damaged, is no checkpoint, or is that of another fit, whose difference is named.
         ValueError
-            Images that are no files.
+            Images that are no files, or whose regions of interest are not beside them.
         """
         if images.paths is None:
             raise ValueError(
                 "NPad.fit: checkpoint needs images in files, a folder or a list of paths: those in "
                 "memory and those of a stream are gone when the program is"
+            )
+        if images.regions is not None and images.regions.own is not None:
+            raise ValueError(
+                "NPad.fit: checkpoint needs the regions of images as masks beside them, as with "
+                "NPad(rois='{}_roi.png'): a list of them is gone when the program is"
             )
         self._images, self._files = images, _listed(images.paths)
         self._backbones = [dict(backbone) for backbone in backbones]
@@ -98,6 +103,8 @@ class Checkpoint:
             self._check_same(fit, header)
             check_tensors(self._path, tensors, expected_in_file(header))
             found = of_file(header, tensors, **vars(fit.settings))
+            if not found.looks_where(fit):
+                raise self._other("is of a fit with another roi")
             self._restore(header["checkpoint"])
             start = int(header["checkpoint"]["next"])
             if not found.n_images <= start <= len(self._files):

@@ -42,7 +42,7 @@ class CrossCalibration:
     Parameters
     ----------
     whole : the fit of all images, before it sees any; its principal axes, where it has a number of
-        ``n_features``, are used by all
+        ``n_features``, are used by all, and so is what it fills outside of its region
     networks : the backbones
 
     Notes
@@ -62,7 +62,8 @@ class CrossCalibration:
         self._settings = settings
         members = [fit.member for fit in whole.members]
         n = settings.calibration_folds
-        self._fits = [Fit(settings, members) for _ in range(n)]
+        self._n_members = len(members)
+        self._fits = [Fit(settings, members, whole.roi, whole.extent) for _ in range(n)]
         self._positions: list[list[int]] = [[] for _ in range(n)]  # of the images of each fold
         self._random = random.Random(settings.seed)
         self._drawn: list[int] = []  # folds of the images to come
@@ -77,22 +78,30 @@ class CrossCalibration:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def update(self, embeddings: Sequence[Tensor]) -> None:
-        """Add a batch that the whole fit has just seen: for each member, (B, h, w, D)."""
+    def update(self, embeddings: Sequence[Tensor], images: Tensor) -> None:
+        """Add a batch that the whole fit has just seen.
+
+        Parameters
+        ----------
+        embeddings : for each member, (B, h, w, D), as `Fit.embed` gives them
+        images : (B, 3, H, W); or (B, 4, H, W), the fourth channel 1 inside the image's own region
+        """
+        own = [images[:, 3]] if images.shape[1] == 4 else []
         rows: dict[int, list[int]] = {}
         for i in range(len(embeddings[0])):
             fold = self._draw()
             rows.setdefault(fold, []).append(i)
             self._positions[fold].append(self._n_images + i)
         self._n_images += len(embeddings[0])
-        for fold, own in rows.items():
+        for fold, places in rows.items():
             fit = self._fits[fold]
             if not fit.n_images:
+                fit.fill = self._whole.fill
                 for member, whole in zip(fit.members, self._whole.members, strict=True):
                     member.projection = whole.projection
-            parts = [x[own] for x in embeddings]
+            parts = [x[places] for x in embeddings]
             fit.update(parts)
-            self._spools[fold].put(parts)
+            self._spools[fold].put([*parts, *(x[places] for x in own)])
 
     def _draw(self) -> int:
         if not self._drawn:
@@ -128,13 +137,23 @@ class CrossCalibration:
                 scorer = self._without(fold, whole, spool.device)
                 done = 0
                 for parts in spool:
-                    found, maps = scorer.score(parts)
+                    found, maps = self._scored(parts, scorer)
                     at = positions[done : done + len(found)]
                     scores[at] = found.double().cpu().numpy()
                     maxima[at] = maps.amax((1, 2)).double().cpu().numpy()
                     done += len(at)
                     advance(len(at))
         return NominalScores(scores, maxima, None, self._settings.scoring)
+
+    def _scored(self, parts: Sequence[Tensor], scorer: Scorer) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and maps (B, H, W), minus infinity outside, of what a spool gives."""
+        roi, n_members = self._whole.roi, self._n_members
+        if roi is None:
+            return scorer.score(parts)
+        of_images = parts[n_members:]
+        own = (of_images[0] != 0) & (roi != 0).to(of_images[0].device) if of_images else None
+        found, maps = scorer.score([x.nan_to_num(0.0) for x in parts[:n_members]], own)
+        return found, maps.masked_fill(maps.isnan(), -torch.inf)
 
     def _without(self, fold: int, whole: Learned, device: torch.device) -> Scorer:
         """What scores images as a model of all other folds."""
@@ -144,7 +163,8 @@ class CrossCalibration:
             others.merge(fit)
         for member, learned in zip(others.members, whole.members, strict=True):
             member.follow(learned)
-        return Scorer(self._networks, others.finalize(last=True), self._settings)
+        found = others.finalize(last=True).to(device)  # its region, too
+        return Scorer(self._networks, found, self._settings)
 
 
 def check_folds(settings: Settings, images: ImageSource, checkpoint: Checkpoint | None) -> None:
@@ -192,7 +212,7 @@ class _Spool:
         self._file.close()
 
     def put(self, parts: Sequence[Tensor]) -> None:
-        """Keep a batch, of each member (B, h, w, D) float32."""
+        """Keep a batch: float32 tensors (B, ...), the first of them on the device of all."""
         self._shapes = [x.shape[1:] for x in parts]
         self.device = parts[0].device
         with naming(tempfile.gettempdir()):

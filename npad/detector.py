@@ -22,9 +22,10 @@ from npad.checkpoint import Checkpoint
 from npad.cross_calibration import CrossCalibration, check_folds
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.features.weights import places
-from npad.fitting import Embed, Fit, fit_images
+from npad.fitting import Embed, Fit, fit_images, tell_of_borrowed
 from npad.images import ImageSource, Reading
 from npad.images.depth import Range, least_depth
+from npad.images.roi import RegionsOfInterest, region_of_model
 from npad.kept_statistics import (
     expected_in_file,
     in_file,
@@ -35,12 +36,13 @@ from npad.kept_statistics import (
     to_merge,
 )
 from npad.learned import MEANINGS, Learned, LearnedMember, Standardization
-from npad.members import members_of
+from npad.members import Member, members_of
 from npad.model_file import ModelFileError
 from npad.nominal_methods import METHODS
 from npad.nominal_scores import NominalScores
 from npad.old_models import upgraded
 from npad.ops import _cuda
+from npad.roi import blanked
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.decisions import Decider, Groups, NotCalibratedError, Thresholds, decide_by
 from npad.scoring.nominal import score_nominal
@@ -93,6 +95,8 @@ class NPad:
     fingerprints_: tuple[str, ...]
     standardization_: dict[str, Standardization] | None
     calibration_: NominalScores | None
+    roi_color_: tuple[float, float, float] | None
+    roi_: Tensor | None
     skipped_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
@@ -108,6 +112,8 @@ class NPad:
         map_layers: Sequence[int] | None = None,
         gaussians: str = "per_layer",
         image_size: int | tuple[int, int] | None = None,
+        roi: Any = None,
+        rois: str | None = None,
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
         weights: str | Path | Sequence[str | Path | None] | None = None,
@@ -138,6 +144,8 @@ class NPad:
         self.map_layers = map_layers
         self.gaussians = gaussians
         self.image_size = image_size
+        self.roi = roi
+        self.rois = rois
         self.bit_depth = bit_depth
         self.max_pixels = max_pixels
         self.weights = weights
@@ -197,8 +205,8 @@ class NPad:
         """The arguments that a model file keeps, checked, as JSON types.
 
         All but ``device``, ``max_pixels`` and ``progress``, which belong to the machine and not to the
-        model. For a fitted model, the ones that it was fitted with, where a change has no effect before
-        the next fit.
+        model, and ``roi``, of which it keeps the mask. For a fitted model, the ones that it was fitted
+        with, where a change has no effect before the next fit.
 
         Raises
         ------
@@ -251,6 +259,7 @@ class NPad:
         source: Any,
         *,
         skip_bad: bool = False,
+        rois: Sequence[Any] | None = None,
         statistics: bool = True,
         checkpoint: str | Path | None = None,
         every: int = CHECKPOINT_EVERY,
@@ -262,6 +271,8 @@ class NPad:
         source : folder, list of paths, (N, H, W, C) or (N, C, H, W) array or tensor, DataLoader, or
             any iterable of batches
         skip_bad : go on after a file that cannot be read and list it in ``skipped_``
+        rois : the region of interest of each image, in place of the argument ``rois``: the path of a
+            mask, an (H, W) array of bool or uint8, or None for the whole image
         statistics : keep what ``partial_fit``, ``merge`` and ``save(statistics=True)`` need, several
             times the bytes of the model; False lets go of it
         checkpoint : a file into which the fit is written on its way. If it is there, the fit goes on
@@ -291,7 +302,7 @@ class NPad:
         -----
         UserWarning
             Most images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every
-            pixel of an image is equal.
+            pixel of an image is equal; positions of a grid have too few images for their own window.
         """
         settings = Settings(**self.get_params())
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
@@ -305,8 +316,11 @@ class NPad:
             for network in networks:
                 network.grid(extent, before=settings.size)  # told before the work
             _check_features(settings, networks)
-            images = _open(source, settings, device, skip_bad)
-            fit, start, write = Fit(settings, members_of(settings, networks)), 0, None
+            members = members_of(settings, networks)
+            regions = _rois_to_fit(settings, members, networks, extent, rois)
+            images = _open(source, settings, device, skip_bad, regions=regions)
+            where = () if regions is None else (regions.roi, regions.extent)
+            fit, start, write = Fit(settings, members, *where), 0, None
             if file is not None:
                 fit, start = file.begin(fit, images, [network.identity for network in networks])
                 write = file.write
@@ -320,22 +334,27 @@ class NPad:
                     fit_images(fit, embed, images, also=folds.update)
                     learned = fit.finalize(last=not statistics)
                     learned = replace(learned, calibration=folds.finish(learned))
+        tell_of_borrowed(learned, "NPad.fit")
         _tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         return self
 
-    def partial_fit(self, source: Any, *, skip_bad: bool = False) -> NPad:
+    def partial_fit(
+        self, source: Any, *, skip_bad: bool = False, rois: Sequence[Any] | None = None
+    ) -> NPad:
         """Fit on more defect-free images: those before are neither forgotten nor read again.
 
         The Gaussians are those of one fit of all images, bit for bit where these came in the same order
         and batches, and so are ``eps`` and ``window``. The nominal set is composed: chosen from its
         centroids so far and those of the new images; no embedding is farther from it than the
-        ``radius`` of its member. A number of ``n_features`` keeps the axes of the first images.
+        ``radius`` of its member. A number of ``n_features`` keeps the axes of the first images, and a
+        region of interest the colour outside.
 
         Parameters
         ----------
         source, skip_bad : as for ``fit``
+        rois : as for ``predict``
 
         Returns
         -------
@@ -356,19 +375,21 @@ class NPad:
             As for ``fit``; an image had been fitted before; the model was calibrated.
         """
         if not self._is_fitted:
-            return self.fit(source, skip_bad=skip_bad)
+            return self.fit(source, skip_bad=skip_bad, rois=rois)
         before = required(self._statistics, "NPad.partial_fit")
         settings = self._settings()
         device = devices.resolve(settings.device)
         with devices.explained("NPad.partial_fit", device), devices.plain(device):
             networks = self._own_networks(settings, device, fitting=True)
-            images = _open(source, settings, device, skip_bad)
+            regions = self._rois_of(settings, device, rois)
+            images = _open(source, settings, device, skip_bad, regions=regions)
             fit = before.copied(device, progress=settings.progress)
             fit_images(
                 fit, _embed_all(fit, networks, extent_of(networks, settings), device), images
             )
             learned = fit.finalize()
         _tell_of_depth(images, settings)
+        tell_of_borrowed(learned, "NPad.partial_fit")
         tell_of_repeats(fit, before.n_images, "NPad.partial_fit")
         tell_of_calibrations("NPad.partial_fit", [self.calibration_])
         self._adopt(self.settings_, learned, networks, fit)
@@ -398,7 +419,8 @@ class NPad:
             Something else than models.
         ValueError
             A model has no statistics, or is this one; its backbone, image size or another setting of a
-            fit differs, and is named. The model is then what it was.
+            fit differs, and is named; another region of interest, or another colour outside it. The
+            model is then what it was.
         RuntimeError
             A model is not fitted.
         MemoryError
@@ -407,7 +429,8 @@ class NPad:
         Warns
         -----
         UserWarning
-            An image was fitted by several of the models; one of them was calibrated.
+            An image was fitted by several of the models; one of them was calibrated; positions as for
+            ``fit``.
         """
         self._check_fitted()
         own = required(self._statistics, "NPad.merge")
@@ -436,6 +459,7 @@ class NPad:
             if fit is None:
                 raise ValueError("NPad.merge: other holds no model; give one or more")
             learned = fit.finalize()
+        tell_of_borrowed(learned, "NPad.merge")
         tell_of_calibrations("NPad.merge", calibrations)
         self._adopt(self.settings_, learned, networks, fit)
         self.skipped_ = skipped
@@ -507,8 +531,9 @@ class NPad:
         Returns
         -------
         (N, h, w, C) float32, on the device: ``layers`` of each backbone, one after another on the
-        grid of the first. A fitted model reduces them to the axes of its nominal sets, where these
-        have axes; otherwise all channels are kept, whatever ``n_features``.
+        grid of the first. A fitted model fills what is outside its region of interest, as it does to
+        score, and reduces them to the axes of its nominal sets, where these have axes; otherwise all
+        channels are kept, whatever ``n_features``.
 
         Raises
         ------
@@ -547,13 +572,14 @@ class NPad:
             return (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0],)
 
         embed = embedder(networks, extent, combine, device, "NPad.embed")
-        images = _open(source, settings, device, skip_bad, fitted=Range())
+        regions = self._rois_of(settings, device, None) if self._is_fitted else None
+        images = _open(source, settings, device, skip_bad, fitted=Range(), regions=regions)
 
         def batches() -> Iterator[Tensor]:
             with closing(images.batches()) as opened:
                 for batch in opened:
                     with devices.explained("NPad.embed", device):
-                        (x,) = embed(batch.images)
+                        (x,) = embed(self._looked_at(batch.images))
                     yield x
 
         return batches()
@@ -569,6 +595,7 @@ class NPad:
         map_size: MapSize = "image",
         keep_images: bool = False,
         groups: Groups | None = None,
+        rois: Sequence[Any] | None = None,
     ) -> Prediction:
         """Score images; see ``fit`` for the sources and ``predict_batches`` for endless ones.
 
@@ -580,6 +607,7 @@ class NPad:
         keep_images : also return the images as they were decoded
         groups : of a model that was calibrated in groups, that of the images: one of all of them, or a
             list of one for each
+        rois : as for ``fit``; the model must have been fitted with a region of interest
 
         Raises
         ------
@@ -591,7 +619,12 @@ class NPad:
             As for ``predict_batches``.
         """
         parts = self.predict_batches(
-            source, skip_bad=skip_bad, map_size=map_size, keep_images=keep_images, groups=groups
+            source,
+            skip_bad=skip_bad,
+            map_size=map_size,
+            keep_images=keep_images,
+            groups=groups,
+            rois=rois,
         )
         return Prediction.joined(list(parts))
 
@@ -603,6 +636,7 @@ class NPad:
         map_size: MapSize = "image",
         keep_images: bool = False,
         groups: Groups | None = None,
+        rois: Sequence[Any] | None = None,
     ) -> Iterator[Prediction]:
         """Score images batch by batch, in memory that does not grow with their number.
 
@@ -611,7 +645,7 @@ class NPad:
 
         Parameters
         ----------
-        source, skip_bad, map_size, keep_images, groups : as for ``predict``
+        source, skip_bad, map_size, keep_images, groups, rois : as for ``predict``
 
         Raises
         ------
@@ -628,10 +662,14 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = self._to_score(source, settings, device, skip_bad, keep_images)
+        images = self._to_score(source, settings, device, skip_bad, keep_images, rois)
         decide = decide_by(self.calibration_, settings, groups, images.n_images)
-        run = Run(self._on_device(settings, device), device, map_size)
+        run = self._run(settings, device, map_size)
         return predictions(run, images, settings.progress, decide)
+
+    def _run(self, settings: Settings, device: torch.device, map_size: MapSize) -> Run:
+        in_part = self.roi_ is not None
+        return Run(self._on_device(settings, device), device, map_size, in_part=in_part)
 
     def _to_score(
         self,
@@ -640,21 +678,56 @@ class NPad:
         device: torch.device,
         skip_bad: bool,
         keep_images: bool = False,
+        rois: Sequence[Any] | None = None,
     ) -> ImageSource:
-        depth = Range(self.darkest_, self.n_bits_)
-        return _open(source, settings, device, skip_bad, fitted=depth, keep_pixels=keep_images)
+        return _open(
+            source,
+            settings,
+            device,
+            skip_bad,
+            fitted=Range(self.darkest_, self.n_bits_),
+            keep_pixels=keep_images,
+            regions=self._rois_of(settings, device, rois),
+        )
+
+    def _rois_of(
+        self, settings: Settings, device: torch.device, rois: Sequence[Any] | None
+    ) -> RegionsOfInterest | None:
+        """Those of the images to be scored, where they have such."""
+        own = settings.rois if rois is None else rois
+        if own is None:
+            return None
+        if self.roi_ is None:
+            raise ValueError(
+                "NPad: rois must be left out of a model that was fitted without a region of interest; "
+                "fit with roi or rois, with roi=(0, 0, 1, 1) where all of it matters"
+            )
+        extent = extent_of(self._own_networks(settings, device), settings, self._learned())
+        grids = [member.grid for member in self.members_]
+        return RegionsOfInterest(
+            self.roi_.cpu(), own, grids=grids, extent=extent, max_pixels=settings.max_pixels
+        )
+
+    def _looked_at(self, images: Tensor) -> Tensor:
+        """Images on the CPU as the backbone of this model sees them."""
+        if not self._is_fitted or self.roi_ is None or self.roi_color_ is None:
+            return images
+        images, _ = blanked(images, self.roi_.cpu(), torch.tensor(self.roi_color_, device="cpu"))
+        return images
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
 
         Parameters
         ----------
-        images : (B, 3, H, W) float32 in [0, 1] on ``device``, (H, W) = ``image_size``
+        images : (B, 3, H, W) float32 in [0, 1] on ``device``, (H, W) = ``image_size``; for a model with
+            a region of interest also (B, 4, H, W), the fourth channel 1 inside the image's own region
+            and 0 outside
 
         Returns
         -------
         scores : (B,) float32
-        maps : (B, H, W) float32, at the model's size; both on the device
+        maps : (B, H, W) float32, at the model's size, NaN outside; both on the device
 
         Raises
         ------
@@ -673,7 +746,10 @@ class NPad:
         height, width = settings.size
         if images.dtype != torch.float32:
             raise TypeError(f"NPad.score: images must be float32 in [0, 1], got {images.dtype}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+        channels = (3,) if self.roi_ is None else (3, 4)
+        if images.ndim != 4 or tuple(images.shape[1:]) not in [
+            (c, height, width) for c in channels
+        ]:
             raise ValueError(
                 f"NPad.score: images must have shape (B, 3, H, W) = (B, 3, {height}, {width}), "
                 f"got {tuple(images.shape)}"
@@ -692,7 +768,12 @@ class NPad:
     # Calibrate.
 
     def calibrate(
-        self, source: Any, *, groups: Groups | None = None, skip_bad: bool = False
+        self,
+        source: Any,
+        *,
+        groups: Groups | None = None,
+        skip_bad: bool = False,
+        rois: Sequence[Any] | None = None,
     ) -> NPad:
         """Choose thresholds by nominal images that the model was not fitted on.
 
@@ -703,7 +784,7 @@ class NPad:
 
         Parameters
         ----------
-        source, skip_bad : as for ``fit``
+        source, skip_bad, rois : as for ``fit``
         groups : lots, cameras or shifts, each with thresholds of its own: a text or int for all of the
             images, or a list of one for each; predictions are then told the group, too
 
@@ -733,8 +814,8 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        images = self._to_score(source, settings, device, skip_bad)
-        run = Run(self._on_device(settings, device), device, "model")
+        images = self._to_score(source, settings, device, skip_bad, rois=rois)
+        run = self._run(settings, device, "model")
         fitted = frozenset(self.fingerprints_)
         self.calibration_ = score_nominal(run, images, settings, groups, fitted)
         return self
@@ -880,8 +961,8 @@ class NPad:
                 {key: str(one[key]) for key in ("name", "weights_hash")}
                 for one in header["backbones"]
             ]
-            settings.size  # noqa: B018  (a model knows it)
-            expected = _expected(settings, learned, header["members"]) | expected_in_file(header)
+            expected = learned.expected(settings, header["members"])
+            expected |= expected_in_file(header)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
@@ -892,6 +973,8 @@ class NPad:
         statistics = of_model_file(path, header, tensors, progress=progress)
         if weights is not None:
             given["weights"] = weights
+        if "roi" in tensors:
+            given["roi"] = tensors["roi"].numpy().copy()  # for another fit
         model, settings = cls(**given), Settings(**given)
         networks, settings = model._networks_of_file(
             path, settings, found, fitted, searched=weights is None
@@ -1053,7 +1136,7 @@ class NPad:
         tensors = learned.tensors().values()
         if device is not None and any(tensor.device != device for tensor in tensors):
             learned = learned.to(device)
-            self.members_ = learned.members
+            vars(self).update({f"{name}_": value for name, value in vars(learned).items()})
             self._scoring = self._graphs = None
         return learned
 
@@ -1140,6 +1223,7 @@ def _open(
     *,
     fitted: Range | None = None,
     keep_pixels: bool = False,
+    regions: RegionsOfInterest | None = None,
 ) -> ImageSource:
     return ImageSource(
         source,
@@ -1150,6 +1234,30 @@ def _open(
         reading=Reading(settings.bit_depth, settings.max_pixels),
         fitted=fitted,
         keep_pixels=keep_pixels,
+        regions=regions,
+    )
+
+
+def _rois_to_fit(
+    settings: Settings,
+    members: Sequence[Member],
+    networks: Sequence[Backbone],
+    extent: tuple[int, int],
+    rois: Sequence[Any] | None,
+) -> RegionsOfInterest | None:
+    """The regions of a fit, where there are such."""
+    own = settings.rois if rois is None else rois
+    if own is None and settings.roi is None:
+        return None
+    region, drawn_at = region_of_model(settings.roi, settings.size, settings.max_pixels)
+    grids = [_grid(member, networks[member.network], extent) for member in members]
+    return RegionsOfInterest(
+        region,
+        own,
+        grids=grids,
+        extent=extent,
+        drawn_at=drawn_at,
+        max_pixels=settings.max_pixels,
     )
 
 
@@ -1182,17 +1290,6 @@ def _check_features(settings: Settings, networks: Sequence[Backbone]) -> None:
             )
 
 
-def _expected(
-    settings: Settings, learned: Learned, members: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a model file, by what its header says of the members."""
-    return {
-        f"{i}.{name}": what
-        for i, (member, values) in enumerate(zip(learned.members, members, strict=True))
-        for name, what in member.expected(settings, int(values["n_centroids"] or 0)).items()
-    }
-
-
 def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
     """What is wrong with a backbone for a model that was fitted on one; None where it is the same."""
     name, digest = fitted["name"], fitted["weights_hash"]
@@ -1202,6 +1299,11 @@ def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
         f"was fitted on {name} with weights {digest[:12]}, but the weights given are "
         f"{network.name} {network.weights_hash[:12]}; give the same file with weights="
     )
+
+
+def _grid(member: Member, network: Backbone, extent: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the embeddings of a member."""
+    return network.grid(extent, member.levels[0] if member.own_grid else None)
 
 
 def _other_embedding(
@@ -1216,7 +1318,7 @@ def _other_embedding(
     if not levels or not {*levels} <= network.level_channels.keys():
         return f"has a member of levels {member.levels}, which its backbone does not give"
     *parts, channels = accumulate(network.level_channels[level] for level in levels)
-    grid = network.grid(extent, levels[0] if member.own_grid else None)
+    grid = _grid(member, network, extent)
     known = learned.channels if levels == member.levels else member.prefix
     if (grid, channels) != (learned.grid, known):
         return (

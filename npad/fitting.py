@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import tee
@@ -17,10 +18,19 @@ from npad.images.source import ImageSource
 from npad.learned import Expected, Learned, Standardization
 from npad.member_fit import AXES_IMAGES, MemberFit, under
 from npad.members import Member
+from npad.roi import blanked, covered, marked, mean_color, nearest_covered, spread
 from npad.scoring.fusion import joined
 from npad.settings import OF_A_FIT, Settings
 
-__all__ = ["AXES_IMAGES", "MIN_IMAGES", "Fit", "axes_sample", "fit_images"]
+__all__ = [
+    "AXES_IMAGES",
+    "MIN_IMAGES",
+    "Embed",
+    "Fit",
+    "axes_sample",
+    "fit_images",
+    "tell_of_borrowed",
+]
 
 MIN_IMAGES: Final = 2
 
@@ -34,6 +44,8 @@ class Fit:
     ----------
     settings : how to fit
     members : of the model
+    roi : (H, W) uint8, the region of interest at the model's size, on the CPU; None: the whole image
+    extent : pixels (height, width) that the grids cover; None: those of the region
 
     Attributes
     ----------
@@ -43,15 +55,26 @@ class Fit:
         the largest value of these
     fingerprints : of each image, in their order; of embeddings there are none
     members : a `MemberFit` for each
+    fill : (3,) float32, what the backbone sees outside of regions; None until `choose_fill`, or where
+        there are none
     """
 
-    def __init__(self, settings: Settings, members: Sequence[Member]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        members: Sequence[Member],
+        roi: Tensor | None = None,
+        extent: tuple[int, int] | None = None,
+    ) -> None:
         self.settings = settings
         self.n_images = 0
         self.darkest = 1.0
         self.fingerprints: list[str] = []
         self.undeclared = 0, 0
-        self.members = [MemberFit(settings, member) for member in members]
+        self.roi = roi
+        self.extent = extent
+        self.fill: Tensor | None = None
+        self.members = [MemberFit(settings, member, roi, extent) for member in members]
 
     def update(
         self,
@@ -63,9 +86,10 @@ class Fit:
 
         Parameters
         ----------
-        embeddings : for each member, (B, h, w, D) float32, as the backbone gives them, on the device
-            where the statistics are to be
-        images : (B, 3, H, W) float32 in [0, 1], from which they are, if these are known
+        embeddings : for each member, (B, h, w, D) float32, as the backbone gives them, or as `embed`
+            does where there is a region, on the device where the statistics are to be
+        images : (B, 3, H, W) float32 in [0, 1], from which they are, if these are known; with a fourth
+            channel as in `npad.images.Batch`
         undeclared : the largest value, as it is stored, of each image of 16 bits that does not say how
             many of them the camera fills
 
@@ -85,12 +109,38 @@ class Fit:
         n = len(embeddings[0])
         self.n_images += n
         if n:
-            self.darkest = min(self.darkest, 0.0 if images is None else _darkest(images))
+            self.darkest = min(self.darkest, 0.0 if images is None else _darkest(images[:, :3]))
         if images is not None:
-            self.fingerprints += fingerprints(images)
+            self.fingerprints += fingerprints(images[:, :3])
         n_undeclared, largest = self.undeclared
         self.undeclared = n_undeclared + len(undeclared), max([largest, *undeclared])
         return self
+
+    def choose_fill(self, batches: Iterable[Tensor]) -> None:
+        """Choose, by images that `update` gets as well, what the backbone sees outside of regions."""
+        assert self.roi is not None
+        self.fill = mean_color(batches, self.roi)
+
+    def embed(self, embed: Embed, images: Tensor) -> Sequence[Tensor]:
+        """Embeddings of images for each member, NaN at positions that their region does not cover.
+
+        Parameters
+        ----------
+        embed : images (B, 3, H, W) -> for each member, embeddings (B, h, w, D)
+        images : as for `update`; where no `choose_fill` came before, these choose
+        """
+        if self.roi is None:
+            return embed(images)
+        if self.fill is None:
+            self.choose_fill([images])
+        assert self.fill is not None
+        images, inside = blanked(images, self.roi, self.fill)
+        inside = self.roi[None] != 0 if inside is None else inside
+        extent = self.extent or (self.roi.shape[0], self.roi.shape[1])
+        return [
+            marked(x, covered(inside, (x.shape[1], x.shape[2]), extent).to(x.device))
+            for x in embed(images)
+        ]
 
     def choose_axes(self, sample: Iterable[Sequence[Tensor]]) -> None:
         """Choose the principal axes now, by embeddings that `update` gets as well.
@@ -112,6 +162,15 @@ class Fit:
         """Whether axes can still be chosen before the first image."""
         chosen = any(member.projection is not None for member in self.members)
         return self.settings.chooses_axes and self.n_images == 0 and not chosen
+
+    @property
+    def needs_fill(self) -> bool:
+        """Whether what stands outside of regions is still to be chosen."""
+        return self.roi is not None and self.fill is None
+
+    def looks_where(self, other: Fit) -> bool:
+        """Whether both have one region of interest, or none."""
+        return _equal(self.roi, other.roi)
 
     def merge(self, other: Fit) -> Fit:
         """Add what another fit of the same settings and members has seen; that one stays.
@@ -136,6 +195,17 @@ class Fit:
                 f"NPad.merge: the fits have different settings: {'; '.join(differences)}; merge fits "
                 "of the same"
             )
+        if not self.looks_where(other):
+            raise ValueError(
+                "NPad.merge: the fits have different regions of interest; merge fits of the same"
+            )
+        either = self.fill is None or other.fill is None  # has seen no image
+        if not (either or _equal(self.fill, other.fill)):
+            raise ValueError(
+                "NPad.merge: the fits see different colours outside of their region of interest, each "
+                "the mean of its own images, so that their embeddings do not compare; add the other "
+                "images with partial_fit, which keeps the colour"
+            )
         if [fit.member for fit in other.members] != [fit.member for fit in self.members]:
             raise ValueError("NPad.merge: the fits have different members; merge fits of the same")
         pairs = list(zip(self.members, other.members, strict=True))
@@ -148,6 +218,7 @@ class Fit:
         self.fingerprints += other.fingerprints
         (n, largest), (others_n, others_largest) = self.undeclared, other.undeclared
         self.undeclared = n + others_n, max(largest, others_largest)
+        self.fill = other.fill if self.fill is None else self.fill
         return self
 
     def finalize(self, *, last: bool = False) -> Learned:
@@ -183,7 +254,9 @@ class Fit:
             n_bits=self._n_bits,
             filled=True,
             fingerprints=tuple(self.fingerprints),
-            standardization=_standardization(held_out),
+            standardization=_standardization(held_out, inside=self.roi is not None),
+            roi_color=None if self.fill is None else _three(self.fill),
+            roi=None if self.fill is None else self.roi,
         )
 
     @property
@@ -219,8 +292,8 @@ class Fit:
 
     def to(self, device: torch.device) -> Fit:
         """Give this one, or a copy if its statistics live elsewhere."""
-        there = all(tensor.device == device for tensor in self.state()[1].values())
-        return self if there else self.copied(device)
+        found = (tensor for member in self.members for tensor in member.state()[1].values())
+        return self if all(tensor.device == device for tensor in found) else self.copied(device)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that the fit is, as JSON types and tensors; `npad.model_file.write_model` takes both.
@@ -234,11 +307,16 @@ class Fit:
             "darkest": self.darkest,
             "fingerprints": [*self.fingerprints],
             "undeclared": [*self.undeclared],
+            "roi": self.roi is not None,
+            "extent": self.extent,
+            "fill": None if self.fill is None else _three(self.fill),
             "members": [values for values, _ in states],
         }
         tensors = {
             f"{i}.{name}": x for i, (_, found) in enumerate(states) for name, x in found.items()
         }
+        if self.roi is not None:
+            tensors["roi"] = self.roi
         return values, tensors
 
     @classmethod
@@ -255,11 +333,14 @@ class Fit:
             As KeyError.
         """
         settings = Settings(**values["settings"])
-        return {
+        found: Expected = {
             f"{i}.{name}": what
             for i, member in enumerate(values["members"])
             for name, what in MemberFit.expected(settings, member).items()
         }
+        if values["roi"]:
+            found["roi"] = torch.uint8, settings.size
+        return found
 
     @classmethod
     def from_state(
@@ -284,6 +365,7 @@ class Fit:
             As KeyError.
         """
         fit = cls(Settings(**{**values["settings"], **changed}), ())
+        fit._take_region(values, tensors)
         fit.n_images = int(values["n_images"])
         if fit.n_images < 0:
             raise ValueError(f"n_images is {fit.n_images}")
@@ -291,11 +373,31 @@ class Fit:
         fit.fingerprints = [*map(str, values["fingerprints"])]
         n, largest = map(int, values["undeclared"])
         fit.undeclared = n, largest
+        if fit.n_images and fit.needs_fill:
+            raise ValueError("fill is None")
         fit.members = [
-            MemberFit.from_state(fit.settings, member, under(str(i), tensors))
+            MemberFit.from_state(fit.settings, member, under(str(i), tensors), fit.roi, fit.extent)
             for i, member in enumerate(values["members"])
         ]
         return fit
+
+    def _take_region(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Look where the fit did whose state this is."""
+        if not values["roi"]:
+            return
+        self.roi = tensors["roi"].cpu()
+        if not bool(self.roi.any()):
+            raise ValueError("roi is empty")
+        if values["extent"] is not None:
+            height, width = map(int, values["extent"])
+            if height < self.roi.shape[0] or width < self.roi.shape[1]:
+                raise ValueError(f"extent is {values['extent']!r}")
+            self.extent = height, width
+        if values["fill"] is not None:
+            fill = torch.tensor(values["fill"], dtype=torch.float32, device="cpu")
+            if fill.shape != (3,) or not bool(((fill >= 0) & (fill <= 1)).all()):
+                raise ValueError(f"fill is {values['fill']!r}")
+            self.fill = fill
 
 
 def axes_sample(n_images: int, seed: int) -> list[int]:
@@ -312,9 +414,9 @@ def fit_images(
     images: ImageSource,
     start: int = 0,
     after: Callable[[Fit, int], None] | None = None,
-    also: Callable[[Sequence[Tensor]], None] | None = None,
+    also: Callable[[Sequence[Tensor], Tensor], None] | None = None,
 ) -> None:
-    """One pass over the images, and a look at some of them before, where axes are to be chosen.
+    """One pass over the images, and a look at some of them before, where something is to be chosen.
 
     Parameters
     ----------
@@ -322,13 +424,18 @@ def fit_images(
     embed : images (B, 3, H, W) -> for each member, embeddings (B, h, w, D)
     images : where they come from
     start : position of the first that is not fitted yet
-    after : called, once axes are chosen and after each batch, with the position of the next image
-    also : gets the embeddings of each batch after the fit has
+    after : called, once all is chosen and after each batch, with the position of the next image
+    also : gets each batch after the fit has: embeddings, as `Fit.embed` gives them, and images
     """
     n_images = images.n_images if images.random_access else None
-    if fit.needs_axes and n_images is not None:
-        with closing(images.batches(axes_sample(n_images, fit.settings.seed))) as batches:
-            fit.choose_axes(embed(batch.images) for batch in batches)
+    if n_images is not None:
+        sample = axes_sample(n_images, fit.settings.seed)
+        if fit.needs_fill:
+            with closing(images.batches(sample)) as batches:
+                fit.choose_fill(batch.images for batch in batches)
+        if fit.needs_axes:
+            with closing(images.batches(sample)) as batches:
+                fit.choose_axes(fit.embed(embed, batch.images) for batch in batches)
     if after is not None:
         after(fit, start)
     left = None if n_images is None else range(start, n_images)
@@ -341,22 +448,43 @@ def fit_images(
         advance(start)
         for batch in batches:
             undeclared = [images.undeclared[i] for i in batch.indices if i in images.undeclared]
-            embeddings = embed(batch.images)
+            embeddings = fit.embed(embed, batch.images)
             fit.update(embeddings, batch.images, undeclared)
             if also is not None:
-                also(embeddings)
+                also(embeddings, batch.images)
             advance(len(batch.images))
             if after is not None:
                 after(fit, batch.indices[-1] + 1)
 
 
+def tell_of_borrowed(learned: Learned, call: str) -> None:
+    """Warn where positions have too few images of their own."""
+    for member in learned.members:
+        if member.borrowed:
+            height, width = member.grid
+            warnings.warn(
+                f"{call}: at {member.borrowed} of {height * width} positions of the {height} x "
+                f"{width} grid too few images are looked at for their own window: they have a wider "
+                "one; give larger regions of interest, or more images that show these places",
+                stacklevel=3,
+            )
+
+
 def _standardization(
-    held_out: Sequence[tuple[Member, Mapping[str, Tensor]]],
+    held_out: Sequence[tuple[Member, Mapping[str, Tensor]]], *, inside: bool
 ) -> dict[str, Standardization] | None:
-    """Of the distances of the images held out; all members have held out the same."""
+    """Of the distances of the images held out; all members have held out the same.
+
+    Parameters
+    ----------
+    inside : whether there is a region, where the distances are NaN outside
+    """
     if not held_out:
         return None
-    moments = {kind: Standardization.of(x) for kind, x in joined(held_out).items()}
+    if inside:
+        moments = _moments_inside(held_out)
+    else:
+        moments = {kind: Standardization.of(x) for kind, x in joined(held_out).items()}
     if not all(of_kind.std > 0 for of_kind in moments.values()):
         raise ValueError(
             "NPad.fit: fusion='sum' divides by the spread of both distances of the images held out, "
@@ -364,6 +492,37 @@ def _standardization(
             "fusion='product'"
         )
     return moments
+
+
+def _moments_inside(
+    found: Sequence[tuple[Member, Mapping[str, Tensor]]],
+) -> dict[str, Standardization]:
+    """Moments of distances that are NaN where an image does not count, as scoring joins them."""
+    inside = {tuple(d.shape[1:]): ~d.isnan() for _, distances in found for d in distances.values()}
+    whole = [
+        (
+            member,
+            {
+                kind: spread(d.nan_to_num(0.0), nearest_covered(~d.isnan()))
+                for kind, d in distances.items()
+            },
+        )
+        for member, distances in found
+    ]
+    return {
+        kind: Standardization.of(x[inside[tuple(x.shape[1:])]]) for kind, x in joined(whole).items()
+    }
+
+
+def _three(color: Tensor) -> tuple[float, float, float]:
+    red, green, blue = color.tolist()
+    return red, green, blue
+
+
+def _equal(own: Tensor | None, others: Tensor | None) -> bool:
+    if own is None or others is None:
+        return own is others
+    return torch.equal(own, others)
 
 
 def _darkest(images: Tensor) -> float:

@@ -89,6 +89,8 @@ def of_model_file(
         fit = of_file(header, tensors, **changed)
         if fit.n_images != header["n_images"]:
             raise ValueError(f"they are of {fit.n_images} images, it of {header['n_images']}")
+        if header[_NAME]["fill"] != header.get("roi_color"):
+            raise ValueError("they fill what is outside of a region in another colour")
     except (KeyError, TypeError, ValueError) as error:
         problem = (
             f"has statistics that this npad cannot use ({error!r}); fit and save the model again"

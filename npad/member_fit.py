@@ -17,6 +17,7 @@ from npad.features.projection import leading_axes, principal_axes
 from npad.learned import Expected, LearnedMember
 from npad.members import Member
 from npad.ops.axes import random_axes
+from npad.roi import covered, is_known
 from npad.scoring.scorer import distances, reduce
 from npad.settings import KEPT_VARIANCE, MOST_FEATURES, Settings
 from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_images
@@ -35,6 +36,9 @@ class MemberFit:
     ----------
     settings : how to fit
     member : which statistics
+    roi : (H, W) uint8, the region of interest, at the model's size; None: the whole image. With one,
+        embeddings are NaN at positions where their image does not count.
+    extent : pixels (height, width) that the grid covers; None: those of the region
 
     Attributes
     ----------
@@ -54,9 +58,17 @@ class MemberFit:
     the axes are chosen from them at the end, so that no image is looked at twice.
     """
 
-    def __init__(self, settings: Settings, member: Member) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        member: Member,
+        roi: Tensor | None = None,
+        extent: tuple[int, int] | None = None,
+    ) -> None:
         self.settings = settings
         self.member = member
+        self.roi = roi
+        self.extent = extent
         self.n_images = 0
         self.projection: Tensor | None = None
         self._grid: tuple[int, int] | None = None
@@ -155,7 +167,8 @@ class MemberFit:
         return self._n_features < self._n_channels
 
     def _choose_axes(self, embeddings: Iterable[Tensor]) -> None:
-        self.projection = principal_axes(embeddings, self._n_features)
+        known = (x if self.roi is None else x[is_known(x)] for x in embeddings)
+        self.projection = principal_axes(known, self._n_features)
 
     def _end_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -170,6 +183,7 @@ class MemberFit:
             x = reduce(x, self.projection)
         if self._gaussian is None and self.member.gaussian:
             self._gaussian = self._new_gaussian(x)
+            self._set_region()
         if not self._judges_nominal:
             self._cover(x)
         fitted = self._held_out.take(x)
@@ -179,13 +193,18 @@ class MemberFit:
     def _add(self, x: Tensor) -> None:
         """Fit what is held out no longer, or never was."""
         if self._gaussian is not None:
-            self._gaussian.update(x)
+            self._gaussian.update(x, self._known(x))
         if self._judges_nominal:
             self._cover(x)
 
     def _cover(self, x: Tensor) -> None:
         if self._nominal is not None:
-            self._nominal.update(x[..., : self.member.prefix])
+            known, nominal = self._known(x), x[..., : self.member.prefix]
+            self._nominal.update(nominal if known is None else nominal[known])
+
+    def _known(self, x: Tensor) -> Tensor | None:
+        """(B, h, w) bool, where embeddings count; None: everywhere."""
+        return None if self.roi is None else is_known(x)
 
     def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
@@ -202,6 +221,13 @@ class MemberFit:
         )
         window = self.settings.windows[-1]
         return NeighborhoodGaussian(grid, channels, window=window, device=x.device)
+
+    def _set_region(self) -> None:
+        """Tell the Gaussians where they can be known."""
+        if self._gaussian is not None and self.roi is not None:
+            extent = self.extent or (self.roi.shape[0], self.roi.shape[1])
+            region = covered(self.roi[None] != 0, self._gaussian.grid, extent).flatten()
+            self._gaussian.region = region.to(self._gaussian.mean.device)
 
     @property
     def _chooses(self) -> bool:
@@ -293,7 +319,7 @@ class MemberFit:
         -------
         learned : what a model keeps
         distances : for the fusion "sum", those of the images held out to what was fitted before them,
-            by their names; else None
+            by their names, NaN where an image does not count; else None
 
         Raises
         ------
@@ -358,6 +384,7 @@ class MemberFit:
             window=None if self._gaussian is None else self._gaussian.window,
             n_features=None if axes is None else axes.shape[1],
             radius=self._radius,
+            borrowed=0 if self._gaussian is None else self._gaussian.borrowed,
             projection=axes,
             mean=mean,
             factor=factor,
@@ -390,7 +417,10 @@ class MemberFit:
         window, prefix = self.settings.score_window, self.member.prefix
         if self._gaussian is not None:
             x = reduce(x, self._gaussian.axes)
-        return distances(x, mean, factor, self._centroids(), window, prefix)
+        if self.roi is None:
+            return distances(x, mean, factor, self._centroids(), window, prefix)
+        found = distances(x.nan_to_num(0.0), mean, factor, self._centroids(), window, prefix)
+        return {kind: d.masked_fill(~is_known(x), torch.nan) for kind, d in found.items()}
 
     @property
     def _uses_held_out(self) -> bool:
@@ -492,22 +522,34 @@ class MemberFit:
 
     @classmethod
     def from_state(
-        cls, settings: Settings, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        cls,
+        settings: Settings,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        roi: Tensor | None = None,
+        extent: tuple[int, int] | None = None,
     ) -> MemberFit:
-        """What `state` was taken from; the tensors become those of this one."""
-        fit = cls._of(settings, values)
+        """What `state` was taken from, in a fit of this region; the tensors become its own."""
+        fit = cls._of(settings, values, roi, extent)
         fit.projection = tensors.get("projection")
         fit._waiting = [tensors[f"waiting.{i}"] for i in range(len(values["waiting"]))]
         if "gaussian" in values:
             fit._gaussian = NeighborhoodGaussian(fit._grid or (0, 0), 0)
         for name, part in fit._parts().items():
             part.restore(values[name], under(name, tensors))
+        fit._set_region()
         return fit
 
     @classmethod
-    def _of(cls, settings: Settings, values: Mapping[str, Any]) -> MemberFit:
+    def _of(
+        cls,
+        settings: Settings,
+        values: Mapping[str, Any],
+        roi: Tensor | None = None,
+        extent: tuple[int, int] | None = None,
+    ) -> MemberFit:
         """One that has seen what these of a `state` say, without its statistics."""
-        fit = cls(settings, Member.of(values["member"]))
+        fit = cls(settings, Member.of(values["member"]), roi, extent)
         fit.n_images = int(values["n_images"])
         if values["grid"] is not None:
             height, width = values["grid"]

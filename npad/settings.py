@@ -28,6 +28,7 @@ __all__ = [
     "MAX_PIXELS",
     "OF_A_FIT",
     "Argument",
+    "Drawn",
     "Settings",
     "uses_gaussians",
     "uses_nominal_set",
@@ -153,6 +154,46 @@ def _height_width(value: Any) -> tuple[int, int]:
     return height, width
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A mask in memory, (H, W) of bool or uint8; equal to itself alone, as settings are compared."""
+
+    array: Any
+
+    def __repr__(self) -> str:
+        return f"an array of shape {tuple(self.array.shape)}"
+
+
+_ROI: Final = (
+    "the path of a mask, an (H, W) array of bool or uint8, or a rectangle (top, left, height, width) "
+    "in fractions of the image, from 0 to 1"
+)
+
+
+def _region(value: Any) -> Any:
+    if isinstance(value, Drawn):
+        return value
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return str(os.fspath(value))
+    shape, dtype = getattr(value, "shape", ()), str(getattr(value, "dtype", ""))
+    if len(shape) == 2 and 0 not in shape and re.fullmatch(r"(torch\.)?(bool|uint8)", dtype):
+        return Drawn(value)
+    number = _number(_ROI, lambda n: 0 <= n <= 1)
+    if isinstance(value, (list, tuple)) and len(value) == 4:
+        top, left, height, width = (float(number(x)) for x in value)
+        if height > 0 and width > 0 and max(top + height, left + width) <= 1 + 1e-9:
+            return top, left, height, width
+    raise _UnfitError(_ROI)
+
+
+def _pattern(value: Any) -> str:
+    if isinstance(value, str) and value.count("{}") == 1:
+        return value
+    raise _UnfitError(
+        "a pattern such as '{}_roi.png', in which {} is the name of an image without its suffix"
+    )
+
+
 def _map_levels(value: Any) -> tuple[int, ...]:
     return () if isinstance(value, (list, tuple)) and not value else _levels(value)
 
@@ -266,6 +307,13 @@ def _parse_nominal_set(text: str) -> str | None:
     return None if text == "none" else text
 
 
+def _parse_roi(text: str) -> str | tuple[float, ...]:
+    parts = text.split(",")
+    if Path(text).is_file() or len(parts) != 4:
+        return _parse_file(text)
+    return tuple(map(float, parts))
+
+
 def _parse_file(text: str) -> str:
     if not Path(text).is_file():
         raise FileNotFoundError(f"there is no file {shown(text)}")
@@ -287,7 +335,7 @@ class Argument:
     unset : what None stands for, where it is the default
     check : turns a value into the one to use, or raises `_UnfitError`
     parse : turns a word of the command line into a value; None where there is no option
-    kept : whether a model file holds it
+    kept : whether a model file holds it; of ``roi`` it holds the mask
     live : whether a fitted model heeds a change; what others say is fixed by the fit
     """
 
@@ -376,6 +424,26 @@ class Settings:
         _or_none(_height_width),
         _parse_size,
         unset="256; 224 to 512 for a transformer, by its cost",
+    )
+    roi: Any = _argument(
+        None,
+        "Region of interest of all images: a mask, bright where they are looked at, or a rectangle "
+        "(top, left, height, width) in fractions of the image. Outside nothing is fitted or scored, "
+        "and maps are NaN.",
+        "FILE|T,L,H,W",
+        _or_none(_region),
+        _parse_roi,
+        unset="the whole image",
+        kept=False,
+    )
+    rois: str | None = _argument(
+        None,
+        "Where the region of interest of each image is, as a mask beside it: {} is the name of the "
+        "image without its suffix.",
+        "PATTERN",
+        _or_none(_pattern),
+        unset="images have none of their own",
+        live=True,
     )
     bit_depth: int | None = _argument(
         None,

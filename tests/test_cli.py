@@ -92,6 +92,7 @@ def test_options_reach_the_model(category, tmp_path):
         "--backbone": "filterbank",
         "--layers": "2,3",
         "--image-size": "48x64",
+        "--roi": "0,0,1,0.75",
         "--bit-depth": "12",
         "--max-pixels": "5000",
         "--window": "5",
@@ -138,6 +139,7 @@ def test_options_reach_the_model(category, tmp_path):
         "batch_size": 3,
     }
     assert {key: settings[key] for key in wanted} == wanted
+    assert NPad.load(tmp_path / "m").roi_.float().mean() == 0.75
 
 
 def test_several_backbones(category, tmp_path, weights):

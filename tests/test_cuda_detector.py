@@ -135,3 +135,30 @@ except RuntimeError as error:
     assert done.stdout.startswith("NPad.predict: cuda:0 has failed (")
     assert "start it again" in done.stdout
     assert (tmp_path / "model.npad").read_bytes() == content
+
+
+@pytest.mark.filterwarnings("ignore:NPad.fit. at :UserWarning")
+@pytest.mark.parametrize("own", [False, True])
+def test_a_region_of_interest(own: bool, images: np.ndarray) -> None:
+    """Learned and scored as on the CPU, and nothing outside changes a bit; graphs are replayed."""
+    mask = np.zeros((64, 64), bool)
+    mask[9:50, 12:60] = True
+    rois = [np.roll(mask, i % 4, 1) for i in range(len(images))] if own else None
+    known = {**SMALL, "roi": None if own else mask, "window": 1, "eps": 0.01}
+    on_gpu, on_cpu = (
+        NPad("filterbank", **known, device=device).fit(images, rois=rois)
+        for device in ("cuda", "cpu")
+    )
+    for a, b in zip(on_gpu.members_, on_cpu.members_, strict=True):
+        assert a.borrowed == b.borrowed
+    other = images.copy()
+    shown = np.stack(rois) if rois else np.stack([mask] * len(images))
+    other[~shown] = 255
+    first = on_gpu.predict(images, rois=rois)
+    for source in (images, other, other):
+        again = on_gpu.predict(source, rois=rois)
+        np.testing.assert_array_equal(again.scores, first.scores)
+        np.testing.assert_array_equal(again.maps, first.maps)
+    twin = copy.deepcopy(on_gpu).to("cpu").predict(images, rois=rois)
+    np.testing.assert_allclose(twin.scores, first.scores, rtol=1e-3)
+    assert all((np.isnan(one) == ~of).all() for one, of in zip(first.maps, shown, strict=True))

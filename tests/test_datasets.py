@@ -17,9 +17,9 @@ from npad.evaluation.datasets import (
     refuse_masks,
 )
 from npad.evaluation.folder_names import looks_bad, looks_good
-from npad.evaluation.masks import read_mask
 from npad.images import read_image
 from npad.images.folders import list_images
+from npad.images.masks import read_mask
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from npad.evaluation.datasets import (
     Sample,
     find_categories,
 )
-from npad.evaluation.masks import read_mask, resample_mask
+from npad.images.masks import read_mask, resample_mask
 
 TESTS = [
     *(("good", f"{i:03}", 0, 1) for i in range(5)),

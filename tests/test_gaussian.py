@@ -121,7 +121,7 @@ def test_chosen_eps_with_nearly_dead_channels(dead: int, live: int, n: int, seed
     scale = torch.cat([torch.full((dead,), 1e-3), torch.ones(live)])
     x, held_out = (torch.randn(m, 1, 1, dead + live) * scale for m in (n, 4))
     gaussian = NeighborhoodGaussian((1, 1), dead + live, window=1).update(x)
-    mean, covariance = (a[0].double() for a in gaussian._window(0, 1, 1))
+    mean, covariance = (a[0].double() for a in gaussian._window(0, 1, 1, {}))
     candidates = covariance.diagonal().mean() * torch.logspace(1, -3, 33, dtype=torch.float64)
     normals = (
         torch.distributions.MultivariateNormal(mean, covariance + eps * torch.eye(dead + live))

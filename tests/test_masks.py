@@ -10,8 +10,8 @@ from mask_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, orientation, png, t
 from PIL import Image, ImageDraw, ImageFilter
 from written_files import bmp, bmp_rows, chunk, pnm, xmp
 
-from npad.evaluation.masks import load_mask, read_header, read_mask, resample_mask
 from npad.images import ImageError
+from npad.images.masks import load_mask, read_header, read_mask, resample_mask
 
 SIZE = HEIGHT, WIDTH = 40, 64
 

@@ -249,7 +249,7 @@ def test_perfect_maps_of_any_dtype(dtype):
             lambda: metrics.aupro(np.ones((1, 3, 4)), np.ones((1, 3, 3))),
             r"map 0 has shape \(3, 3\)",
         ),
-        (lambda: metrics.aupro(np.ones((1, 2, 2)), np.full((1, 2, 2), NAN)), "map 0 has values"),
+        (lambda: metrics.aupro(np.ones((1, 2, 2)), np.full((1, 2, 2), np.inf)), "map 0 has values"),
         (
             lambda: metrics.aupro(np.eye(2)[None], np.eye(2)[None], limit=0.0),
             "limit must be above 0",

@@ -55,6 +55,9 @@ REFUSED = [
     ({"image_size": (64, 64, 3)}, "image_size must be a positive int"),
     ({"image_size": (True, 64)}, "image_size must be a positive int"),
     ({"image_size": "64"}, "image_size must be a positive int"),
+    ({"roi": (0, 0, 50, 50)}, r"roi must be the path of a mask, an \(H, W\) array .* in fractions"),
+    ({"roi": np.ones((2, 2))}, "roi must be the path of a mask"),
+    ({"rois": "_roi.png"}, r"rois must be a pattern such as '\{\}_roi.png'"),
     ({"bit_depth": 17}, "bit_depth must be an int from 1 to 16, got 17"),
     ({"bit_depth": 12.0}, "bit_depth must be an int from 1 to 16"),
     ({"max_pixels": 0}, "max_pixels must be an int of at least 1"),
@@ -299,6 +302,7 @@ def test_settings_are_what_a_model_file_keeps(fitted: NPad) -> None:
         "max_pixels",
         "progress",
         "calibration_folds",
+        "roi",
     }
     json.dumps(fitted.settings(), allow_nan=False)
 

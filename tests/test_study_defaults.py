@@ -19,11 +19,11 @@ from torch import Tensor
 
 from npad import NPad
 from npad.evaluation.datasets import Category, find_categories
-from npad.evaluation.masks import read_mask
 from npad.evaluation.measure import evaluate
 from npad.evaluation.metrics import image_metrics, pixel_metrics
 from npad.evaluation.synthetic import make_dataset
 from npad.features.backbone import Backbone
+from npad.images.masks import read_mask
 from npad.settings import Settings
 
 COMMON: dict[str, Any] = {"backbone": "filterbank", "image_size": 64, "progress": False}

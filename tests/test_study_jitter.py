@@ -14,10 +14,10 @@ from PIL import Image
 
 from npad import NPad
 from npad.evaluation.datasets import Category, find_categories
-from npad.evaluation.masks import read_mask
 from npad.evaluation.measure import evaluate
 from npad.evaluation.synthetic import make_dataset
 from npad.features.backbone import Backbone
+from npad.images.masks import read_mask
 
 COMMON: dict[str, Any] = {"backbone": "filterbank", "image_size": 64, "progress": False}
 

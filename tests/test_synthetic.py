@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from npad.evaluation import synthetic
 from npad.evaluation.datasets import find_categories
-from npad.evaluation.masks import read_mask
+from npad.images.masks import read_mask
 
 
 def contents(root):

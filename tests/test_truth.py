@@ -9,10 +9,10 @@ from image_files import make_category, save_image, smooth_pixels
 from mask_files import GREY, RGB, orientation, png
 from PIL import Image, ImageFilter
 
-from npad.evaluation import masks, measure
+from npad.evaluation import measure
 from npad.evaluation.datasets import DatasetError, find_categories
 from npad.evaluation.truth import check_masks, read_truth
-from npad.images import Reading, read_image
+from npad.images import Reading, masks, read_image
 
 HEIGHT, WIDTH = SIZE
 TESTS = [

@@ -134,7 +134,7 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a model on a folder of images without defects."""
-    images = _nominal_images(folder)
+    images = _nominal_images(folder, arguments.get("rois"))
     _check_can_be_written(output)
     if checkpoint is not None:
         _check_can_be_written(checkpoint)
@@ -168,12 +168,13 @@ def _tell_of_model(model: Any, path: Path, quiet: bool) -> None:
             _tell_thresholds(model)
 
 
-def _nominal_images(folder: Path) -> list[Path]:
-    """The images of a folder, in which none seems to show a defect."""
+def _nominal_images(folder: Path, rois: str | None) -> list[Path]:
+    """The images of a folder, in which none seems to show a defect, without their masks."""
     from npad.evaluation.datasets import find_bad, find_good, refuse_masks  # noqa: PLC0415
     from npad.images.folders import find_images  # noqa: PLC0415
+    from npad.images.roi import without_masks  # noqa: PLC0415
 
-    images = find_images(folder)
+    images = without_masks(find_images(folder), rois)
     good = find_good(folder, images)
     if good is not None:
         raise UsageError(
@@ -283,6 +284,7 @@ def shrink(
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")]
 BatchSize = Annotated[Any, model_option("batch_size")]
 MaxPixels = Annotated[Any, model_option("max_pixels")]
+Rois = Annotated[Any, model_option("rois")]
 FalseAlarmRate = Annotated[Any, model_option("false_alarm_rate")]
 Confidence = Annotated[Any, model_option("confidence")]
 Group = Annotated[
@@ -326,6 +328,7 @@ def calibrate(
     device: Device = "cpu",
     batch_size: BatchSize = None,
     max_pixels: MaxPixels = None,
+    rois: Rois = None,
     skip_bad: SkipBad = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -338,12 +341,12 @@ def calibrate(
 
     _set_threads(threads)
     check_device(device)
-    images = [image for path in paths for image in _of_path(path)]
     target = model_file if output is None else output
     _check_can_be_written(target)
     model = NPad.load(model_file, device=device, weights=weights, progress=_progress(quiet))
-    given = {"batch_size": batch_size, "max_pixels": max_pixels}
+    given = {"batch_size": batch_size, "max_pixels": max_pixels, "rois": rois}
     _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
+    images = [image for path in paths for image in _of_path(path, model.rois)]
     groups = _groups(group, group_by_folder, images, paths)
     model.calibrate(images, groups=groups, skip_bad=skip_bad)
     model.save(target, statistics=model.has_statistics)
@@ -368,8 +371,8 @@ def _by_group(thresholds: Any) -> dict[str, float]:
     return {str(group): threshold for group, threshold in groups.items()}
 
 
-def _of_path(path: Path) -> list[Path]:
-    return _nominal_images(path) if path.is_dir() else [path]
+def _of_path(path: Path, rois: str | None) -> list[Path]:
+    return _nominal_images(path, rois) if path.is_dir() else [path]
 
 
 def _groups(
@@ -436,6 +439,7 @@ def predict(
     device: Device = "cpu",
     batch_size: BatchSize = None,
     max_pixels: MaxPixels = None,
+    rois: Rois = None,
     skip_bad: SkipBad = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -447,14 +451,16 @@ def predict(
     """
     from npad.cli.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
     from npad.detector import NPad  # noqa: PLC0415
+    from npad.images.roi import without_masks  # noqa: PLC0415
 
     _set_threads(threads)
     check_device(device)
     progress = _progress(quiet)
     inputs = find_inputs(paths, output)
     model = NPad.load(model_file, device=device, weights=weights, progress=progress)
-    given = {"batch_size": batch_size, "max_pixels": max_pixels}
+    given = {"batch_size": batch_size, "max_pixels": max_pixels, "rois": rois}
     _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
+    inputs = {image: inputs[image] for image in without_masks(inputs, model.rois)}
     decided = model.calibration_ is not None
     if masks and not decided:
         raise UsageError(f"--masks needs thresholds: choose them with npad calibrate {model_file}")
@@ -706,12 +712,22 @@ def check(
 
 @command(app, "npad.environment")
 def info(
+    model_file: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            metavar="[MODEL]",
+            help="A model file, to show what it holds.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show what is in use: versions, kernels, devices."""
+    """Show what is in use: versions, kernels, devices. Or, of a model file, what it holds."""
+    from npad.cli.model_info import model_info  # noqa: PLC0415
     from npad.environment import info as environment  # noqa: PLC0415
 
-    facts = environment()
+    facts = environment() if model_file is None else model_info(model_file)
     if as_json:
         print(json.dumps(facts, indent=1))
         return
@@ -720,7 +736,8 @@ def info(
         flat |= value if isinstance(value, dict) else {name: value}
     width = max(map(len, flat))
     for name, value in flat.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        joint = f"\n{'':{width}}  " if name == "members" else ", "
+        text = joint.join(map(str, value)) if isinstance(value, list | tuple) else value
         print(f"{name:{width}}  {'none' if text in (None, '') else text}")
 
 

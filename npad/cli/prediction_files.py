@@ -36,7 +36,7 @@ from npad.images.errors import ImageError
 from npad.images.folders import OUTPUT_MARK, find_images
 from npad.progress import track
 from npad.scoring.decisions import Decisions
-from npad.scoring.fusion import resized
+from npad.scoring.fusion import inside_alone, resized, with_shares
 from npad.scoring.prediction import Prediction
 from npad.scoring.regions import find_regions
 
@@ -278,7 +278,7 @@ class PredictionFiles:
         low, high = self.color_range
         picture = Image.new("RGB", (image.shape[1], image.shape[0]))
         for rows, values in _bands(map_, image.shape):
-            band = draw_overlay(image[rows], (values - low) / (high - low))
+            band = draw_overlay(image[rows], np.nan_to_num((values - low) / (high - low)))
             mask = values > threshold
             if mask.any():
                 band[mask & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)] = OUTLINE
@@ -331,7 +331,7 @@ class _Spool:
     def put(
         self, path: str, image: NDArray[Any], map_: NDArray[np.float32], threshold: float
     ) -> None:
-        values = map_.ravel()
+        values = map_[~np.isnan(map_)]  # outside a region of interest
         if len(values) > self._per_map:  # a regular step could meet the same columns in every row
             values = self._random.choice(values, self._per_map)
         self._sample.append(values.copy())
@@ -372,10 +372,14 @@ def _bands(
 
     Bit for bit as if resized at once: columns are interpolated after rows, which are exact by then.
     """
-    (tall,) = resized(torch.from_numpy(map_)[None], [(size[0], map_.shape[1])])
+    in_part = bool(np.isnan(map_).any())
+    whole = torch.from_numpy(map_)[None]
+    maps = torch.cat(with_shares(whole)) if in_part else whole
+    tall = resized(maps, [(size[0], map_.shape[1])] * len(maps))
     for rows in _rows(size):
-        (band,) = resized(torch.from_numpy(tall[rows])[None], [(rows.stop - rows.start, size[1])])
-        yield rows, band
+        part = torch.from_numpy(np.stack([x[rows] for x in tall]))
+        bands = resized(part, [(rows.stop - rows.start, size[1])] * len(maps))
+        yield rows, inside_alone(*map(torch.from_numpy, bands)).numpy() if in_part else bands[0]
 
 
 def _write_map(map_: NDArray[np.float32], size: tuple[int, int], file: BinaryIO) -> None:

@@ -269,11 +269,13 @@ def _measure(
                 "n_missed": int(np.sum(missed & (kinds == kind))),
             }
             advance()
-    low = float(np.median([m for m, bad in zip(maps, anomalous, strict=True) if not bad] or maps))
-    high = max(float(np.quantile(np.stack(maps), 0.999)), np.nextafter(low, np.inf))
+    low = float(
+        np.nanmedian([m for m, bad in zip(maps, anomalous, strict=True) if not bad] or maps)
+    )
+    high = max(float(np.nanquantile(np.stack(maps), 0.999)), np.nextafter(low, np.inf))
     pictures = []
     for group, i in _pick(scores, kinds):
-        levels = np.clip((maps[i] - low) / (high - low), 0, 1)
+        levels = np.nan_to_num(np.clip((maps[i] - low) / (high - low), 0, 1))
         mask = None if masks is None else masks[i]
         pictures.append(Picture(images[i], group, np.rint(255 * levels).astype(np.uint8), mask))
     return {

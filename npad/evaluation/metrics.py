@@ -174,12 +174,13 @@ def rank_pixels(masks: Iterable[ArrayLike], maps: Sequence[ArrayLike]) -> PixelR
     ----------
     masks : N arrays (H, W) bool or 0/1, true where the pixel is anomalous; a mask that is empty
         makes all pixels of its image nominal
-    maps : N arrays (H, W) float, finite; sizes may differ between images
+    maps : N arrays (H, W) float, NaN where a pixel is not measured, as outside of a region of interest,
+        and finite elsewhere; sizes may differ between images
 
     Raises
     ------
     ValueError
-        Number or shape of masks and maps differ, or a map is not finite.
+        Number or shape of masks and maps differ, or a map is infinite somewhere.
 
     Notes
     -----
@@ -196,14 +197,17 @@ def rank_pixels(masks: Iterable[ArrayLike], maps: Sequence[ArrayLike]) -> PixelR
                 f"pixel metrics: map {i} has shape {one_map.shape} and its mask {mask.shape};"
                 " both must be (H, W)"
             )
-        if not np.isfinite(one_map).all():
-            raise ValueError(f"pixel metrics: map {i} has values that are not finite")
+        if np.isinf(one_map).any():
+            raise ValueError(f"pixel metrics: map {i} has values that are infinite")
 
+    measured = [~np.isnan(one_map) for one_map in scored]
     dtype = np.result_type(np.float32, *(one_map.dtype for one_map in scored))
-    nominal = np.empty(sum(mask.size - np.count_nonzero(mask) for mask in inside), dtype)
+    n_nominal = sum(np.count_nonzero(of & ~mask) for mask, of in zip(inside, measured, strict=True))
+    nominal = np.empty(n_nominal, dtype)
     scores, weights, filled, n_regions = [np.empty(0, dtype)], [np.empty(0)], 0, 0
-    for mask, one_map in zip(inside, scored, strict=True):
-        outside = one_map[~mask]
+    for whole, of, one_map in zip(inside, measured, scored, strict=True):
+        mask = whole & of
+        outside = one_map[of & ~whole]
         nominal[filled : filled + len(outside)] = outside
         filled += len(outside)
         if mask.any():

@@ -22,7 +22,6 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.atomic_file import replacing
-from npad.evaluation.masks import resample_mask
 from npad.evaluation.metrics import PIXEL_METRICS
 from npad.evaluation.overlay import color_map, draw_overlay
 from npad.evaluation.plots import draw_curve, draw_histogram, draw_p_values
@@ -38,6 +37,7 @@ from npad.evaluation.results import (
 )
 from npad.file_names import shown
 from npad.images.decoding import read_thumbnail
+from npad.images.masks import resample_mask
 from npad.images.samples import Reading
 
 __all__ = ["write_report"]

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npad.evaluation.datasets import Category, DatasetError, Sample
-from npad.evaluation.masks import Mask, load_mask, read_header, resample_mask
 from npad.images.decoding import read_image
 from npad.images.errors import ImageError
+from npad.images.masks import Mask, load_mask, read_header, resample_mask
 from npad.images.samples import Reading
 from npad.images.stored import Stored
 from npad.settings import MAX_PIXELS

@@ -114,6 +114,8 @@ class Loaded:
         camera fills.
     n_pages : int
         Pages of its file, of which the first is read.
+    region : (height, width) float32
+        1 inside the image's own region of interest and 0 outside; None where it has none.
     """
 
     tensor: Tensor
@@ -122,6 +124,12 @@ class Loaded:
     constant: bool = False
     undeclared: int | None = None
     n_pages: int = 1
+    region: Tensor | None = None
+
+    @property
+    def with_region(self) -> Tensor:
+        """The region as a fourth channel, where there is one."""
+        return self.tensor if self.region is None else torch.cat([self.tensor, self.region[None]])
 
 
 def load(

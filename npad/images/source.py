@@ -27,6 +27,7 @@ from npad.images.decoding import LARGE, Loaded, load
 from npad.images.depth import Range
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
+from npad.images.roi import RegionsOfInterest, without_masks
 from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath, TooLargeError
 
 __all__ = ["Batch", "ImageSource"]
@@ -42,7 +43,8 @@ class Batch:
     Attributes
     ----------
     images : (B, 3, H, W) float32
-        RGB in [0, 1], resized to the source's ``image_size``.
+        RGB in [0, 1], resized to the source's ``image_size``; where images have regions of their own,
+        (B, 4, H, W), the fourth channel 1 inside and 0 outside.
     sizes : list of (height, width)
         The size of each image as displayed, that is after its EXIF orientation.
     names : list of str
@@ -97,6 +99,8 @@ class ImageSource:
         ``undeclared``.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
+    regions : RegionsOfInterest, optional
+        That of the model, and those of the images. An image that is the mask of another is left out.
 
     Attributes
     ----------
@@ -145,6 +149,7 @@ class ImageSource:
         reading: Reading = AS_IT_SAYS,
         fitted: Range | None = None,
         keep_pixels: bool = False,
+        regions: RegionsOfInterest | None = None,
     ) -> None:
         if workers is None:
             workers = min(8, _available_cores())
@@ -160,6 +165,7 @@ class ImageSource:
         self.reading = reading
         self.fitted = fitted
         self.keep_pixels = keep_pixels
+        self.regions = regions
         self.skipped = []
         self.undeclared = {}
         self._constant: set[int] = set()  # positions of images that were named
@@ -190,11 +196,15 @@ class ImageSource:
                 f"{type(source).__name__}"
             )
 
+        if regions is not None and regions.pattern is not None:
+            self._entries = _without_masks(self._entries, regions.pattern)
         self.reiterable = self._stream is None or not isinstance(source, Iterator)
         self.random_access = self._stream is None
         self.n_images = len(self._entries) if self.random_access else _loader_length(source)
         if self.n_images == 0:
             raise ValueError("source holds no images")
+        if regions is not None:
+            regions.check_number(self.n_images if self.random_access else None)
 
     @property
     def paths(self) -> list[str] | None:
@@ -258,7 +268,7 @@ class ImageSource:
         if not rows:
             return None
         return Batch(
-            images=self._stack([image.tensor for _, image in rows]),
+            images=self._stack([image.with_region for _, image in rows]),
             sizes=[image.size for _, image in rows],
             names=[name for (_, name, _), _ in rows],
             indices=[index for (index, _, _), _ in rows],
@@ -279,29 +289,31 @@ class ImageSource:
             max_pixels = min(max_pixels, LARGE)
         pending: deque[tuple[Task, Future[Loaded]]] = deque()
         for task in tasks:
-            _, name, entry = task
-            pending.append((task, pool.submit(self._load, entry, name, max_pixels)))
+            pending.append((task, pool.submit(self._load, task, max_pixels)))
             if len(pending) > self.batch_size + self.workers:
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
 
-    def _load(self, entry: Entry, name: str, max_pixels: int) -> Loaded:
-        return load(
+    def _load(self, task: Task, max_pixels: int) -> Loaded:
+        index, name, entry = task
+        loaded = load(
             entry,
             name,
             image_size=self.image_size,
             reading=replace(self.reading, max_pixels=max_pixels),
             keep_pixels=self.keep_pixels,
         )
+        if self.regions is None:
+            return loaded
+        return replace(loaded, region=self.regions.of(index, name, entry, loaded.size))
 
     def _result(self, task: Task, future: Future[Loaded]) -> Loaded:
         """What was loaded ahead, or a large image now: the pixels of several would pile up."""
         try:
             return future.result()
         except TooLargeError:
-            _, name, entry = task
-            return self._load(entry, name, self.reading.max_pixels)
+            return self._load(task, self.reading.max_pixels)
 
     def _good(
         self, results: Iterable[tuple[Task, Future[Loaded]]]
@@ -362,6 +374,12 @@ def _listed(item: object, number: int) -> Sequence[Entry]:
 def _files(path: StrPath) -> Sequence[StrPath]:
     """A file, or the images of a folder."""
     return find_images(path) if Path(path).is_dir() else [path]
+
+
+def _without_masks(entries: Sequence[Entry], pattern: str) -> list[Entry]:
+    paths = [Path(x) for x in entries if isinstance(x, (str, os.PathLike))]
+    images = set(without_masks(paths, pattern))
+    return [x for x in entries if not isinstance(x, (str, os.PathLike)) or Path(x) in images]
 
 
 def _in_batches(stream: object) -> bool:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from operator import mul
 
 import numpy as np
+import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
@@ -110,6 +111,7 @@ def scores_and_maps(
     settings: Settings,
     standardization: Mapping[str, Standardization] | None = None,
     extent: tuple[int, int] | None = None,
+    inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the distances of all members come to.
 
@@ -119,10 +121,11 @@ def scores_and_maps(
     settings : image size, fusion and weights
     standardization : of what `joined` gives; needed by the fusion "sum"
     extent : pixels (height, width) that the grids cover, at least the image; None: the image
+    inside : (B or 1, H, W) bool, where maps and scores look; None: everywhere
 
     Returns
     -------
-    scores (B,) and maps (B, H, W)
+    scores (B,), the maximum of the map inside, and maps (B, H, W), NaN outside
     """
     maps = joined(found)
     size, sigma = settings.size, smoothing_sigma(settings.size)
@@ -132,10 +135,13 @@ def scores_and_maps(
         pair = maps.get(kind), maps.get(EUCLIDEAN)
         terms = fusion_arguments(*pair, settings.fusion, weight, moments)
         smooth, scores = ops.anomaly_map(*terms, extent or size, sigma)
-        if smooth.shape[1:] == size:
+        if smooth.shape[1:] != size:
+            smooth = smooth[:, : size[0], : size[1]]
+            scores = smooth.amax((1, 2))
+        if inside is None:
             return smooth, scores
-        smooth = smooth[:, : size[0], : size[1]]
-        return smooth, smooth.amax((1, 2))
+        scores = torch.where(inside, smooth, -torch.inf).amax((1, 2))
+        return torch.where(inside, smooth, torch.nan), scores
 
     smooth, scores = fused(OF_MAP, settings.map_weight)
     weighed = uses_gaussians(settings.fusion) and uses_nominal_set(settings.fusion)
@@ -170,6 +176,21 @@ def smoothing_sigma(image_size: tuple[int, int]) -> float:
 def resized(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
     """Maps (N, H, W) float32, each at its own size (height, width), bilinearly; see `cut`."""
     return cut(ops.resize_maps(maps, sizes).cpu(), sizes)
+
+
+def with_shares(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps that are NaN outside a region, as two that can be resized: see `inside_alone`."""
+    outside = maps.isnan()
+    return maps.masked_fill(outside, 0), (~outside).float()
+
+
+def inside_alone(values: Tensor, shares: Tensor) -> Tensor:
+    """What `with_shares` gave, resized -> maps that are NaN outside of the region, resized.
+
+    A value is the mean of those inside among its neighbours, by their weights; a pixel is inside where
+    these are half of all weights, or more.
+    """
+    return torch.where(shares >= 0.5, values / shares, torch.nan)
 
 
 def cut(flat: Tensor, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:

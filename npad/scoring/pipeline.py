@@ -18,7 +18,7 @@ from npad.features.backbone import Backbone, filled, levels_in_parts
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
 from npad.scoring.decisions import Decide
-from npad.scoring.fusion import cut
+from npad.scoring.fusion import cut, inside_alone, with_shares
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer
 
@@ -58,11 +58,12 @@ def checked_map_size(map_size: Any) -> MapSize:
 
 
 def score_in_parts(scorer: Scorer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) -> scores (B,) and maps (B, H, W): the network sees a part of a batch at a time."""
+    """Images -> scores (B,) and maps (B, H, W): the network sees a part of a batch at a time."""
     with devices.plain(images.device):
+        images, own = scorer.look(images)
         images = scorer.filled(images)
         levels = [levels_in_parts(network, images) for network in scorer.networks]
-        return scorer.score(scorer.embeddings(levels))
+        return scorer.score(scorer.embeddings(levels), own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,7 @@ class Run:
     score : (B, 3, H, W) on the device -> scores (B,) and maps (B, H, W)
     device : torch device
     map_size : "image", "model" or (height, width): the size of the maps
+    in_part : whether maps are NaN outside of a region of interest
     """
 
     def __init__(
@@ -121,10 +123,13 @@ class Run:
         score: Callable[[Tensor], tuple[Tensor, ...]],
         device: torch.device,
         map_size: MapSize = "image",
+        *,
+        in_part: bool = False,
     ) -> None:
         self._score = devices.Halving(score, "NPad.predict")
         self.device = device
         self._map_size = checked_map_size(map_size)
+        self._in_part = in_part
         # torch has 32 streams of a priority and then hands out the first again. One on which another
         # thread is recording a graph would take these copies into it; graphs are of priority 0.
         self._copies = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -132,16 +137,22 @@ class Run:
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
         scores, maps = self._score(self._take(batch.images))
-        scores = torch.stack([scores, maps.flatten(1).amax(1)])
+        inside = maps.masked_fill(maps.isnan(), -torch.inf) if self._in_part else maps
+        scores = torch.stack([scores, inside.flatten(1).amax(1)])
         own = maps.shape[1], maps.shape[2]
         sizes = self._map_sizes(batch, own)
-        flat = maps.flatten() if set(sizes) <= {own} else ops.resize_maps(maps, sizes)
+        flat = maps.flatten() if set(sizes) <= {own} else self._resized(maps, sizes)
         if self._copies is None:
             return Flight(batch, scores.cpu(), flat.cpu(), sizes, None)
         host = _to_host(scores), _to_host(flat)
         landed = torch.cuda.Event()
         landed.record(torch.cuda.current_stream(self.device))  # another GPU may be current
         return Flight(batch, *host, sizes, landed)
+
+    def _resized(self, maps: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        if not self._in_part:
+            return ops.resize_maps(maps, sizes)
+        return inside_alone(*(ops.resize_maps(x, sizes) for x in with_shares(maps)))
 
     def _map_sizes(self, batch: Batch, own: tuple[int, int]) -> list[tuple[int, int]]:
         if self._map_size == "image":

@@ -22,7 +22,8 @@ class Prediction:
     Attributes
     ----------
     scores : (N,) float64, the maximum of each image's smoothed map at the model's resolution
-    maps : N arrays (H, W) float32, each at the size that was asked for: by default its image's own
+    maps : N arrays (H, W) float32, each at the size that was asked for: by default its image's own; NaN
+        outside the region of interest, if there is one
     paths : N names: the path, or ``image[i]`` for arrays
     sizes : N (height, width) of the images, as displayed
     skipped : (name, reason) of files that could not be read, with ``skip_bad=True``

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from npad import devices, ops
 from npad.features.backbone import Backbone, filled, whole_strides
-from npad.learned import TENSORS, Learned, LearnedMember
+from npad.learned import Learned, LearnedMember, tensors_of
 from npad.members import Member
 from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, scores_and_maps
+from npad.scoring.looking import Looking
 from npad.settings import Settings
 
 __all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "extent_of", "reduce"]
@@ -90,7 +91,7 @@ class MemberScorer(nn.Module):
         super().__init__()
         self.member = learned.member
         self.score_window = score_window
-        for tensor in TENSORS:
+        for tensor in tensors_of(LearnedMember):
             self.register_buffer(tensor.name, getattr(learned, tensor.name))
         self.register_buffer("index", None, persistent=False)
         self._make_index()
@@ -119,7 +120,7 @@ class MemberScorer(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load into tensors of its own, as they may be in use elsewhere."""
-        for tensor in TENSORS:
+        for tensor in tensors_of(LearnedMember):
             value = getattr(self, tensor.name)
             setattr(self, tensor.name, None if value is None else value.clone())
         super()._load_from_state_dict(*arguments)
@@ -137,7 +138,7 @@ class Modules(nn.ModuleList, Generic[M]):
 class Scorer(nn.Module):
     """From images to scores and anomaly maps: the backbones, and what a fit has learned.
 
-    ``torch.export`` takes it with a dynamic batch.
+    ``torch.export`` takes it with a dynamic batch. The region of interest is a part of it.
 
     Parameters
     ----------
@@ -156,6 +157,14 @@ class Scorer(nn.Module):
         self.settings = settings
         self.standardization = learned.standardization
         self.extent = extent_of(networks, settings, learned)
+        self.looking: Looking | None = None
+        if learned.roi is not None and learned.roi_color is not None:
+            grids = (m.grid for m in used)
+            self.looking = Looking(learned.roi, learned.roi_color, grids, self.extent)
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W), blank outside of regions, and the own regions of those with such."""
+        return (images, None) if self.looking is None else self.looking(images)
 
     def filled(self, images: Tensor) -> Tensor:
         """Images as the networks take them, of the size `extent`."""
@@ -170,17 +179,33 @@ class Scorer(nn.Module):
         """Of each member, (B, h, w, D)."""
         return embeddings([m.member for m in self.members], list(self.networks), levels)
 
-    def score(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Embeddings, for each member (B, h, w, D) -> scores (B,) and maps (B, H, W)."""
+    def score(
+        self, embeddings: Sequence[Tensor], own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings, for each member (B, h, w, D) -> scores (B,) and maps (B, H, W), NaN outside.
+
+        ``own`` is what `look` gave beside the images.
+        """
         found = [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
-        return scores_and_maps(found, self.settings, self.standardization, self.extent)
+        settings, moments, extent = self.settings, self.standardization, self.extent
+        if self.looking is None:
+            return scores_and_maps(found, settings, moments, extent)
+        whole = [
+            (member, {kind: self.looking.spread(d, own) for kind, d in distances.items()})
+            for member, distances in found
+        ]
+        inside = self.looking.inside(own)
+        return scores_and_maps(whole, settings, moments, extent, inside)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32."""
-        if torch.compiler.is_compiling():
-            return self.score(self.embeddings(self.levels(images)))
-        with devices.plain(images.device):
-            return self.score(self.embeddings(self.levels(images)))
+        """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32.
+
+        Where the model has a region, also (B, 4, H, W): the fourth channel is 1 inside the image's own
+        region and 0 outside.
+        """
+        with nullcontext() if torch.compiler.is_compiling() else devices.plain(images.device):
+            images, own = self.look(images)
+            return self.score(self.embeddings(self.levels(images)), own)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load: into networks of its own, as they may be in use elsewhere."""

@@ -9,11 +9,13 @@ from math import sqrt
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from npad import devices, ops
 from npad.learned import Expected
 from npad.ops.packed import is_finite, packed_layout, unpack
+from npad.roi import is_known, nearest_covered
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
 # again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices
@@ -70,6 +72,10 @@ class NeighborhoodGaussian:
     ----------
     axes : (C, D) float32, orthonormal columns to which `choose` and `finalize` reduce; None: they
         keep all C channels. The statistics are always those of all.
+    region : (P,) bool, positions that can be known; None: all of them. Outside of it `finalize` gives
+        a position the Gaussian of the nearest one inside.
+    borrowed : positions whose own window had fewer than two samples, and which the last `finalize` gave
+        the narrowest wider one that has
 
     Notes
     -----
@@ -89,6 +95,8 @@ class NeighborhoodGaussian:
         self.grid = grid
         self.window = window
         self.axes: Tensor | None = None
+        self.region: Tensor | None = None
+        self.borrowed = 0
         self.count = torch.zeros(positions, dtype=torch.int64, device=device)
         float32: Any = {"dtype": torch.float32, "device": device}
         self.mean = torch.zeros(positions, channels, **float32)
@@ -139,17 +147,59 @@ class NeighborhoodGaussian:
         variance = (self.scatter[:, diagonal].sum(1, dtype=torch.float64) / samples).cpu()
         # Weighted by itself, so that any number of positions where nothing varies changes nothing.
         typical = variance.square().sum() / variance.sum()
-        return (~(variance < VARIED * typical)).nonzero().flatten()
+        varied = ~(variance < VARIED * typical)
+        if self.region is not None:
+            varied &= self.region.cpu()
+        return varied.nonzero().flatten()
 
     def _diagonal(self, channels: int) -> Tensor:
         """Places of the diagonal in a packed triangle."""
         row, column = packed_layout(channels)
         return (row == column).nonzero().flatten().to(self.mean.device)
 
-    def update(self, x: Tensor) -> NeighborhoodGaussian:
-        """Add a batch of embeddings, (B, H, W, C)."""
-        ops.neighborhood_moments(x, self.count, self.mean, self.scatter)
+    def update(self, x: Tensor, known: Tensor | None = None) -> NeighborhoodGaussian:
+        """Add a batch of embeddings.
+
+        Parameters
+        ----------
+        x : (B, H, W, C)
+        known : (B, H, W) bool, where they count; None: everywhere
+        """
+        if known is None:
+            ops.neighborhood_moments(x, self.count, self.mean, self.scatter)
+        else:
+            self._update_where(x.flatten(1, 2), known.flatten(1))
         return self
+
+    def _update_where(self, x: Tensor, known: Tensor) -> None:
+        """As `update`, where each position has a number of images of its own; x (B, P, C)."""
+        n = known.sum(0)
+        x = x.masked_fill(~known[..., None], 0)
+        mean = x.sum(0) / n.clamp(min=1)[:, None]
+        deviation = (x - mean).masked_fill(~known[..., None], 0)
+        self._join(n, mean, deviation)
+
+    def _join(self, count: Tensor, mean: Tensor, deviation: Tensor) -> None:
+        """Add samples by Chan's formula.
+
+        Parameters
+        ----------
+        count, mean : (P,) and (P, C), of the samples at each position
+        deviation : (B, P, C), of the samples from it; none of them where the caller adds their scatter
+
+        Notes
+        -----
+        The rank-1 term is the scatter of two points, +-correction / sqrt(2), about their mean 0.
+        """
+        total = (self.count + count).clamp(min=1)
+        share = count.float() / total
+        delta = (mean - self.mean).masked_fill((count == 0)[:, None], 0)
+        correction = (self.count * share).sqrt()[:, None] * delta * 0.5**0.5
+        samples = torch.cat([deviation, torch.stack([correction, -correction])])
+        zeros = torch.zeros_like(self.count), torch.zeros_like(self.mean)
+        ops.neighborhood_moments(samples.unflatten(1, self.grid), *zeros, self.scatter)
+        self.mean += share[:, None] * delta
+        self.count += count
 
     def merge(self, other: NeighborhoodGaussian) -> NeighborhoodGaussian:
         """Add the statistics of another fit, as if its images had been fitted here (Chan's formula)."""
@@ -158,17 +208,8 @@ class NeighborhoodGaussian:
                 f"NeighborhoodGaussian.merge: other has grid {other.grid} and {other.channels} "
                 f"channels, this one {self.grid} and {self.channels}"
             )
-        total = (self.count + other.count).clamp(min=1)
-        share = other.count.float() / total
-        delta = other.mean - self.mean
-        correction = (self.count * share).sqrt()[:, None] * delta
-        # The rank-1 term is the scatter of two points, +-correction / sqrt(2), about their mean 0.
-        pair = torch.stack([correction, -correction]).mul_(0.5**0.5).unflatten(1, self.grid)
-        zeros = torch.zeros_like(self.count), torch.zeros_like(self.mean)
-        ops.neighborhood_moments(pair, *zeros, self.scatter)
+        self._join(other.count, other.mean, other.mean.new_empty(0, *other.mean.shape))
         self.scatter += other.scatter
-        self.mean += share[:, None] * delta
-        self.count += other.count
         return self
 
     def copy(self) -> NeighborhoodGaussian:
@@ -180,7 +221,7 @@ class NeighborhoodGaussian:
         return other
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As JSON types and tensors."""
+        """As JSON types and tensors, all but the region."""
         tensors = {"count": self.count, "mean": self.mean, "scatter": self.scatter}
         return {"window": self.window}, tensors
 
@@ -209,7 +250,7 @@ class NeighborhoodGaussian:
         Parameters
         ----------
         held_out : (M, H, W, D) float32, embeddings, in the axes, of images that are not part of the
-            statistics
+            statistics; NaN where an image does not count
         windows : to choose from, in increasing order
         eps : if it is given, with the window alone to be chosen
 
@@ -231,10 +272,11 @@ class NeighborhoodGaussian:
         windows it is the smallest: each more lends a position images that are not its own, which pays
         where it has few.
         """
-        if self.count.min() < 2:
+        places = held_out.flatten(1, 2)
+        sample = self._sample(None if self.region is None else is_known(places).any(0).cpu())
+        if self.count[sample.to(self.count.device)].min() < 2:
             windows = [window for window in windows if window > 1] or windows
-        sample = self._sample()
-        x = held_out.flatten(1, 2)[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
+        x = places[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
         found = [self._likely(x, sample.tolist(), window, eps) for window in windows]
         best = max((values for values, _ in found), key=lambda values: float(values.mean()))
         good = [float((best - v).mean()) <= _standard_error(best - v) for v, _ in found]
@@ -242,9 +284,23 @@ class NeighborhoodGaussian:
         self.window = windows[chosen]
         return self.window, found[chosen][1]
 
-    def _sample(self) -> Tensor:
-        """Some of the positions that vary, evenly."""
+    def _sample(self, known: Tensor | None) -> Tensor:
+        """Some of the positions that vary, evenly; of those known (P,) alone.
+
+        Raises
+        ------
+        ValueError
+            None of them is known.
+        """
         varied = self._varied()
+        if known is not None:
+            varied = varied[known[varied]]
+            if not len(varied):
+                raise ValueError(
+                    "NPad.fit: the regions of the images held out show no position at which the others "
+                    "vary, so that neither window nor eps can be chosen; fit more images, or give "
+                    "numbers for window and eps"
+                )
         steps = min(max(8, min(64, 2 * 10**9 // self.dimensions**3)), len(varied))
         places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
         return varied[places.round().long().unique()]
@@ -258,24 +314,28 @@ class NeighborhoodGaussian:
         ----------
         x : (M, 1, S, D), at these S positions
         """
-        parts = [self._window(p, p + 1, window) for p in positions]
+        wider = self._wider(window)
+        parts = [self._window(p, p + 1, window, wider) for p in positions]
         mean, covariance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         variances = covariance.diagonal(dim1=1, dim2=2)
         # Where nothing varies but by rounding, eps stays far above the squares that float32 can hold.
         least = sqrt(NO_VARIANCE) * float(mean.square().mean(dtype=torch.float64))
         scale = max(float(variances.mean(dtype=torch.float64)), least) or 1.0
         candidates = EPS_CANDIDATES * scale
+        known = None if self.region is None else is_known(x[:, 0])
+        x = x.nan_to_num(0.0) if known is not None else x
         diagonal = self._diagonal(self.dimensions)
+        n_images = len(x) if known is None else int(known.any(1).sum())
 
         def log_density(with_eps: float) -> Tensor:
             regular = covariance.clone()
             regular.diagonal(dim1=1, dim2=2).add_(with_eps)
             factor, info = ops.inverse_cholesky(regular, torch.float32)
             if bool(info.any()):
-                return torch.full((len(x),), -torch.inf, dtype=torch.float64, device="cpu")
+                return torch.full((n_images,), -torch.inf, dtype=torch.float64, device="cpu")
             distance = ops.mahalanobis(x, mean, factor, (1, len(positions)), 1)[:, 0].double()
             log_det = factor[:, diagonal].double().log().sum(1)
-            return (log_det - distance.square() / 2).sum(1).cpu()
+            return _of_images(log_det - distance.square() / 2, known).cpu()
 
         if eps is not None:
             return log_density(eps), eps
@@ -335,9 +395,11 @@ class NeighborhoodGaussian:
         stored = ops.stored_size(channels, dtype)
         factors = self.scatter.new_empty(positions, stored, dtype=dtype)
         step = max(torch.get_num_threads(), self._chunk_bytes() // (4 * self.channels**2))
+        wider = self._wider(self.window)
+        self.borrowed = len(wider)
         for start in range(0, positions, step):
             stop = min(start + step, positions)
-            means[start:stop], covariance = self._window(start, stop, self.window)
+            means[start:stop], covariance = self._window(start, stop, self.window, wider)
             covariance.diagonal(dim1=1, dim2=2).add_(eps)
             factor, info = ops.inverse_cholesky(covariance, dtype)
             if bool(info.any()):
@@ -354,18 +416,62 @@ class NeighborhoodGaussian:
             factors[start:stop] = factor
             if advance is not None:
                 advance(stop - start)
+        if self.region is not None:
+            nearest = nearest_covered(self.region.unflatten(0, self.grid)[None])[0]
+            for outside in (~self.region).nonzero().flatten().split(step):
+                means[outside] = means[nearest[outside]]
+                factors[outside] = factors[nearest[outside]]
         return means, factors
+
+    def _wider(self, window: int) -> dict[int, int]:
+        """The window of each position of the region whose own has fewer than two samples."""
+        lacks = self._samples(window) < 2
+        if self.region is not None:
+            lacks &= self.region
+        found: dict[int, int] = {}
+        # With no position that has enough, it is the images that are too few.
+        enough = int(self.count.max()) >= least_images(window)
+        while enough and bool(lacks.any()) and window < 2 * max(self.grid):
+            window += 2
+            served = lacks & (self._samples(window) >= 2)
+            found |= dict.fromkeys(served.nonzero().flatten().tolist(), window)
+            lacks &= ~served
+        return found
+
+    def _samples(self, window: int) -> Tensor:
+        """(P,) int64, samples in the clipped window of each position."""
+        table = F.pad(self.count.unflatten(0, self.grid).cumsum(0).cumsum(1), (1, 0, 1, 0))
+        for axis, n in enumerate(self.grid):
+            place = torch.arange(n, device=table.device)
+            first = (place - window // 2).clamp(min=0)
+            last = (place + window // 2 + 1).clamp(max=n)
+            table = table.index_select(axis, last) - table.index_select(axis, first)
+        return table.flatten()
 
     def _chunk_bytes(self) -> int:
         free = devices.free_bytes(self.mean.device) if self.mean.device.type == "cuda" else None
         return max(CHUNK_BYTES, int(CHUNK_SHARE * (free or 0)))
 
-    def _window(self, start: int, stop: int, window: int) -> tuple[Tensor, Tensor]:
-        mean, covariance = ops.window_covariance(
-            self.count, self.mean, self.scatter, self.grid, window, start, stop
-        )
+    def _window(
+        self, start: int, stop: int, window: int, wider: Mapping[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, in the axes; those that `wider` names over their own window."""
+
+        def over(first: int, last: int, side: int) -> tuple[Tensor, Tensor]:
+            return ops.window_covariance(
+                self.count, self.mean, self.scatter, self.grid, side, first, last
+            )
+
+        mean, covariance = over(start, stop, window)
+        for p in range(start, stop) if wider else ():
+            if p in wider:
+                (mean[p - start],), (covariance[p - start],) = over(p, p + 1, wider[p])
+        if self.region is not None:
+            outside = ~self.region[start:stop]
+            mean[outside] = 0
+            covariance[outside] = torch.eye(self.channels, device=mean.device)
         if not bool(covariance.diagonal(dim1=1, dim2=2).isfinite().all()):
-            if int(self.count.min()) < least_images(window):
+            if int(self.count.max()) < least_images(window) or int(self.count.sum()) < 2:
                 raise ValueError(
                     "npad: each window needs at least two samples; fit more images, or a wider window"
                 )
@@ -392,6 +498,15 @@ class NeighborhoodGaussian:
         identity = torch.eye(self.dimensions, dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         return ops.pack_factor(inverse.float(), dtype)
+
+
+def _of_images(density: Tensor, known: Tensor | None) -> Tensor:
+    """Log densities (M, S) of positions -> of images; what is not known of one counts like the rest."""
+    if known is None:
+        return density.sum(1)
+    n = known.sum(1)
+    total = density.masked_fill(~known, 0).sum(1) * (known.shape[1] / n.clamp(min=1))
+    return total[n > 0]
 
 
 def least_images(window: int) -> int:
