@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from npad import devices, ops, progress
+from npad import devices, progress
 from npad.features.projection import leading_axes, principal_axes
 from npad.learned import Expected, LearnedMember
 from npad.members import Member
@@ -189,17 +189,6 @@ class MemberFit:
 
     def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
-        positions, dtype = grid[0] * grid[1], self._factor_dtype
-        kept = min(channels, MOST_FEATURES) if self._reduces_at_the_end else channels
-        stored = ops.stored_size(kept, dtype) * dtype.itemsize
-        devices.require(
-            positions * (4 * ops.packed_size(channels) + stored),
-            x.device,
-            "NPad.fit",
-            f"a Gaussian of {channels} channels at each of {positions} positions",
-            ("" if self.member.own_grid else "use gaussians='per_layer', or ")
-            + "lower n_features or image_size, or choose fewer layers",
-        )
         window = self.settings.windows[-1]
         return NeighborhoodGaussian(grid, channels, window=window, device=x.device)
 

@@ -113,7 +113,8 @@ class NeighborhoodGaussian:
             Features that are not finite, or too large.
         """
         scatter = self.scatter.new_zeros(self.scatter.shape[1], dtype=torch.float64)
-        for part in self.scatter.split(64):  # a CPU copies what it sums in another dtype
+        rows = max(1, CHUNK_BYTES // scatter.nbytes)
+        for part in self.scatter.split(rows):  # a CPU copies what it sums in another dtype
             scatter += part.sum(0, dtype=torch.float64)
         within = unpack(scatter, self.channels)
         within = within + within.tril(-1).mT
@@ -245,7 +246,7 @@ class NeighborhoodGaussian:
     def _sample(self) -> Tensor:
         """Some of the positions that vary, evenly."""
         varied = self._varied()
-        steps = min(max(8, min(64, 2 * 10**9 // self.dimensions**3)), len(varied))
+        steps = min(n_sampled(self.dimensions), len(varied))
         places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
         return varied[places.round().long().unique()]
 
@@ -392,6 +393,11 @@ class NeighborhoodGaussian:
         identity = torch.eye(self.dimensions, dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         return ops.pack_factor(inverse.float(), dtype)
+
+
+def n_sampled(dimensions: int) -> int:
+    """Positions, at most, on which window and eps are chosen."""
+    return max(8, min(64, 2 * 10**9 // dimensions**3))
 
 
 def least_images(window: int) -> int:
