@@ -253,6 +253,7 @@ CASES: list[dict[str, Any]] = [
     {"nominal_set": None},
     {"fusion": "euclidean"},
     {"layers": (2,), "batch_size": 1},
+    {"backbone": ["filterbank", "resnet18"], "gaussians": "joint", "n_features": 40},
 ]
 
 

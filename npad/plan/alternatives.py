@@ -164,14 +164,20 @@ def _smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 def _changed(plan: Plan, changes: Changes) -> Alternative | None:
     """None where these cannot be."""
-    source_size = None if plan.source_size == plan.settings.size else plan.source_size
     given = dict(changes)
     statistics = given.pop("statistics", plan.keeps_statistics)
     try:
         settings = replace(plan.settings, **given)
         networks = hollow_networks(settings)
+        if (settings.fixed_features or 0) > min(network.channels for network in networks):
+            return None  # which no fit takes
         other = planned(
-            settings, networks, plan.device, n_images=plan.n_images, source_size=source_size
+            settings,
+            networks,
+            plan.device,
+            n_images=plan.n_images,
+            source_size=plan.source_size,
+            statistics=statistics,
         )
     except ValueError:
         return None

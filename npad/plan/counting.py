@@ -36,8 +36,8 @@ __all__ = ["planned"]
 # A CPU's allocator keeps smaller pieces for later once they are let go of: glibc's largest
 # M_MMAP_THRESHOLD. So what a phase has held of them stays with the process.
 KEPT_BELOW: Final = 32 << 20
-# What else the process takes once it works: modules that are imported at first use, threads and their
-# stacks, the code that oneDNN writes. Measured once, see bench/study_plan.py.
+# What else the process takes once it works: threads, and the code that oneDNN writes. So much is there
+# beside its weights, as measured, once a ResNet-18 is loaded.
 RUNTIME: Final = 8 << 20
 SQUARES_AT_ONCE: Final = 8  # (C, C) of float64, while axes are chosen
 
@@ -91,14 +91,16 @@ def planned(
         _member_plan(settings, member, *embedding, n_images)
         for member, embedding in zip(members, embeddings, strict=True)
     )
-    height, width = source_size or settings.size
-    work = _Work(settings, tuple(networks), device, n_images, (int(height), int(width)), plans)
+    if source_size is not None:
+        source_size = int(source_size[0]), int(source_size[1])
+    size = source_size or settings.size
+    work = _Work(settings, tuple(networks), device, n_images, size, plans, statistics)
     free = devices.free_bytes(device)
     return Plan(
         settings,
         device,
         n_images,
-        work.source_size,
+        source_size,
         plans,
         work.backbone,
         tuple(_resident(work.fit(), device)),

@@ -82,7 +82,7 @@ class Plan:
     settings : of the model, with the size of its images
     device : where it works
     n_images : images to fit
-    source_size : (height, width) of the images before they are resized
+    source_size : (height, width) of the images before they are resized; None: that of the settings
     members : bytes of each member
     backbone : bytes of the weights
     fit, predict : phases of both
@@ -93,7 +93,7 @@ class Plan:
     settings: Settings
     device: torch.device
     n_images: int
-    source_size: tuple[int, int]
+    source_size: tuple[int, int] | None
     members: tuple[MemberPlan, ...]
     backbone: int
     fit: tuple[Phase, ...] = field(repr=False)
@@ -144,7 +144,7 @@ class Plan:
             "device": str(self.device),
             "n_images": self.n_images,
             "keeps_statistics": self.keeps_statistics,
-            "source_size": list(self.source_size),
+            "source_size": self.source_size and list(self.source_size),
             "backbone": self.backbone,
             "members": [
                 {
