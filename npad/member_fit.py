@@ -23,7 +23,7 @@ from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
-__all__ = ["AXES_IMAGES", "MemberFit", "under"]
+__all__ = ["AXES_IMAGES", "MemberFit", "holds_out", "under"]
 
 AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
 
@@ -195,9 +195,7 @@ class MemberFit:
     @property
     def _chooses(self) -> bool:
         """Whether the Gaussians are chosen on images held out."""
-        return self.member.gaussian and (
-            self.settings.eps == "auto" or len(self.settings.windows) > 1
-        )
+        return _chooses(self.settings, self.member)
 
     @property
     def _judges_nominal(self) -> bool:
@@ -384,7 +382,7 @@ class MemberFit:
     @property
     def _uses_held_out(self) -> bool:
         """Whether anything is learned of the images held out before they are fitted."""
-        return self._judges_nominal or self._chooses
+        return holds_out(self.settings, self.member)
 
     def _leave_enough(self) -> None:
         """Give back to the fit what it needs of a few images that have nearly all been held out."""
@@ -532,6 +530,15 @@ class MemberFit:
             "nominal": self._nominal,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def holds_out(settings: Settings, member: Member) -> bool:
+    """Whether a member learns anything of images held out before they are fitted."""
+    return settings.fusion == "sum" or _chooses(settings, member)
+
+
+def _chooses(settings: Settings, member: Member) -> bool:
+    return member.gaussian and (settings.eps == "auto" or len(settings.windows) > 1)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

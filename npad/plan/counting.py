@@ -20,7 +20,7 @@ from npad.features.backbone import Backbone, n_parts, whole_strides
 from npad.features.projection import STEP
 from npad.images.source import default_workers
 from npad.learned import LearnedMember
-from npad.member_fit import AXES_IMAGES
+from npad.member_fit import AXES_IMAGES, holds_out
 from npad.members import Member, members_of
 from npad.nominal_methods import METHODS
 from npad.ops.packed import BLOCK, BLOCK_COLUMNS, packed_size, stored_size
@@ -156,9 +156,9 @@ def _reduced(settings: Settings, channels: int) -> int:
     return min(settings.fixed_features or channels, channels)
 
 
-def _held_out(settings: Settings, n_images: int) -> int:
-    """Images that are expected to be held out."""
-    if settings.holdout == 0:
+def _held_out(settings: Settings, member: Member, n_images: int) -> int:
+    """Images that a member is expected to hold out."""
+    if settings.holdout == 0 or not holds_out(settings, member):
         return 0
     return min(MAX_HELD_OUT, n_images, max(1, round(settings.holdout * n_images)))
 
@@ -194,7 +194,7 @@ def _member_plan(
         n_features,
         n_centroids,
         statistics=8 * positions + 4 * (positions * fitted + scatter) if member.gaussian else 0,
-        held_out=_held_out(settings, n_images) * 4 * positions * fitted,
+        held_out=_held_out(settings, member, n_images) * 4 * positions * fitted,
         bank=4 * known_to_set * min(n_embeddings, room) if member.nominal_set else 0,
         learned=learned(n_features),
     )
@@ -340,10 +340,10 @@ class _Work:
             add(self._returned(member), [*rest, *own])
             add(self._finalized(member), rest)
             model += self._model(member)
-        kept = [*folds, *model, *(self._learning([]) if not self.keeps_statistics else [])]
+        kept = [*folds, *model]
         if self.keeps_statistics:
             kept += self._learning(self.members, without_bank=self.members)
-        add(iter([("the model is there", [])]), kept)
+        found.append(("the model is there", [*base, *kept]))
         add(self._scored_by_folds(model), kept)
         return found
 
@@ -381,7 +381,7 @@ class _Work:
         return found
 
     def _held_out(self, member: MemberPlan) -> Part:
-        n = _held_out(self.settings, self.n_images)
+        n = _held_out(self.settings, member.member, self.n_images)
         return Part("images held out", member.held_out, member.held_out // max(1, n))
 
     def _bank(self, member: MemberPlan) -> list[Part]:
@@ -480,7 +480,9 @@ class _Work:
         size = member.held_out
         if size:
             parts = [Part("copy of those held out", size, size)]
-            yield "those held out are fitted", [*parts, *([self._sum(size)] if member.bank else [])]
+            if member.bank and self.settings.fusion == "sum":  # else it has them already
+                parts.append(self._sum(size))
+            yield "those held out are fitted", parts
 
     def _axes(self, member: MemberPlan) -> list[Part]:
         """Principal axes of all embeddings of a member, in float64."""
@@ -497,17 +499,18 @@ class _Work:
 
     def _finalized(self, member: MemberPlan) -> Iterator[Moment]:
         """Covariances are factored, and centroids chosen."""
-        model = [part for part in self._model(member) if part.what != "centroids"]
         if member.member.gaussian:
             bank = self._bank(member)
             yield "axes are chosen", [*bank, *self._axes(member)]
+            model = self._model(member, centroids=False)
             yield "covariances are factored", [*bank, *model, self._chunk(member)]
         if member.bank:
+            model = self._model(member, centroids=False)
             yield "centroids are chosen", [*model, *self._centroids_of(member, member.bank)]
 
-    def _model(self, member: MemberPlan) -> list[Part]:
-        names = {"centroids": "centroids"}
-        return [Part(names.get(name, "model"), n, n) for name, n in member.learned.items()]
+    def _model(self, member: MemberPlan, *, centroids: bool = True) -> list[Part]:
+        sizes = member.learned.items()
+        return [Part("model", n, n) for name, n in sizes if centroids or name != "centroids"]
 
     def _chunk(self, member: MemberPlan) -> Part:
         """Of a GPU the least: it takes a share of what is free."""
