@@ -42,6 +42,7 @@ from npad.nominal_methods import METHODS
 from npad.nominal_scores import NominalScores
 from npad.old_models import upgraded
 from npad.ops import _cuda
+from npad.plan import Plan, hollow_networks, planned, refuse
 from npad.roi import blanked
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.decisions import Decider, Groups, NotCalibratedError, Thresholds, decide_by
@@ -293,7 +294,8 @@ class NPad:
         ImportError
             The method of the nominal set needs a package that is not installed.
         MemoryError
-            What is needed, what is free, and what lowers it. A batch that does not fit is halved first,
+            What `plan` says is not free, before an image is decoded: what is needed, what is free, and
+            which arguments fit. Or memory runs short later: a batch that does not fit is halved first,
             once, with a warning.
         RuntimeError
             The GPU has failed.
@@ -319,6 +321,18 @@ class NPad:
             members = members_of(settings, networks)
             regions = _rois_to_fit(settings, members, networks, extent, rois)
             images = _open(source, settings, device, skip_bad, regions=regions)
+            # A stream may end at any image: what its first ones need is what is certain.
+            refuse(
+                planned(
+                    settings,
+                    networks,
+                    device,
+                    n_images=images.n_images or settings.batch_size,
+                    source_size=images.size_of_first(),
+                    statistics=statistics,
+                    held=sum(network.nbytes for network in networks),
+                )
+            )
             where = () if regions is None else (regions.roi, regions.extent)
             fit, start, write = Fit(settings, members, *where), 0, None
             if file is not None:
@@ -520,6 +534,48 @@ class NPad:
         vars(self).update(found, settings_=settings, backbones_=identities)
         self._networks = {key: n for key, n in self._networks.items() if n in networks}
         self._scoring = self._graphs = None
+
+    def plan(
+        self,
+        n_images: int | None = None,
+        *,
+        source_size: tuple[int, int] | None = None,
+        statistics: bool = True,
+    ) -> Plan:
+        """Count what a fit with these arguments, and its model, take of the device's memory.
+
+        Needs neither images nor weights. What is counted, and how near it comes: docs/memory.md.
+
+        Parameters
+        ----------
+        n_images : images to fit; None: as many as fill all that is bounded, so that more take no more
+        source_size : (height, width) of the images in their files; None: that to which they are resized
+        statistics : as for ``fit``
+
+        Returns
+        -------
+        Plan : bytes by what they are, ``fit_peak``, ``predict_peak``, ``model``; a table by ``str()``
+
+        Raises
+        ------
+        BackboneError
+            An unknown backbone.
+        ValueError
+            An argument that may not be.
+        """
+        settings = Settings(**self.get_params())
+        device = devices.resolve(settings.device)
+        networks = hollow_networks(settings)
+        settings = _sized(settings, networks)
+        _check_features(settings, networks)
+        return planned(
+            settings,
+            networks,
+            device,
+            n_images=n_images,
+            source_size=source_size,
+            statistics=statistics,
+        )
 
     def embed(self, source: Any, *, skip_bad: bool = False) -> Tensor:
         """Embeddings of images, as the nominal set knows them.

@@ -8,16 +8,25 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Halving", "exact_products", "explained", "free_bytes", "plain", "require", "resolve"]
+from npad.free_memory import free_memory
+
+__all__ = [
+    "Halving",
+    "exact_products",
+    "explained",
+    "free_bytes",
+    "plain",
+    "require",
+    "resolve",
+    "shown_size",
+]
 
 LESS_MEMORY = "lower batch_size, image_size, n_features or n_centroids"
-_MEMINFO = Path("/proc/meminfo")
 _SHORT = re.compile(
     r"DefaultCPUAllocator|cudaErrorMemoryAllocation|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
 )
@@ -64,10 +73,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    if device.type != "cpu" or not _MEMINFO.exists():
-        return None
-    found = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    return sum(1024 * int(found[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
+    return free_memory() if device.type == "cpu" else None
 
 
 def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy: str) -> None:
@@ -81,7 +87,8 @@ def require(n_bytes: int, device: torch.device, call: str, purpose: str, remedy:
     free = free_bytes(device)
     if free is not None and n_bytes > free:
         raise MemoryError(
-            f"{call}: {purpose} needs {_size(n_bytes)}, {_size(free)} are free on {device}; {remedy}"
+            f"{call}: {purpose} needs {shown_size(n_bytes)}, {shown_size(free)} are free on {device}; "
+            f"{remedy}"
         )
 
 
@@ -104,9 +111,9 @@ def explained(call: str, device: torch.device, remedy: str | None = None) -> Ite
             wanted = "more memory"
             if asked is not None:
                 unit = ("bytes", "KiB", "MiB", "GiB", "TiB").index(asked[2])
-                wanted = f"{_size(float(asked[1]) * 1024**unit)} more"
+                wanted = f"{shown_size(float(asked[1]) * 1024**unit)} more"
             free = free_bytes(device)
-            left = f", {_size(free)} are free" if free is not None else ""
+            left = f", {shown_size(free)} are free" if free is not None else ""
             if remedy is None:
                 elsewhere = "" if device.type == "cpu" else ", or use device='cpu'"
                 remedy = LESS_MEMORY + elsewhere
@@ -234,7 +241,8 @@ class Halving:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _size(n_bytes: float) -> str:
+def shown_size(n_bytes: float) -> str:
+    """As a person reads it."""
     for unit in ("bytes", "KB", "MB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"

@@ -453,8 +453,10 @@ def fit_images(
             if also is not None:
                 also(embeddings, batch.images)
             advance(len(batch.images))
+            position = batch.indices[-1] + 1
+            del batch, embeddings  # which may go before the next are there
             if after is not None:
-                after(fit, batch.indices[-1] + 1)
+                after(fit, position)
 
 
 def tell_of_borrowed(learned: Learned, call: str) -> None:

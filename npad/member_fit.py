@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from npad import devices, ops, progress
+from npad import devices, progress
 from npad.features.projection import leading_axes, principal_axes
 from npad.learned import Expected, LearnedMember
 from npad.members import Member
@@ -24,7 +24,7 @@ from npad.statistics.gaussian import NeighborhoodGaussian, SmallEpsError, least_
 from npad.statistics.holdout import Reservoir
 from npad.statistics.nominal_set import NominalSet
 
-__all__ = ["AXES_IMAGES", "MemberFit", "under"]
+__all__ = ["AXES_IMAGES", "MemberFit", "holds_out", "under"]
 
 AXES_IMAGES: Final = 64  # images whose embeddings choose the principal axes
 
@@ -208,17 +208,6 @@ class MemberFit:
 
     def _new_gaussian(self, x: Tensor) -> NeighborhoodGaussian:
         grid, channels = (x.shape[1], x.shape[2]), x.shape[3]
-        positions, dtype = grid[0] * grid[1], self._factor_dtype
-        kept = min(channels, MOST_FEATURES) if self._reduces_at_the_end else channels
-        stored = ops.stored_size(kept, dtype) * dtype.itemsize
-        devices.require(
-            positions * (4 * ops.packed_size(channels) + stored),
-            x.device,
-            "NPad.fit",
-            f"a Gaussian of {channels} channels at each of {positions} positions",
-            ("" if self.member.own_grid else "use gaussians='per_layer', or ")
-            + "lower n_features or image_size, or choose fewer layers",
-        )
         window = self.settings.windows[-1]
         return NeighborhoodGaussian(grid, channels, window=window, device=x.device)
 
@@ -232,9 +221,7 @@ class MemberFit:
     @property
     def _chooses(self) -> bool:
         """Whether the Gaussians are chosen on images held out."""
-        return self.member.gaussian and (
-            self.settings.eps == "auto" or len(self.settings.windows) > 1
-        )
+        return _chooses(self.settings, self.member)
 
     @property
     def _judges_nominal(self) -> bool:
@@ -425,7 +412,7 @@ class MemberFit:
     @property
     def _uses_held_out(self) -> bool:
         """Whether anything is learned of the images held out before they are fitted."""
-        return self._judges_nominal or self._chooses
+        return holds_out(self.settings, self.member)
 
     def _leave_enough(self) -> None:
         """Give back to the fit what it needs of a few images that have nearly all been held out."""
@@ -585,6 +572,15 @@ class MemberFit:
             "nominal": self._nominal,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def holds_out(settings: Settings, member: Member) -> bool:
+    """Whether a member learns anything of images held out before they are fitted."""
+    return settings.fusion == "sum" or _chooses(settings, member)
+
+
+def _chooses(settings: Settings, member: Member) -> bool:
+    return member.gaussian and (settings.eps == "auto" or len(settings.windows) > 1)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,6 +58,9 @@ class Method:
         What it is, for help and docs.
     function : str
         The `Choose`, as "module:name"; imported by `load`.
+    working_bytes : callable
+        Of the number of points, of centroids and of channels: the bytes that it takes on a CPU beside
+        the points and the centroids.
     extra : str, optional
         The extra of npad that installs what the function's module imports, where npad's own
         requirements do not.
@@ -65,6 +68,7 @@ class Method:
 
     summary: str
     function: str
+    working_bytes: Callable[[int, int, int], int]
     extra: str | None = None
 
     def load(self) -> Choose:
@@ -88,9 +92,27 @@ class Method:
             ) from error
 
 
+KMEANS_SAMPLE: Final = 256  # points per centroid that are looked at: as many as faiss would draw
+
+
+def _of_k_center(points: int, centroids: int, channels: int) -> int:
+    """See csrc/cpu/farthest_first.cpp."""
+    return 276 * points + 256 * centroids
+
+
+def _of_k_means(points: int, centroids: int, channels: int) -> int:
+    """The sample, where it is a part; of each of its points the cluster and the distance."""
+    sample = min(points, KMEANS_SAMPLE * centroids)
+    return (4 * channels * sample if sample < points else 0) + 12 * sample
+
+
 METHODS: Final = {
     "kcenter": Method(
-        "greedy k-center, which keeps rare nominal patches", "npad.statistics.k_center:k_center"
+        "greedy k-center, which keeps rare nominal patches",
+        "npad.statistics.k_center:k_center",
+        _of_k_center,
     ),
-    "kmeans": Method("the paper's clusters, by faiss", "npad.statistics.k_means:k_means", "faiss"),
+    "kmeans": Method(
+        "the paper's clusters, by faiss", "npad.statistics.k_means:k_means", _of_k_means, "faiss"
+    ),
 }

@@ -176,7 +176,8 @@ def test_no_centroids(category, tmp_path):
 def test_version_and_help():
     assert succeed("--version").out == f"npad {__version__}\n"
     assert succeed().out == succeed("--help").out
-    for name in ("fit", "predict", "evaluate", "demo", "backbones", "fetch", "check", "info"):
+    names = ("fit", "predict", "evaluate", "demo", "plan", "backbones", "fetch", "check", "info")
+    for name in names:
         assert max(map(len, succeed(name, "--help").out.splitlines())) <= 80
 
 
@@ -600,6 +601,9 @@ def test_usage(args, says, category, model, tmp_path):
         ("give weights= where it is", "give --weights where it is"),
         ("pass skip_bad=True to go on", "pass --skip-bad to go on"),
         ("weights hold NaN", "weights hold NaN"),
+        ("image_size=(192, 320) (fit 1 MB)", "--image-size 192x320 (fit 1 MB)"),
+        ("layers=(2,) or map_layers=()", "--layers 2 or --map-layers none"),
+        ("layers=(1, 2); nominal_set=None", "--layers 1,2; --nominal-set none"),
     ],
 )
 def test_arguments_are_told_as_options(text, told):

@@ -76,18 +76,6 @@ def test_free_memory_is_what_the_system_says() -> None:
     assert devices.free_bytes(torch.device("meta")) is None
 
 
-def test_what_cannot_fit_is_refused_before_the_work(
-    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(devices, "free_bytes", lambda device: 100_000)
-    with pytest.raises(
-        MemoryError,
-        match=r"^NPad\.fit: a Gaussian of 51 channels at each of 64 positions needs 486 KB, 100 KB "
-        r"are free on cpu; use gaussians='per_layer', or lower n_features or",
-    ):
-        NPad("filterbank", **SMALL, gaussians="joint").fit(images)
-
-
 def test_the_cpu_is_short_of_memory(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own words, from an allocation that cannot succeed."""
     model = NPad("filterbank", **SMALL)

@@ -52,11 +52,15 @@ PYTHON_INSTEAD = {
     "false_alarm_rate=0.01": "false_alarm_rate=0.3",
 }
 # What stands before and after the options that a command has; the last of an option counts.
-BEFORE = {"fit": ("--backbone", "filterbank"), "evaluate": ("--backbone", "filterbank")}
+BEFORE = {
+    "fit": ("--backbone", "filterbank"),
+    "evaluate": ("--backbone", "filterbank"),
+    "plan": ("--backbone", "filterbank"),
+}
 MODEL = ("--image-size", "64", "--n-centroids", "50", "--threads", "1")
 THREADS = ("--threads", "1")
 AFTER = {
-    **dict.fromkeys(("fit", "evaluate", "demo"), MODEL),
+    **dict.fromkeys(("fit", "evaluate", "demo", "plan"), MODEL),
     "calibrate": (*THREADS, "--false-alarm-rate", "0.3"),
     "predict": THREADS,
 }

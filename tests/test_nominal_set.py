@@ -286,7 +286,9 @@ def test_a_method_is_a_line_in_the_registry(
         "def first_points(points, n, *, seed, projection, advance):\n    return points[:n], 2.5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(METHODS, "first", Method("the first points", "first_points:first_points"))
+    monkeypatch.setitem(
+        METHODS, "first", Method("the first points", "first_points:first_points", lambda *_: 0)
+    )
     x = embeddings(50)
     nominal = NominalSet("first", 10).update(x).finalize()
     assert torch.equal(nominal.centroids_, x[:10])

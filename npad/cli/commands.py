@@ -630,6 +630,48 @@ def _evaluate(
         print(shown(output / REPORT))
 
 
+# --- plan ---
+
+
+@command(app, "npad.detector", "npad.cli.plans")
+def plan(
+    arguments: Arguments,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True, file_okay=False, metavar="DIR", help="Images that would be fitted."
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images to fit, where no folder is given. [default: so many that more would take no "
+            "more memory]",
+        ),
+    ] = None,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="The model is written with its statistics.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Count what fitting and predicting take of the memory, and whether they fit.
+
+    Decodes no image, and needs no weights. If they do not fit, shows which arguments do and what each
+    would take, and ends with exit code 1.
+    """
+    from npad.cli.plans import plan_of, print_json, print_plan, short_of  # noqa: PLC0415
+
+    if folder is not None and images is not None:
+        raise UsageError("DIR and --images exclude each other: the images of DIR are counted")
+    _set_threads(threads)
+    found = plan_of(new_model(arguments, progress=False), folder, images, statistics)
+    (print_json if as_json else print_plan)(found)
+    short_of(found)
+
+
 # --- backbones and fetch ---
 
 

@@ -251,11 +251,19 @@ def with_options(text: str) -> str:
     names = "|".join([*(argument.name for argument in OPTIONS), *more])
     text = re.sub(r"^((NPad|Calibration|GroupedCalibration)(\.\w+)?|npad): ", "", text)
     text = re.sub(rf"^({names})(?=:| must| \[| ')", lambda m: _option_name(m[1]), text)
+    text = re.sub(rf"(?<![^\s(])({names})=(\(\d*,[\d, ]*\)|\(\)|None\b)", _given_as_option, text)
     return re.sub(
         rf"(?<![^\s(])({names})=(?:True\b)?(?=([^\s`),;])?)",
         lambda m: _option_name(m[1]) + (" " if m[2] else ""),  # but leave what is part of a path
         text,
     )
+
+
+def _given_as_option(match: re.Match[str]) -> str:
+    """Numbers as an option takes them: `image_size=(192, 320)`, `layers=(2,)`; and nothing."""
+    numbers = re.findall(r"\d+", match[2])
+    joined = ("x" if match[1] == "image_size" else ",").join(numbers)
+    return f"{_option_name(match[1])} {joined or 'none'}"
 
 
 def _option_name(argument: str) -> str:

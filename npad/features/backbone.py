@@ -26,6 +26,7 @@ from npad.features.defaults import (
     size_that_works,
 )
 from npad.features.filter_bank import N_LEVELS, FilterBank
+from npad.features.live_bytes import LiveBytes
 from npad.features.weights import BackboneError, load_weights, weights_hash
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "BackboneError",
     "filled",
     "levels_in_parts",
+    "n_parts",
     "shared_backbone",
     "whole_strides",
 ]
@@ -68,6 +70,8 @@ class Backbone(nn.Module):
         variances float16 would not hold, stays in float32.
     compile : run the network through ``torch.compile``, which compiles at the first batch of each
         size.
+    hollow : make it without values, on the meta device: weights are neither looked for nor read, and
+        nothing but shapes and sizes can be asked of it.
 
     Attributes
     ----------
@@ -100,10 +104,14 @@ class Backbone(nn.Module):
         dtype: torch.dtype = torch.float32,
         compile: bool = False,  # noqa: A002
         map_layers: Sequence[int] | None = (),
+        *,
+        hollow: bool = False,
     ) -> None:
         super().__init__()
         with devices.plain(torch.device("cpu")):
-            self._build(name, layers, map_layers, weights, dtype)
+            self._build(name, layers, map_layers, weights, dtype, hollow)
+        if hollow:
+            self.to("meta")
         self._compiles = compile
         self._compile_features()
 
@@ -114,6 +122,7 @@ class Backbone(nn.Module):
         map_layers: Sequence[int] | None,
         weights: str | Path | None,
         dtype: torch.dtype,
+        hollow: bool,
     ) -> None:
         self.name = name
         self.net: nn.Module
@@ -139,8 +148,11 @@ class Backbone(nn.Module):
                 len(set(reductions)) > 1
             )  # a transformer of one grid says what it takes
             self._likely_sizes = likely_sizes(reductions, outline.width, config)
-            file = timm_models.installed(name) if weights is None else Path(weights)
-            net = timm_models.features(name, config, self._taken, pretrained=file is None)
+            file = None
+            if not hollow:
+                file = timm_models.installed(name) if weights is None else Path(weights)
+            download = file is None and not hollow
+            net = timm_models.features(name, config, self._taken, pretrained=download)
             if file is not None:
                 load_weights(net, name, file, lambda: timm_models.whole_model_keys(name))
             self.net, self._reductions = net, net.feature_info.reduction()
@@ -153,7 +165,8 @@ class Backbone(nn.Module):
         self.register_buffer("mean", _of_channels(mean), persistent=False)
         self.register_buffer("std", _of_channels(std), persistent=False)
         self._grids: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
-        self.weights_hash = weights_hash(self.net.state_dict())
+        self._activations: dict[tuple[int, tuple[int, int]], tuple[int, list[int]]] = {}
+        self.weights_hash = "" if hollow else weights_hash(self.net.state_dict())
         self.requires_grad_(False)
         self.eval()
         fold_batch_norm(self.net)
@@ -292,8 +305,11 @@ class Backbone(nn.Module):
         network = self._features if traced or self._compiled is None else self._compiled
         alone = nullcontext() if traced else _alone(images.device)
         with alone, _exact_convolutions() if images.device.type == "cuda" else nullcontext():
-            x = (images.detach() - self.mean) / self.std  # nothing is trained through it
-            return network(x.to(self.dtype, memory_format=torch.channels_last))
+            return network(self._normalized(images))
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        x = (images.detach() - self.mean) / self.std  # nothing is trained through it
+        return x.to(self.dtype, memory_format=torch.channels_last)
 
     def _features(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = self.net(x)
@@ -321,11 +337,37 @@ class Backbone(nn.Module):
 
     def _meta_grids(self, image_size: tuple[int, int]) -> dict[int, tuple[int, int]]:
         """Run a copy on tensors without data: only shapes are computed."""
-        state = [*self.net.parameters(), *self.net.buffers()]
-        # A copy, since other threads and models may be running the network itself.
-        net = copy.deepcopy(self.net, {id(value): value.to("meta") for value in state})
-        grids = timm_models.grids_of(net, image_size, self.dtype)
+        grids = timm_models.grids_of(self._on_meta().net, image_size, self.dtype)
         return dict(zip(self._taken, grids, strict=True))
+
+    def _on_meta(self) -> Backbone:
+        """A copy without values, since other threads and models may be running the network itself."""
+        state = [*self.parameters(), *self.buffers()]
+        return copy.deepcopy(self, {id(value): value.to("meta") for value in state})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in use."""
+        return sum(value.nbytes for value in [*self.net.parameters(), *self.net.buffers()])
+
+    def activation_bytes(self, n_images: int, image_size: tuple[int, int]) -> tuple[int, list[int]]:
+        """What `levels` holds at once of a batch of this size, and what it returns.
+
+        Counted on tensors without values. What a convolution takes for itself is not in it.
+
+        Returns
+        -------
+        the most bytes at once, beside weights and images
+        bytes of each level that is taken
+        """
+        key = n_images, image_size
+        if key not in self._activations:
+            network = self._on_meta()
+            images = torch.empty(n_images, 3, *image_size, device="meta", dtype=torch.float32)
+            with torch.no_grad(), LiveBytes() as live:
+                levels = network._features(network._normalized(images))
+            self._activations[key] = live.peak, [level.nbytes for level in levels]
+        return self._activations[key]
 
     def _least_size(self) -> str:
         for side in range(max(self._reductions), 1025):
@@ -348,16 +390,24 @@ def _of_channels(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
 
 
+def n_parts(n_images: int, image_size: tuple[int, int], device: torch.device) -> int:
+    """Into how many parts `levels_in_parts` splits a batch."""
+    if device.type != "cpu":
+        return 1
+    at_once = max(1, _PIXELS_AT_ONCE // max(1, image_size[0] * image_size[1]))
+    return max(1, -(-n_images // at_once))
+
+
 def levels_in_parts(network: Backbone, images: Tensor) -> list[Tensor]:
     """What ``network.levels(images)`` gives; on a CPU the network sees a few images at a time.
 
     Takes and raises what `Backbone.forward` does.
     """
     _check(images)
-    at_once = max(1, _PIXELS_AT_ONCE // max(1, images.shape[2] * images.shape[3]))
-    if images.device.type != "cpu" or len(images) <= at_once:
+    n = n_parts(len(images), (images.shape[2], images.shape[3]), images.device)
+    if n == 1:
         return network.levels(images)
-    parts = [network.levels(part) for part in images.tensor_split(-(-len(images) // at_once))]
+    parts = [network.levels(part) for part in images.tensor_split(n)]
     return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 

@@ -13,24 +13,26 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.arrays import item_images, single_image, split_images
-from npad.images.decoding import LARGE, Loaded, load
+from npad.images.decoding import LARGE, Loaded, load, opened
 from npad.images.depth import Range
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
 from npad.images.roi import RegionsOfInterest, without_masks
 from npad.images.samples import AS_IT_SAYS, Array, Entry, Reading, StrPath, TooLargeError
 
-__all__ = ["Batch", "ImageSource"]
+__all__ = ["Batch", "ImageSource", "default_workers"]
 
 Task: TypeAlias = "tuple[int, str, Entry]"  # position, name, image
 _NAMED = 10  # constant images; a dead camera would fill the terminal
@@ -152,7 +154,7 @@ class ImageSource:
         regions: RegionsOfInterest | None = None,
     ) -> None:
         if workers is None:
-            workers = min(8, _available_cores())
+            workers = default_workers()
         limits = {"image_size": min(image_size), "batch_size": batch_size, "workers": workers}
         for name, value in limits.items():
             if value < 1:
@@ -246,6 +248,20 @@ class ImageSource:
             if not 0 <= i < len(entries):
                 raise IndexError(f"index {i} is out of range: the source has {len(entries)} images")
         return self._run(iter([[(int(i), _name(i, entries[i]), entries[i]) for i in indices]]))
+
+    def size_of_first(self) -> tuple[int, int] | None:
+        """(height, width) of the first image; None of a stream, and of an image that cannot be read.
+
+        Of a file only the header is read.
+        """
+        for entry in self._entries[:1]:
+            if isinstance(entry, np.ndarray):
+                return entry.shape[0], entry.shape[1]
+            if isinstance(entry, Image.Image):
+                return entry.height, entry.width
+            with suppress(ImageError), opened(entry, _name(0, entry), self.reading) as stored:
+                return stored.upright_size
+        return None
 
     def _run(self, groups: Iterator[list[Task]]) -> Generator[Batch]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="npad-images")
@@ -414,7 +430,8 @@ def _loader_length(source: object) -> int | None:
     return n_images - n_images % source.batch_size if source.drop_last else n_images
 
 
-def _available_cores() -> int:
+def default_workers() -> int:
+    """Threads that decode where none are chosen: one for each available core, at most 8."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)

@@ -90,7 +90,7 @@ def store(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         filled = F.pad(packed[:, first:stop], (pad, BLOCK * blocks - pad - (stop - first)))
         values = filled.unflatten(1, (blocks, BLOCK))
         scale = values.abs().amax(2) / LARGEST_BYTE
-        steps = (values / scale[:, :, None]).nan_to_num(0, 0, 0).round()
+        steps = (values / scale[:, :, None]).nan_to_num_(0, 0, 0).round_()
         stored[:, first:stop] = steps.flatten(1)[:, pad : pad + stop - first]
         scales.append(scale)
     stored[:, _of_scales(channels)] = torch.cat(scales, dim=1).view(torch.int8)

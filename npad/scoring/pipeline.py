@@ -185,6 +185,7 @@ def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> It
     try:
         for item in items:
             pending.append(start(item))
+            del item  # a batch, whose images may go before the next are there
             if len(pending) >= depth:
                 yield pending.popleft()
     except ImageError:
@@ -244,6 +245,7 @@ def predictions(
                 prediction.decisions = decide(prediction.scores, flight.batch.indices)
             if look is not None:
                 look(flight.batch)
+            del flight  # as in `started_ahead`
             yield prediction
             advance(len(prediction.scores))
     if images.skipped[told:]:

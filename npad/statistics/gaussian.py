@@ -121,7 +121,8 @@ class NeighborhoodGaussian:
             Features that are not finite, or too large.
         """
         scatter = self.scatter.new_zeros(self.scatter.shape[1], dtype=torch.float64)
-        for part in self.scatter.split(64):  # a CPU copies what it sums in another dtype
+        rows = max(1, CHUNK_BYTES // scatter.nbytes)
+        for part in self.scatter.split(rows):  # a CPU copies what it sums in another dtype
             scatter += part.sum(0, dtype=torch.float64)
         within = unpack(scatter, self.channels)
         within = within + within.tril(-1).mT
@@ -301,7 +302,7 @@ class NeighborhoodGaussian:
                     "vary, so that neither window nor eps can be chosen; fit more images, or give "
                     "numbers for window and eps"
                 )
-        steps = min(max(8, min(64, 2 * 10**9 // self.dimensions**3)), len(varied))
+        steps = min(n_sampled(self.dimensions), len(varied))
         places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
         return varied[places.round().long().unique()]
 
@@ -507,6 +508,11 @@ def _of_images(density: Tensor, known: Tensor | None) -> Tensor:
     n = known.sum(1)
     total = density.masked_fill(~known, 0).sum(1) * (known.shape[1] / n.clamp(min=1))
     return total[n > 0]
+
+
+def n_sampled(dimensions: int) -> int:
+    """Positions, at most, on which window and eps are chosen."""
+    return max(8, min(64, 2 * 10**9 // dimensions**3))
 
 
 def least_images(window: int) -> int:

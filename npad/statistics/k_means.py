@@ -9,10 +9,11 @@ import faiss
 import torch
 from torch import Tensor
 
+from npad.nominal_methods import KMEANS_SAMPLE
+
 __all__ = ["k_means"]
 
 ITERATIONS = 25
-SAMPLE = 256  # points per centroid that are looked at: as many as faiss would draw by itself
 
 
 def k_means(
@@ -28,9 +29,9 @@ def k_means(
     faiss works on the CPU here, on whatever device the points are, so that a seed gives the same
     centroids whichever of its packages is installed.
     """
-    if len(points) > SAMPLE * n:
+    if len(points) > KMEANS_SAMPLE * n:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(points), generator=generator, device="cpu")[: SAMPLE * n]
+        chosen = torch.randperm(len(points), generator=generator, device="cpu")[: KMEANS_SAMPLE * n]
         points = points[chosen.sort().values.to(points.device)]
     engine = faiss.Kmeans(
         points.shape[1], n, niter=ITERATIONS, seed=seed, min_points_per_centroid=1

@@ -14,7 +14,12 @@ from npad import ops
 from npad.learned import Expected
 from npad.nominal_methods import METHODS
 
-__all__ = ["NominalSet"]
+__all__ = ["BANK_BYTES", "BLOCK_BYTES", "NominalSet"]
+
+BANK_BYTES = 2 << 30
+# Of the bank, as it grows: memory that the system has back when a block is let go of. What comes in
+# pieces below 32 MB stays with the process, and the bank would be there twice when it is joined.
+BLOCK_BYTES = 64 << 20
 
 
 class NominalSet:
@@ -68,7 +73,7 @@ class NominalSet:
         method: str = "kcenter",
         n_centroids: float = 8192,
         projection: int | None = None,
-        bank_bytes: int = 2 << 30,
+        bank_bytes: int = BANK_BYTES,
         seed: int = 0,
     ) -> None:
         if method not in METHODS:
@@ -94,7 +99,8 @@ class NominalSet:
         self.n_seen = 0
         self._composed: list[Tensor] = []  # centres of the parts so far
         self._radii: list[float] = []  # within which each of them covers its part
-        self._bank: list[Tensor] = []  # embeddings not composed yet
+        self._bank: list[Tensor] = []  # embeddings not composed yet: the filled rows of blocks
+        self._block: Tensor | None = None  # the last of these, with the rows that are free
         self._sums: list[Tensor] = []  # of updates whose values are not known to be finite
         self._banked = 0
         self._chosen: Tensor | None = None  # by the last finalize
@@ -121,10 +127,29 @@ class NominalSet:
         for part in x.detach().reshape(-1, channels).split(room):
             if self._banked and self._banked + len(part) > room:
                 self.compose()
-            self._bank.append(part.to(torch.float32, copy=True))
-            self._banked += len(part)
+            self._keep(part)
             self.n_seen += len(part)
         return self
+
+    def _keep(self, x: Tensor) -> None:
+        """Copy embeddings (N, C) into the bank."""
+        self._banked += len(x)
+        while len(x):
+            if self._block is None or len(self._bank[-1]) == len(self._block):
+                rows = max(1, min(BLOCK_BYTES, self.bank_bytes) // (4 * x.shape[1]))
+                self._block = x.new_empty(rows, x.shape[1], dtype=torch.float32)
+                self._bank.append(self._block[:0])
+            start = len(self._bank[-1])
+            stop = min(len(self._block), start + len(x))
+            self._block[start:stop] = x[: stop - start]
+            self._bank[-1] = self._block[:stop]
+            x = x[stop - start :]
+
+    def _take_bank(self) -> Tensor:
+        """All embeddings of the bank, which is empty afterwards."""
+        self._block = None
+        self._banked = 0
+        return _take(self._bank)
 
     def merge(self, other: NominalSet) -> NominalSet:
         """Add the embeddings of another set: both banks are composed and the centroids joined.
@@ -177,6 +202,7 @@ class NominalSet:
             [tensors[f"{name}.{i}"] for i in range(len(values[name]))]
             for name in ("bank", "composed")
         )
+        self._block = None  # what comes next begins a block of its own
         self._banked = sum(map(len, self._bank))
         self._radii = [math.nan if radius is None else float(radius) for radius in values["radii"]]
         if len(self._radii) != len(self._composed):
@@ -190,6 +216,7 @@ class NominalSet:
         other = copy.copy(self)
         other._bank, other._composed = list(self._bank), list(self._composed)
         other._radii, other._sums = list(self._radii), list(self._sums)
+        other._block = None  # whose free rows are this one's
         return other
 
     def compose(self) -> NominalSet:
@@ -200,8 +227,7 @@ class NominalSet:
             centres, radius = self._choose(_take(self._composed), int(self.n_centroids))
             self._composed, self._radii = [centres], [radius + _largest(self._radii)]
         if self._bank:
-            points = _take(self._bank)
-            self._banked = 0
+            points = self._take_bank()
             centres, radius = self._choose(points, self._target(len(points)))
             self._composed.append(centres)
             self._radii.append(radius)
@@ -226,8 +252,7 @@ class NominalSet:
             return self  # nothing new
         if self._composed:
             self.compose()
-        points = _take(self._composed or self._bank)
-        self._banked = 0
+        points = _take(self._composed) if self._composed else self._take_bank()
         self.centroids_, radius = self._choose(points, self._target(self.n_seen), advance)
         self.radius_ = radius + _largest(self._radii)
         self._chosen = self.centroids_
