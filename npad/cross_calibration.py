@@ -78,15 +78,16 @@ class CrossCalibration:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def update(self, embeddings: Sequence[Tensor], images: Tensor) -> None:
+    def update(self, embeddings: Sequence[Tensor], images: Tensor | None = None) -> None:
         """Add a batch that the whole fit has just seen.
 
         Parameters
         ----------
         embeddings : for each member, (B, h, w, D), as `Fit.embed` gives them
-        images : (B, 3, H, W); or (B, 4, H, W), the fourth channel 1 inside the image's own region
+        images : (B, 3, H, W), from which they are, if these are known; of (B, 4, H, W) the fourth
+            channel is 1 inside the image's own region
         """
-        own = [images[:, 3]] if images.shape[1] == 4 else []
+        own = [] if images is None or images.shape[1] == 3 else [images[:, 3]]
         rows: dict[int, list[int]] = {}
         for i in range(len(embeddings[0])):
             fold = self._draw()
