@@ -388,8 +388,8 @@ class DriftMonitor:
         monitor.n_seen, monitor._log_bets = n_seen, log_bets
         if raised_at is None and n_seen and monitor.martingale >= monitor._limit:
             raise ValueError(
-                f"{name}: raised_at is None, and the evidence is {monitor.martingale:.3g}, at which the "
-                f"monitor is raised (false_alarm_bound = {monitor.false_alarm_bound:g})"
+                f"{name}: raised_at is None, and the evidence is {monitor.martingale:.3g}, at which "
+                f"the monitor is raised (false_alarm_bound = {monitor.false_alarm_bound:g})"
             )
         monitor.raised_at = raised_at
         return monitor
