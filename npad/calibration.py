@@ -320,9 +320,9 @@ class DriftMonitor:
         for score in _scores("DriftMonitor.update", scores).tolist():
             self._log_bets += _log_gains(self._rank(score))
             self.n_seen += 1
-            if self.raised_at is None and self.martingale >= -math.log10(self.false_alarm_bound):
-                self.raised_at = self.n_seen
             self._log_bets = np.logaddexp(self._log_bets, _log_stake(self.n_seen))
+            if self.raised_at is None and self.martingale >= self._limit:
+                self.raised_at = self.n_seen
         return self.raised_at is not None
 
     @property
@@ -334,6 +334,10 @@ class DriftMonitor:
         """
         log_left = math.log(_left(self.n_seen + 1))
         return float(np.logaddexp.reduce([*self._log_bets, log_left])) / math.log(10)
+
+    @property
+    def _limit(self) -> float:
+        return -math.log10(self.false_alarm_bound)
 
     def state(self) -> dict[str, Any]:
         """All that it knows, as JSON types: `from_state` goes on exactly from here."""
@@ -353,21 +357,41 @@ class DriftMonitor:
         Raises
         ------
         ValueError
-            It is not the state of a monitor.
+            It is not the state of a monitor: what is wrong with it.
         """
+        name = "DriftMonitor.from_state"
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{name}: state must be a dict, got {type(state).__name__}")
         try:
-            scores = Calibration(state["scores"])
+            scores = Calibration(_scores(f"{name}: scores", state["scores"]))
             monitor = cls(scores, state["false_alarm_bound"], state["seed"])
-            monitor.n_seen, monitor.raised_at = state["n_seen"], state["raised_at"]
-            log_bets = _scores("DriftMonitor.from_state: log_bets", state["log_bets"])
+            n_seen, raised_at = state["n_seen"], state["raised_at"]
+            log_bets = _scores(f"{name}: log_bets", state["log_bets"])
         except KeyError as error:
-            raise ValueError(f"DriftMonitor.from_state: the state has no {error}") from None
+            raise ValueError(f"{name}: the state has no {error}") from None
         if len(log_bets) != len(monitor._log_bets):
             raise ValueError(
-                f"DriftMonitor.from_state: log_bets must be {len(monitor._log_bets)} numbers, got"
-                f" {len(log_bets)}; the state is another version's"
+                f"{name}: log_bets must be {len(monitor._log_bets)} numbers, got {len(log_bets)}; the "
+                "state is another version's"
             )
-        monitor._log_bets = log_bets
+        n = len(scores.scores)
+        if not _is_whole(n_seen) or not 0 <= n_seen < n:
+            raise ValueError(
+                f"{name}: n_seen must be a whole number from 0 to {n - 1}, as there are {n} scores and "
+                f"the calibration has one at least, got {n_seen!r}"
+            )
+        if raised_at is not None and not (_is_whole(raised_at) and 1 <= raised_at <= n_seen):
+            raise ValueError(
+                f"{name}: raised_at must be None or a whole number from 1 to n_seen = {n_seen}, got "
+                f"{raised_at!r}"
+            )
+        monitor.n_seen, monitor._log_bets = n_seen, log_bets
+        if raised_at is None and n_seen and monitor.martingale >= monitor._limit:
+            raise ValueError(
+                f"{name}: raised_at is None, and the evidence is {monitor.martingale:.3g}, at which "
+                f"the monitor is raised (false_alarm_bound = {monitor.false_alarm_bound:g})"
+            )
+        monitor.raised_at = raised_at
         return monitor
 
     def _rank(self, score: float) -> float:

@@ -342,8 +342,50 @@ def test_what_is_no_state_is_refused() -> None:
     for key in state:
         with pytest.raises(ValueError, match=f"the state has no '{key}'"):
             DriftMonitor.from_state({k: v for k, v in state.items() if k != key})
-    with pytest.raises(ValueError, match="log_bets must be 12 numbers, got 1"):
-        DriftMonitor.from_state(state | {"log_bets": [0.0]})
+    for other in (None, [], "state", 3):
+        with pytest.raises(ValueError, match="from_state: state must be a dict, got"):
+            DriftMonitor.from_state(other)
+
+
+NO_STATES = {
+    "log_bets must be 12 numbers, got 1": {"log_bets": [0.0]},
+    "log_bets: score 11 is inf": {"log_bets": [0.0] * 11 + [np.inf]},
+    "log_bets: scores must be numbers": {"log_bets": ["0"] * 12},
+    "from_state: scores: scores must be numbers": {"scores": ["1", "2"]},
+    "from_state: scores: score 1 is nan": {"scores": [1.0, np.nan]},
+    "scores is empty": {"scores": []},
+    "false_alarm_bound must be": {"false_alarm_bound": 2},
+    "seed must be": {"seed": 0.5},
+    "n_seen must be a whole number from 0 to 5.*got 6": {"n_seen": 6},
+    "n_seen must be.*got -1": {"n_seen": -1},
+    "n_seen must be.*got 1.0": {"n_seen": 1.0},
+    "n_seen must be.*got True": {"n_seen": True},
+    "n_seen must be.*got None": {"n_seen": None},
+    "raised_at must be None or a whole number from 1 to n_seen = 3, got 4": {"raised_at": 4},
+    "raised_at must be.*got 0": {"raised_at": 0},
+    "raised_at must be.*got '1'": {"raised_at": "1"},
+    "raised_at must be.*got False": {"raised_at": False},
+    "raised_at is None, and the evidence is 4.34": {"log_bets": [10 - np.log(12)] * 12},
+}
+
+
+@pytest.mark.parametrize("says", NO_STATES)
+def test_states_with_nonsense_are_refused_by_name(says: str) -> None:
+    state = watch([1.0, 2.0, 3.0], [1.5, 2.5, 0.5]).state()
+    assert DriftMonitor.from_state(state).n_seen == 3
+    with pytest.raises(ValueError, match=says):
+        DriftMonitor.from_state(state | NO_STATES[says])
+
+
+def test_a_monitor_is_raised_as_soon_as_its_evidence_is_enough() -> None:
+    """So that every state of a monitor is one that `from_state` takes."""
+    z = np.random.default_rng(0).normal(size=400)
+    monitor = DriftMonitor(Calibration(z[:100]), 0.3)
+    for score in z[100:] + np.arange(300) / 50:
+        before = monitor.martingale
+        if monitor.update([score]):
+            break
+    assert before < -np.log10(0.3) <= monitor.martingale
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "0", True, None])

@@ -64,6 +64,7 @@ AFTER = {
     "calibrate": (*THREADS, "--false-alarm-rate", "0.3"),
     "predict": THREADS,
 }
+WATCH = ("--every", "0.1", "--until-idle", "0.5")  # it would not end
 WOVEN = "npad-demo/data-seed0/woven"  # what `npad demo` would weave, large, were it not there
 
 
@@ -173,9 +174,8 @@ def run_command(block: Block, words: list[str]) -> None:
     name, *args = words
     if name.endswith("npad") and args[0] != "fetch":
         command, *options = args
-        done = command_line.npad(
-            command, *BEFORE.get(command, ()), *options, *AFTER.get(command, ())
-        )
+        after = *AFTER.get(command, ()), *(WATCH if "--watch" in options else ())
+        done = command_line.npad(command, *BEFORE.get(command, ()), *options, *after)
         assert done.code == 0, f"{block}: {' '.join(words)}: {done.err}"
         return
     check = fetched if name.endswith("npad") else CHECKED.get(name.removeprefix(".venv/bin/"))

@@ -23,7 +23,7 @@ from npad.features.backbone import Backbone
 from npad.features.backbone import filled as padded
 from npad.fitting import Fit
 from npad.images.errors import ImageError
-from npad.images.roi import RegionsOfInterest, region_of_model, without_masks
+from npad.images.roi import RegionsOfInterest, is_mask, region_of_model, without_masks
 from npad.members import members_of
 from npad.model_file import STATISTICS_VERSION, ModelFileError, read_model, write_model
 from npad.ops import reference
@@ -998,3 +998,19 @@ def test_regions_are_checked_before_the_work() -> None:
     roi = torch.from_numpy(rectangle((8, 8), 3, 3, 2, 2).astype(np.uint8))
     with pytest.raises(ValueError, match="it covers half of no position of the 2 x 2 grid"):
         RegionsOfInterest(roi, grids=[(2, 2)], extent=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("in/a_roi.png", "{}_roi.png", True),
+        ("a_roi.png", "{}_roi.png", True),
+        ("in/a.png", "{}_roi.png", False),
+        ("in/_roi.png", "{}_roi.png", False),
+        ("in/rois/a.png", "rois/{}.png", True),
+        ("in/other/a.png", "rois/{}.png", False),
+        ("in/a+roiXpng", "{}+roi.png", False),
+    ],
+)
+def test_is_mask_goes_by_the_pattern_alone(path: str, pattern: str, expected: bool) -> None:
+    assert is_mask(path, pattern) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ from npad.cli.program import (
     with_options,
 )
 from npad.file_names import shown
-from npad.settings import CHECKPOINT_EVERY, Settings
+from npad.settings import CHECKPOINT_EVERY, LEAST_RATE, Settings
 
 if TYPE_CHECKING:  # they import libraries
     from npad.detector import NPad
@@ -403,6 +404,29 @@ def _color_range(text: str) -> tuple[float, float]:
     return low, high
 
 
+def _seconds(least: float) -> Callable[[str], float]:
+    def value(text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not least <= seconds < math.inf:
+            raise typer.BadParameter(f"{text!r} is no number of seconds from {least:g} on")
+        return seconds
+
+    return value
+
+
+def _bound(text: str) -> float:
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = math.nan
+    if not LEAST_RATE <= bound < 1:
+        raise typer.BadParameter(f"{text!r} is no number from {LEAST_RATE} to below 1")
+    return bound
+
+
 @command(app, "npad.detector", "npad.cli.prediction_files")
 def predict(
     model_file: ModelFile,
@@ -440,6 +464,55 @@ def predict(
     batch_size: BatchSize = None,
     max_pixels: MaxPixels = None,
     rois: Rois = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Score what is in the folders and what appears there, until Ctrl-C; go on after a "
+            "restart.",
+        ),
+    ] = False,
+    every: Annotated[
+        Any,
+        typer.Option(
+            parser=_seconds(0.01),
+            metavar="SECONDS",
+            help="With --watch: between two looks at the folders. [default: 1]",
+        ),
+    ] = None,
+    until_idle: Annotated[
+        Any,
+        typer.Option(
+            parser=_seconds(0),
+            metavar="SECONDS",
+            help="With --watch: end when there was nothing to score for as long. [default: never]",
+        ),
+    ] = None,
+    patience: Annotated[
+        Any,
+        typer.Option(
+            parser=_seconds(0),
+            metavar="SECONDS",
+            help="With --watch: how long an unchanged file is tried that cannot be read. [default: 10]",
+        ),
+    ] = None,
+    drift_bound: Annotated[
+        Any,
+        typer.Option(
+            parser=_bound,
+            metavar="RATE",
+            help="With --watch: probability of ever telling of drift where there is none. "
+            "[default: 0.01]",
+        ),
+    ] = None,
+    new_monitor: Annotated[
+        bool,
+        typer.Option(
+            "--new-monitor",
+            help="With --watch: watch anew for drift in an OUT that is there, once it is calibrated "
+            "again.",
+        ),
+    ] = False,
     skip_bad: SkipBad = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -453,10 +526,16 @@ def predict(
     from npad.detector import NPad  # noqa: PLC0415
     from npad.images.roi import without_masks  # noqa: PLC0415
 
+    times = {"every": every, "until_idle": until_idle, "patience": patience}
+    of_watch = {**times, "drift_bound": drift_bound, "new_monitor": new_monitor or None}
+    if not watch:
+        for name, value in of_watch.items():
+            if value is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is of use with --watch only")
     _set_threads(threads)
     check_device(device)
     progress = _progress(quiet)
-    inputs = find_inputs(paths, output)
+    inputs = {} if watch else find_inputs(paths, output)
     model = NPad.load(model_file, device=device, weights=weights, progress=progress)
     given = {"batch_size": batch_size, "max_pixels": max_pixels, "rois": rois}
     _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
@@ -464,6 +543,12 @@ def predict(
     decided = model.calibration_ is not None
     if masks and not decided:
         raise UsageError(f"--masks needs thresholds: choose them with npad calibrate {model_file}")
+    pictures = {"maps": maps, "overlays": overlays, "masks": masks, "color_range": color_range}
+    if watch:
+        groups_of = partial(_groups, group, group_by_folder)
+        given = {name: value for name, value in of_watch.items() if value is not None}
+        _watch(model, model_file, paths, output, groups_of, quiet, **given, **pictures)
+        return
     predictions = model.predict_batches(
         list(inputs),
         skip_bad=skip_bad,
@@ -471,16 +556,7 @@ def predict(
         keep_images=overlays,
         groups=_groups(group, group_by_folder, inputs, paths),
     )
-    files = PredictionFiles(
-        output,
-        inputs,
-        maps=maps,
-        overlays=overlays,
-        decided=decided,
-        masks=masks,
-        color_range=color_range,
-        progress=progress,
-    )
+    files = PredictionFiles(output, inputs, decided=decided, **pictures, progress=progress)
     skipped = []
     with alone_in(output), files:
         for prediction in predictions:
@@ -492,11 +568,53 @@ def predict(
             raise ValueError(f"none of the {len(inputs)} images could be read")
         files.finish()
     if not quiet:
-        alarms = f", {files.n_anomalous} anomalous" if decided else ""
-        print(f"{shown(output / 'scores.csv')}: {files.n_scored} images{alarms}")
+        _tell_what_was_scored(output, files.n_scored, files.n_anomalous, decided)
         if overlays:
             low, high = files.color_range or (math.nan, math.nan)
             print(f"{shown(output / 'overlays')}: colours from {low:.4g} to {high:.4g}")
+
+
+def _watch(
+    model: Any,
+    model_file: Path,
+    paths: Sequence[Path],
+    output: Path,
+    groups_of: Callable[[Sequence[str], Sequence[Path]], Any],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    from npad.cli.watching import Watch, nominal_colors  # noqa: PLC0415
+
+    for path in paths:
+        if not path.is_dir():
+            raise UsageError(f"{shown(path)} is no folder: --watch watches folders")
+    decided = model.calibration_ is not None
+    if not decided:
+        how = f"npad calibrate {shown(model_file)}"
+        if "drift_bound" in options or "new_monitor" in options:
+            raise UsageError(f"drift is watched for where the model is calibrated: {how}")
+        if options["overlays"] and options["color_range"] is None:
+            raise UsageError(
+                "a watch draws overlays before it knows all maps, and the model is not calibrated: "
+                f"give --color-range or --no-overlays, or choose thresholds with {how}"
+            )
+        if not quiet:
+            tell("note", f"the model is not calibrated, so that nothing watches for drift: {how}")
+    elif options["overlays"] and options["color_range"] is None:
+        options["color_range"] = nominal_colors(model)
+    watch = Watch(model, paths, output, groups_of, **options)
+    if not quiet:
+        print(f"{', '.join(map(shown, paths))}: watched; Ctrl-C ends it", flush=True)
+    watch.run()
+    if not quiet:
+        _tell_what_was_scored(output, watch.n_scored, watch.n_anomalous, decided)
+    if watch.ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _tell_what_was_scored(output: Path, n_scored: int, n_anomalous: int, decided: bool) -> None:
+    alarms = f", {n_anomalous} anomalous" if decided else ""
+    print(f"{shown(output / 'scores.csv')}: {n_scored} images{alarms}")
 
 
 # --- evaluate ---

@@ -1,7 +1,7 @@
 """What `npad predict` leaves in its folder: scores, regions, maps, masks and overlays.
 
-Rows of scores are written as they come, under a name that says "partial", and get their own name
-once every image is scored. Every picture appears whole or not at all.
+Rows of scores are written as they come; `npad/cli/score_tables.py` says under which names. Every
+picture appears whole or not at all.
 
 The colour scale of the overlays is that of the whole run. Unless it is given, it is known at the end
 only; until then pixels and maps wait on the disk, in a file that has no name.
@@ -9,15 +9,13 @@ only; until then pixels and maps wait on the disk, in a file that has no name.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import math
 import os
 import struct
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from PIL import Image
 from scipy import ndimage
 
 from npad.atomic_file import naming, remove_leftovers, replacing
+from npad.cli.score_tables import ScoreTables
 from npad.evaluation.overlay import draw_overlay, eight_bit
 from npad.images.errors import ImageError
 from npad.images.folders import OUTPUT_MARK, find_images
@@ -40,14 +39,9 @@ from npad.scoring.fusion import inside_alone, resized, with_shares
 from npad.scoring.prediction import Prediction
 from npad.scoring.regions import find_regions
 
-__all__ = ["PredictionFiles", "find_inputs"]
+__all__ = ["PredictionFiles", "alike", "find_inputs", "named"]
 
-SCORES = ("scores.csv", "scores.jsonl")
-REGIONS = "regions.csv"
 OVERLAYS, MAPS, MASKS = "overlays", "maps", "masks"
-COLUMNS = ("path", "score")
-DECISION_COLUMNS = ("p_value", "threshold", "anomalous", "n_regions")
-REGION_COLUMNS = ("path", "left", "top", "width", "height", "area", "peak", "peak_x", "peak_y")
 OUTLINE = (90, 220, 255)  # of regions, on overlays
 _SAMPLE = 1 << 21  # values of all maps, from which the ends of the colour scale are taken
 _BAND = 1 << 20  # pixels of a large image that are drawn at once
@@ -90,9 +84,8 @@ def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
     taken: set[str] = set()
     for absolute_path, spelled in ordered:
         picture = absolute_path.relative_to(base)
-        if _alike(picture) in taken or len(os.fsencode(picture.name)) + _ROOM > _LONGEST_NAME:
-            picture = picture.with_name(_short(picture))
-        taken.add(_alike(picture))
+        picture = named(picture, alike(picture) in taken)
+        taken.add(alike(picture))
         inputs[spelled] = picture
         longest = os.fsencode(_absolute(folder) / OVERLAYS / picture)
         if len(longest) + _ROOM > _LONGEST_PATH:
@@ -102,15 +95,18 @@ def find_inputs(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
     return inputs
 
 
-def _alike(picture: Path) -> str:
+def alike(picture: Path) -> str:
     """One text for all paths that are one on some disk."""
     return unicodedata.normalize("NFC", str(picture).casefold())
 
 
-def _short(picture: Path) -> str:
+def named(picture: Path, told_apart: bool) -> Path:
+    """A path, ending in a hash of it where it must be told apart or is too long for what follows."""
+    if not told_apart and len(os.fsencode(picture.name)) + _ROOM <= _LONGEST_NAME:
+        return picture
     digest = hashlib.sha256(os.fsencode(picture)).hexdigest()[:8]
     room = _LONGEST_NAME - _ROOM - len(f"~{digest}")
-    return f"{os.fsencode(picture.name)[:room].decode(errors='ignore')}~{digest}"
+    return picture.with_name(f"{os.fsencode(picture.name)[:room].decode(errors='ignore')}~{digest}")
 
 
 def _absolute(path: Path) -> Path:
@@ -119,7 +115,7 @@ def _absolute(path: Path) -> Path:
 
 
 class PredictionFiles:
-    """Writer of the output folder; as a context manager it gives the scores their final name.
+    """Writer of the output folder; as a context manager it closes what it has opened.
 
     Parameters
     ----------
@@ -132,6 +128,7 @@ class PredictionFiles:
         the 99.9th percentile of all maps of the run: then overlays are drawn at the end, and until
         then the folder's disk holds three bytes for each pixel of the images and four for each pixel
         of the maps at the model's size.
+    tables : into which rows are written; by default those of a run that ends
     progress : as for `npad.progress.task`
 
     Attributes
@@ -149,61 +146,51 @@ class PredictionFiles:
     def __init__(
         self,
         folder: Path,
-        inputs: dict[str, Path],
+        inputs: Mapping[str, Path],
         *,
         maps: bool,
         overlays: bool,
         decided: bool = False,
         masks: bool = False,
         color_range: tuple[float, float] | None = None,
+        tables: ScoreTables | None = None,
         progress: bool | None = None,
     ) -> None:
         self.n_scored = self.n_anomalous = 0
         self.color_range = color_range
-        self._scores_so_far = folder / _partial_name(SCORES[0])
         self._folder = folder
         self._inputs = inputs
         self._maps, self._overlays, self._masks = maps, overlays, masks
-        self._names = (*SCORES, REGIONS) if decided else SCORES
         self._decided = decided
+        self._tables = ScoreTables(folder, decided=decided) if tables is None else tables
         self._progress = progress
         self._pictures: set[Path] = set()  # folders that pictures have been written into
 
     def __enter__(self) -> PredictionFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self._tables = [
-                stack.enter_context(
-                    # Names of files are bytes: what is no text goes out as it came in.
-                    Path(self._folder, _partial_name(name)).open(
-                        "w", encoding="utf-8", errors="surrogateescape", newline=""
-                    )
-                )
-                for name in self._names
-            ]
+            stack.enter_context(self._tables)
             self._spool: _Spool | None = None
             if self._overlays and self.color_range is None:
                 self._spool = stack.enter_context(_Spool(self._folder, len(self._inputs)))
-            self._files = stack.pop_all()
-        scores, self._jsonl, *regions = self._tables
-        self._rows, *self._region_rows = (
-            csv.writer(table, lineterminator="\n") for table in (scores, *regions)
-        )
-        self._rows.writerow((*COLUMNS, *(DECISION_COLUMNS if self._decided else ())))
-        for rows in self._region_rows:
-            rows.writerow(REGION_COLUMNS)
+            self._opened = stack.pop_all()
         return self
 
-    def add(self, prediction: Prediction) -> None:
+    def add(
+        self, prediction: Prediction, more: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         """Write the rows and pictures of a few images.
 
         Parameters
         ----------
         prediction : with maps at the model's size, and with images if there are overlays
+        more : by its path, what else the row of an image says; images that it lacks are left out
         """
         for i, (path, map_, size) in enumerate(
             zip(prediction.paths, prediction.maps, prediction.sizes, strict=True)
         ):
+            if more is not None and path not in more:
+                continue
             row: dict[str, Any] = {"path": path, "score": float(prediction.scores[i])}
             row["size"] = list(size)
             threshold = math.inf
@@ -227,32 +214,13 @@ class PredictionFiles:
                     self._draw(*waiting)
                 else:
                     self._spool.put(*waiting)
-            with naming(self._scores_so_far):
-                self._write(row)
-        with naming(self._scores_so_far):
-            for table in self._tables:
-                table.flush()
-        self.n_scored += len(prediction.paths)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        values = [row["path"], repr(row["score"])]
-        if self._decided:
-            values += [repr(row["p_value"]), repr(row["threshold"]), str(int(row["anomalous"]))]
-            values.append(str(len(row["regions"])))
-            for region in row["regions"]:
-                place = (*region["box"], region["area"], repr(region["peak"]), *region["peak_at"])
-                self._region_rows[0].writerow((row["path"], *place))
-        self._rows.writerow(values)
-        self._jsonl.write(json.dumps(row) + "\n")
+            self._tables.write(row | dict(more[path] if more else {}))
+            self.n_scored += 1
+        self._tables.flush()
 
     def finish(self) -> None:
-        """Give the scores their final name, then draw the overlays that waited for the colours."""
-        for file, name in zip(self._tables, self._names, strict=True):
-            so_far = self._folder / _partial_name(name)
-            with naming(so_far):
-                file.flush()
-                os.fsync(file.fileno())
-                so_far.replace(self._folder / name)
+        """Give the tables their final names, then draw the overlays that waited for the colours."""
+        self._tables.finish()
         if self._spool is not None:
             self.color_range = self._spool.color_range()
             waiting = track(self._spool, "overlays", self.n_scored, self._progress, "images")
@@ -266,10 +234,7 @@ class PredictionFiles:
         trace: TracebackType | None,
     ) -> None:
         with suppress(OSError) if error else nullcontext():  # a full disk was reported already
-            self._files.close()
-        if not self.n_scored:
-            for name in self._names:
-                (self._folder / _partial_name(name)).unlink(missing_ok=True)
+            self._opened.__exit__(kind, error, trace)
 
     def _draw(
         self, path: str, image: NDArray[Any], map_: NDArray[np.float32], threshold: float
@@ -417,8 +382,3 @@ def _decision(decisions: Decisions, i: int, score: float) -> dict[str, Any]:
         "map_threshold": float(decisions.map_thresholds[i]),
         "anomalous": score > threshold,
     }
-
-
-def _partial_name(name: str) -> str:
-    stem, suffix = name.split(".")
-    return f"{stem}.partial.{suffix}"

@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -306,12 +307,12 @@ def run(app: typer.Typer, args: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 141 (closed pipe)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupt)
-    told: set[str] = set()  # a fit with each seed meets the same images
+    told = deque[str](maxlen=1000)  # a fit with each seed meets the same images
 
     def warn(message: Warning | str, *_: object, **__: object) -> None:
         if str(message) not in told:
             tell("warning", with_options(str(message)))
-        told.add(str(message))
+        told.append(str(message))
 
     warnings.showwarning = warn
     sys.unraisablehook = _again

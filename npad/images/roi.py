@@ -6,6 +6,7 @@ What a region does to images and to grids of embeddings stands in `npad.roi`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -21,7 +22,7 @@ from npad.images.samples import Array, Entry, StrPath
 from npad.roi import covered
 from npad.settings import MAX_PIXELS, Drawn
 
-__all__ = ["RegionsOfInterest", "region_of_model", "without_masks"]
+__all__ = ["RegionsOfInterest", "is_mask", "region_of_model", "without_masks"]
 
 Size: TypeAlias = "tuple[int, int]"
 P = TypeVar("P", bound="str | os.PathLike[str]")
@@ -96,6 +97,12 @@ def without_masks(paths: Iterable[P], pattern: str | None) -> list[P]:
     pairs = [(path, _plain(path), _plain(_mask_of(path, pattern))) for path in paths]
     masks = {mask for _, image, mask in pairs if mask != image}
     return [path for path, image, _ in pairs if image not in masks]
+
+
+def is_mask(path: StrPath, pattern: str) -> bool:
+    """Whether a file is the region of an image that is there, or may come."""
+    form = re.escape(pattern).replace(re.escape("{}"), "[^/]+")
+    return re.search(f"(^|/){form}$", Path(path).as_posix()) is not None
 
 
 def _mask_of(path: StrPath, pattern: str) -> Path:
