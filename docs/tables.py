@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from npad.learned import MEANINGS, MEMBER_MEANINGS, TENSORS
+from npad.learned import MEANINGS, MEMBER_MEANINGS, Learned, LearnedMember, tensors_of
 from npad.nominal_methods import METHODS
 from npad.settings import ARGUMENTS, Settings
 
@@ -56,20 +56,21 @@ def _tensors() -> str:
                 f"as `{t.dtype}` says" if t.dtype in kept else t.dtype,
                 t.meaning,
             )
-            for t in TENSORS
+            for t in (*tensors_of(Learned), *tensors_of(LearnedMember))
         ),
     )
 
 
 def _values() -> str:
+    tensors = {t.name for t in tensors_of(Learned)}
     return _table(
         ("key of the header", "what it is"),
-        ((f"`{name}`", text) for name, text in MEANINGS.items()),
+        ((f"`{name}`", text) for name, text in MEANINGS.items() if name not in tensors),
     )
 
 
 def _members() -> str:
-    tensors = {t.name for t in TENSORS}
+    tensors = {t.name for t in tensors_of(LearnedMember)}
     return _table(
         ("key of a member", "what it is"),
         ((f"`{name}`", text) for name, text in MEMBER_MEANINGS.items() if name not in tensors),

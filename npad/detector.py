@@ -880,8 +880,7 @@ class NPad:
                 {key: str(one[key]) for key in ("name", "weights_hash")}
                 for one in header["backbones"]
             ]
-            settings.size  # noqa: B018  (a model knows it)
-            expected = _expected(settings, learned, header["members"]) | expected_in_file(header)
+            expected = learned.expected(settings, header["members"]) | expected_in_file(header)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             problem = (
@@ -1053,7 +1052,7 @@ class NPad:
         tensors = learned.tensors().values()
         if device is not None and any(tensor.device != device for tensor in tensors):
             learned = learned.to(device)
-            self.members_ = learned.members
+            vars(self).update({f"{name}_": value for name, value in vars(learned).items()})
             self._scoring = self._graphs = None
         return learned
 
@@ -1180,17 +1179,6 @@ def _check_features(settings: Settings, networks: Sequence[Backbone]) -> None:
                 f"NPad: n_features={n} is more than the {network.channels} channels of "
                 f"{network.name}; give at most that, or None"
             )
-
-
-def _expected(
-    settings: Settings, learned: Learned, members: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a model file, by what its header says of the members."""
-    return {
-        f"{i}.{name}": what
-        for i, (member, values) in enumerate(zip(learned.members, members, strict=True))
-        for name, what in member.expected(settings, int(values["n_centroids"] or 0)).items()
-    }
 
 
 def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:

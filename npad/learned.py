@@ -6,7 +6,7 @@ the fields of `Learned`. ``NPad`` has each as an attribute with a trailing ``_``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Final, TypeAlias
 
@@ -21,12 +21,12 @@ from npad.settings import Settings, uses_gaussians, uses_nominal_set
 __all__ = [
     "MEANINGS",
     "MEMBER_MEANINGS",
-    "TENSORS",
     "Expected",
     "Learned",
     "LearnedMember",
     "LearnedTensor",
     "Standardization",
+    "tensors_of",
 ]
 
 Expected: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by their names
@@ -62,18 +62,18 @@ class LearnedTensor:
 
     Attributes
     ----------
-    name : of the field of `LearnedMember`
-    shape : of symbols, see `LearnedMember.expected`
+    name : of the field of `LearnedMember` or `Learned`
+    shape : of symbols, see `expected` of these
     dtype : its name, or the name of the setting that holds it
     meaning : a line for the docs
-    when : whether a member has it
+    when : whether a member, or what was learned of all images, has it
     """
 
     name: str
     shape: tuple[str, ...]
     dtype: str
     meaning: str
-    when: Callable[[LearnedMember], bool]
+    when: Callable[[Any], bool]
 
     def torch_dtype(self, settings: Settings) -> torch.dtype:
         """The dtype in a model of these settings."""
@@ -82,7 +82,31 @@ class LearnedTensor:
         return dtype
 
 
-def _tensor(shape: str, dtype: str, meaning: str, when: Callable[[LearnedMember], bool]) -> Any:
+def tensors_of(cls: type) -> tuple[LearnedTensor, ...]:
+    """The tensors of `LearnedMember` or of `Learned`."""
+    return tuple(
+        LearnedTensor(f.name, **f.metadata["tensor"]) for f in fields(cls) if "tensor" in f.metadata
+    )
+
+
+def _present(learned: LearnedMember | Learned) -> dict[str, Tensor]:
+    """The tensors that there are, by name."""
+    found = {tensor.name: getattr(learned, tensor.name) for tensor in tensors_of(type(learned))}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _expected(
+    learned: LearnedMember | Learned, settings: Settings, sizes: Mapping[str, int]
+) -> Expected:
+    """Dtype and shape of each tensor, by the sizes of the symbols."""
+    return {
+        t.name: (t.torch_dtype(settings), tuple(sizes[symbol] for symbol in t.shape))
+        for t in tensors_of(type(learned))
+        if t.when(learned)
+    }
+
+
+def _tensor(shape: str, dtype: str, meaning: str, when: Callable[[Any], bool]) -> Any:
     known = {"shape": tuple(shape.split(", ")), "dtype": dtype, "meaning": meaning, "when": when}
     return field(default=None, metadata={"tensor": known})
 
@@ -160,8 +184,7 @@ class LearnedMember:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by name."""
-        found = {tensor.name: getattr(self, tensor.name) for tensor in TENSORS}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return _present(self)
 
     @property
     def n_centroids(self) -> int | None:
@@ -218,7 +241,9 @@ class LearnedMember:
         if part is None:
             return None
         used = replace(self, member=part)
-        unused: dict[str, Any] = {t.name: None for t in TENSORS if not t.when(used)}
+        unused: dict[str, Any] = {
+            t.name: None for t in tensors_of(LearnedMember) if not t.when(used)
+        }
         return replace(used, radius=self.radius if part.nominal_set else None, **unused)
 
     def to_json(self) -> dict[str, Any]:
@@ -245,11 +270,7 @@ class LearnedMember:
             "stored": stored_size(reduced, getattr(torch, settings.factor_dtype)),
             "K": n_centroids,
         }
-        return {
-            t.name: (t.torch_dtype(settings), tuple(sizes[symbol] for symbol in t.shape))
-            for t in TENSORS
-            if t.when(self)
-        }
+        return _expected(self, settings, sizes)
 
 
 def _n_images(value: Any) -> int:
@@ -311,19 +332,37 @@ class Learned:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, under the names that they have in a model file."""
-        return {
+        of_members = {
             f"{i}.{name}": tensor
             for i, member in enumerate(self.members)
             for name, tensor in member.tensors().items()
         }
+        return _present(self) | of_members
 
     def having(self, tensors: Mapping[str, Tensor]) -> Learned:
         """The same with these tensors, named as `tensors` does."""
         members = []
         for i, member in enumerate(self.members):
-            found: dict[str, Any] = {t.name: tensors.get(f"{i}.{t.name}") for t in TENSORS}
+            found: dict[str, Any] = {
+                t.name: tensors.get(f"{i}.{t.name}") for t in tensors_of(LearnedMember)
+            }
             members.append(replace(member, **found))
-        return replace(self, members=tuple(members))
+        own: dict[str, Any] = {t.name: tensors.get(t.name) for t in tensors_of(type(self))}
+        return replace(self, members=tuple(members), **own)
+
+    def expected(self, settings: Settings, members: Sequence[Mapping[str, Any]]) -> Expected:
+        """Dtype and shape of each tensor, named as `tensors` does.
+
+        Parameters
+        ----------
+        members : what `to_json` said of each
+        """
+        height, width = settings.size
+        found = _expected(self, settings, {"H": height, "W": width})
+        for i, (member, values) in enumerate(zip(self.members, members, strict=True)):
+            of_member = member.expected(settings, int(values["n_centroids"] or 0))
+            found |= {f"{i}.{name}": what for name, what in of_member.items()}
+        return found
 
     def to(self, device: torch.device) -> Learned:
         """The same on a device."""
@@ -358,7 +397,7 @@ class Learned:
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as JSON types."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if "read" in f.metadata}
         return values | {
             "members": [member.to_json() for member in self.members],
             "fingerprints": list(self.fingerprints),
@@ -380,13 +419,6 @@ class Learned:
             As TypeError.
         """
         return cls(**_read(cls, values))
-
-
-TENSORS: Final = tuple(
-    LearnedTensor(f.name, **f.metadata["tensor"])
-    for f in fields(LearnedMember)
-    if "tensor" in f.metadata
-)
 
 
 def _meanings(cls: type) -> dict[str, str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from npad import NPad
-from npad.learned import MEANINGS, MEMBER_MEANINGS, Learned, LearnedMember
+from npad.learned import MEANINGS, MEMBER_MEANINGS, Learned, LearnedMember, _tensor
 from npad.members import Member
 from npad.model_file import ModelFileError, read_model, write_model
 from npad.old_models import upgraded
@@ -164,3 +165,32 @@ def test_dtypes_and_shapes_come_from_the_settings() -> None:
     assert with_prefix.expected(Settings(), 5)["centroids"] == (torch.float32, (5, 7))
     gaussian = replace(whole, member=Member(0, (2,), nominal_set=False))
     assert gaussian.expected(Settings(), 0).keys() == {"mean", "factor"}
+
+
+@dataclass(frozen=True, eq=False)
+class _LearnedWithTemplate(Learned):
+    template: Tensor | None = _tensor(  # noqa: RUF009
+        "H, W", "uint8", "a template", lambda learned: learned.n_bits is not None
+    )
+
+
+def test_a_tensor_of_all_images(model: NPad) -> None:
+    """Beside those of the members, through all that a tensor of a member goes through."""
+    known = {name: getattr(model, f"{name}_") for name in MEANINGS}
+    template = torch.zeros(24, 32, dtype=torch.uint8)
+    learned = _LearnedWithTemplate(**known | {"n_bits": 12}, template=template)
+    bare = Learned(**known)
+    assert learned.tensors().keys() == {"template", *bare.tensors()}
+    assert learned.nbytes == bare.nbytes + 24 * 32
+    assert learned.to(torch.device("meta")).tensors()["template"].device.type == "meta"
+    values = learned.to_json()
+    assert "template" not in values
+    again = _LearnedWithTemplate.of(values)
+    assert again.template is None
+    assert again.having(learned.tensors()).template is template
+    settings = Settings(image_size=(24, 32))
+    members = values["members"]
+    assert again.expected(settings, members)["template"] == (torch.uint8, (24, 32))
+    without = replace(again, n_bits=None).expected(settings, members)
+    assert without.keys() == bare.tensors().keys()
+    assert learned.used_by(replace(settings, fusion="euclidean")).template is template

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from npad import devices, ops
 from npad.features.backbone import Backbone, filled, whole_strides
-from npad.learned import TENSORS, Learned, LearnedMember
+from npad.learned import Learned, LearnedMember, tensors_of
 from npad.members import Member
 from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, scores_and_maps
 from npad.settings import Settings
@@ -90,7 +90,7 @@ class MemberScorer(nn.Module):
         super().__init__()
         self.member = learned.member
         self.score_window = score_window
-        for tensor in TENSORS:
+        for tensor in tensors_of(LearnedMember):
             self.register_buffer(tensor.name, getattr(learned, tensor.name))
         self.register_buffer("index", None, persistent=False)
         self._make_index()
@@ -119,7 +119,7 @@ class MemberScorer(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load into tensors of its own, as they may be in use elsewhere."""
-        for tensor in TENSORS:
+        for tensor in tensors_of(LearnedMember):
             value = getattr(self, tensor.name)
             setattr(self, tensor.name, None if value is None else value.clone())
         super()._load_from_state_dict(*arguments)
