@@ -37,6 +37,7 @@ FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
 GAUSSIANS: Final = ("per_layer", "joint")
 DTYPES: Final = ("float32", "float16", "bfloat16")  # of a backbone
 FACTOR_DTYPES: Final = (*DTYPES, "int8")
+ALIGNMENTS: Final = ("translation", "euclidean")
 REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
@@ -262,7 +263,7 @@ def _parse_features(text: str) -> int | str | None:
     return None if text == "all" else _parse_auto_or(int)(text)
 
 
-def _parse_nominal_set(text: str) -> str | None:
+def _parse_or_none(text: str) -> str | None:
     return None if text == "none" else text
 
 
@@ -377,6 +378,15 @@ class Settings:
         _parse_size,
         unset="256; 224 to 512 for a transformer, by its cost",
     )
+    align: str | None = _argument(
+        None,
+        "Register each image to a template of nominal ones: by a shift (translation), or by a shift "
+        "and a turn (euclidean). Needs OpenCV: npad[align].",
+        "|".join([*ALIGNMENTS, "none"]),
+        _one_of(*ALIGNMENTS, None),
+        _parse_or_none,
+        unset="none",
+    )
     bit_depth: int | None = _argument(
         None,
         "Bits that the camera fills of 16-bit images that do not say it themselves.",
@@ -430,7 +440,7 @@ class Settings:
         + "; none chooses none.",
         "|".join([*METHODS, "none"]),
         _one_of(*METHODS, None),
-        _parse_nominal_set,
+        _parse_or_none,
     )
     n_centroids: float = _argument(
         8192,

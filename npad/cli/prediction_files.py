@@ -137,6 +137,7 @@ class PredictionFiles:
     Attributes
     ----------
     n_scored : images so far
+    n_unaligned : how many of them that could not be registered to the model's template
     n_anomalous : how many of them are anomalous, where that is decided
     color_range : as given, or as found once the overlays are drawn
 
@@ -158,7 +159,7 @@ class PredictionFiles:
         color_range: tuple[float, float] | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.n_scored = self.n_anomalous = 0
+        self.n_scored = self.n_unaligned = self.n_anomalous = 0
         self.color_range = color_range
         self._scores_so_far = folder / _partial_name(SCORES[0])
         self._folder = folder
@@ -201,11 +202,14 @@ class PredictionFiles:
         ----------
         prediction : with maps at the model's size, and with images if there are overlays
         """
+        unaligned = dict(prediction.unaligned)
         for i, (path, map_, size) in enumerate(
             zip(prediction.paths, prediction.maps, prediction.sizes, strict=True)
         ):
             row: dict[str, Any] = {"path": path, "score": float(prediction.scores[i])}
             row["size"] = list(size)
+            if path in unaligned:
+                row["unaligned"] = unaligned[path]
             threshold = math.inf
             if self._decided:
                 assert prediction.decisions is not None
@@ -233,6 +237,7 @@ class PredictionFiles:
             for table in self._tables:
                 table.flush()
         self.n_scored += len(prediction.paths)
+        self.n_unaligned += len(prediction.unaligned)
 
     def _write(self, row: dict[str, Any]) -> None:
         values = [row["path"], repr(row["score"])]

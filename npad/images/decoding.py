@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from npad.images.alignment import Motion
 from npad.images.errors import ImageError
 from npad.images.formats import find_reader
 from npad.images.orientation import TURNS_AXES, upright
@@ -114,6 +115,8 @@ class Loaded:
         camera fills.
     n_pages : int
         Pages of its file, of which the first is read.
+    motion : from a template to the image, where it was registered to one
+    unaligned : why it was not, where that failed
     """
 
     tensor: Tensor
@@ -122,6 +125,8 @@ class Loaded:
     constant: bool = False
     undeclared: int | None = None
     n_pages: int = 1
+    motion: Motion | None = None
+    unaligned: str | None = None
 
 
 def load(

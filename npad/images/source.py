@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from npad.images.alignment import Aligner, Motion
 from npad.images.arrays import item_images, single_image, split_images
 from npad.images.decoding import LARGE, Loaded, load
 from npad.images.depth import Range
@@ -51,6 +52,11 @@ class Batch:
         The position of each image in the source.
     pixels : list of (H, W, 3) uint8, or float32 in [0, 1]
         Each image as it was decoded, where the source keeps them; else empty.
+    motions : list of Motion or None
+        From the template to each image, where they are registered to one; None for an image that is
+        as it came. Else empty.
+    unaligned : list of (name, reason)
+        The images that could not be registered to it.
     """
 
     images: Tensor
@@ -58,6 +64,8 @@ class Batch:
     names: list[str]
     indices: list[int]
     pixels: list[Array] = field(default_factory=list)
+    motions: list[Motion | None] = field(default_factory=list)
+    unaligned: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ImageSource:
@@ -97,9 +105,13 @@ class ImageSource:
         ``undeclared``.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
+    aligner : Aligner, optional
+        Registers each image to a template, in the decoding threads.
 
     Attributes
     ----------
+    aligner : Aligner or None
+        Heeded by what `batches` begins after it is set.
     n_images : int or None
         Number of images, bad ones included; None if it cannot be known before iterating.
     reiterable : bool
@@ -108,6 +120,8 @@ class ImageSource:
         Whether `batches` takes indices: True for paths and arrays, False for an iterable.
     skipped : list of (name, reason)
         The images left out so far.
+    unaligned : list of (name, reason)
+        The images so far that could not be registered to the template.
     undeclared : dict of position to largest value
         The images so far whose values have 16 bits and that do not say how many of them the camera
         fills.
@@ -131,6 +145,7 @@ class ImageSource:
     reiterable: bool
     random_access: bool
     skipped: list[tuple[str, str]]
+    unaligned: list[tuple[str, str]]
     undeclared: dict[int, int]
 
     def __init__(
@@ -145,6 +160,7 @@ class ImageSource:
         reading: Reading = AS_IT_SAYS,
         fitted: Range | None = None,
         keep_pixels: bool = False,
+        aligner: Aligner | None = None,
     ) -> None:
         if workers is None:
             workers = min(8, _available_cores())
@@ -160,7 +176,9 @@ class ImageSource:
         self.reading = reading
         self.fitted = fitted
         self.keep_pixels = keep_pixels
+        self.aligner = aligner
         self.skipped = []
+        self.unaligned = []
         self.undeclared = {}
         self._constant: set[int] = set()  # positions of images that were named
         self._told_of_pages = False
@@ -237,6 +255,20 @@ class ImageSource:
                 raise IndexError(f"index {i} is out of range: the source has {len(entries)} images")
         return self._run(iter([[(int(i), _name(i, entries[i]), entries[i]) for i in indices]]))
 
+    def registered(self, batch: Batch, aligner: Aligner) -> Batch:
+        """A batch of this source with its images registered, where it came without."""
+        pairs = zip(batch.images, batch.sizes, strict=True)
+        found = [aligner(image, size) for image, size in pairs]
+        reasons = zip(batch.names, (one.reason for one in found), strict=True)
+        unaligned = [(name, reason) for name, reason in reasons if reason is not None]
+        self.unaligned += unaligned
+        return replace(
+            batch,
+            images=self._stack([one.image for one in found]),
+            motions=[one.motion for one in found],
+            unaligned=unaligned,
+        )
+
     def _run(self, groups: Iterator[list[Task]]) -> Generator[Batch]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="npad-images")
         try:
@@ -257,12 +289,16 @@ class ImageSource:
             n_pixels += 0 if row[1].pixels is None else math.prod(row[1].size)
         if not rows:
             return None
+        reasons = [(name, i.unaligned) for (_, name, _), i in rows if i.unaligned is not None]
+        self.unaligned += reasons
         return Batch(
             images=self._stack([image.tensor for _, image in rows]),
             sizes=[image.size for _, image in rows],
             names=[name for (_, name, _), _ in rows],
             indices=[index for (index, _, _), _ in rows],
             pixels=[i.pixels for _, i in rows if i.pixels is not None],
+            motions=[i.motion for _, i in rows] if self.aligner is not None else [],
+            unaligned=reasons,
         )
 
     def _stack(self, images: list[Tensor]) -> Tensor:
@@ -287,13 +323,17 @@ class ImageSource:
             yield pending.popleft()
 
     def _load(self, entry: Entry, name: str, max_pixels: int) -> Loaded:
-        return load(
+        loaded = load(
             entry,
             name,
             image_size=self.image_size,
             reading=replace(self.reading, max_pixels=max_pixels),
             keep_pixels=self.keep_pixels,
         )
+        if self.aligner is None:
+            return loaded
+        found = self.aligner(loaded.tensor, loaded.size)
+        return replace(loaded, tensor=found.image, motion=found.motion, unaligned=found.reason)
 
     def _result(self, task: Task, future: Future[Loaded]) -> Loaded:
         """What was loaded ahead, or a large image now: the pixels of several would pile up."""
