@@ -140,6 +140,7 @@ class Checkpoint:
             "files": self._files,
             "next": position,
             "skipped": self._images.skipped,
+            "unaligned": self._images.unaligned,
             "undeclared": [*self._images.undeclared.items()],
         }
         header = {
@@ -154,6 +155,7 @@ class Checkpoint:
     def _restore(self, values: Mapping[str, Any]) -> None:
         """What the source has met so far."""
         self._images.skipped[:] = [(str(name), str(reason)) for name, reason in values["skipped"]]
+        self._images.unaligned[:] = [(str(name), str(why)) for name, why in values["unaligned"]]
         self._images.undeclared.update((int(i), int(x)) for i, x in values["undeclared"])
 
     def _check_same(self, fit: Fit, header: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from npad.features.backbone import Backbone, BackboneError, shared_backbone
 from npad.features.weights import places
 from npad.fitting import Embed, Fit, fit_images, tell_of_borrowed
 from npad.images import ImageSource, Reading
+from npad.images.alignment import Aligner, load_opencv, tell_of_unaligned
 from npad.images.depth import Range, least_depth
 from npad.images.roi import RegionsOfInterest, region_of_model
 from npad.kept_statistics import (
@@ -80,6 +81,8 @@ class NPad:
     {learned}
     threshold_, map_threshold_ : of scores and of maps, once the model is calibrated
     skipped_ : (name, reason) of files skipped by ``fit(..., skip_bad=True)``
+    unaligned_ : (name, reason) of images that a fit with ``align`` could not register to the template
+        and fitted as they came
 
     Notes
     -----
@@ -94,11 +97,14 @@ class NPad:
     darkest_: float
     n_bits_: int | None
     fingerprints_: tuple[str, ...]
+    n_template_: int | None
+    template_: Tensor | None
     standardization_: dict[str, Standardization] | None
     calibration_: NominalScores | None
     roi_color_: tuple[float, float, float] | None
     roi_: Tensor | None
     skipped_: list[tuple[str, str]]
+    unaligned_: list[tuple[str, str]]
     _networks: dict[tuple[object, ...], Backbone]
     _scoring: tuple[tuple[object, ...], Scorer] | None
     _graphs: tuple[Scorer, Graphs] | None
@@ -115,6 +121,7 @@ class NPad:
         image_size: int | tuple[int, int] | None = None,
         roi: Any = None,
         rois: str | None = None,
+        align: str | None = None,
         bit_depth: int | None = None,
         max_pixels: int = 178_956_970,
         weights: str | Path | Sequence[str | Path | None] | None = None,
@@ -147,6 +154,7 @@ class NPad:
         self.image_size = image_size
         self.roi = roi
         self.rois = rois
+        self.align = align
         self.bit_depth = bit_depth
         self.max_pixels = max_pixels
         self.weights = weights
@@ -292,7 +300,7 @@ class NPad:
             be read (ImageError); a checkpoint that cannot be written, is damaged, or is that of another
             fit (ModelFileError).
         ImportError
-            The method of the nominal set needs a package that is not installed.
+            The method of the nominal set, or ``align``, needs a package that is not installed.
         MemoryError
             What `plan` says is not free, before an image is decoded: what is needed, what is free, and
             which arguments fit. Or memory runs short later: a batch that does not fit is halved first,
@@ -304,13 +312,16 @@ class NPad:
         -----
         UserWarning
             Most images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every
-            pixel of an image is equal; positions of a grid have too few images for their own window.
+            pixel of an image is equal; positions of a grid have too few images for their own window;
+            images could not be registered to the template.
         """
         settings = Settings(**self.get_params())
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
         device = devices.resolve(settings.device)
         if uses_nominal_set(settings.fusion):
             METHODS[str(settings.nominal_set)].load()  # a missing package is told before a download
+        if settings.align is not None:
+            load_opencv(settings.align)
         with devices.explained("NPad.fit", device), devices.plain(device):
             networks = self._backbones(settings, device, fitting=True, kept=False)
             settings = _sized(settings, networks)
@@ -352,6 +363,8 @@ class NPad:
         _tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
+        self.unaligned_ = list(dict.fromkeys(images.unaligned))
+        tell_of_unaligned("NPad.fit", "fitted", self.unaligned_, learned.n_images)
         return self
 
     def partial_fit(
@@ -392,6 +405,8 @@ class NPad:
             return self.fit(source, skip_bad=skip_bad, rois=rois)
         before = required(self._statistics, "NPad.partial_fit")
         settings = self._settings()
+        if settings.align is not None:
+            load_opencv(settings.align)
         device = devices.resolve(settings.device)
         with devices.explained("NPad.partial_fit", device), devices.plain(device):
             networks = self._own_networks(settings, device, fitting=True)
@@ -408,6 +423,10 @@ class NPad:
         tell_of_calibrations("NPad.partial_fit", [self.calibration_])
         self._adopt(self.settings_, learned, networks, fit)
         self.skipped_ = list(dict.fromkeys([*self.skipped_, *images.skipped]))
+        unaligned = list(dict.fromkeys(images.unaligned))
+        self.unaligned_ = [*self.unaligned_, *unaligned]
+        n_new = learned.n_images - before.n_images
+        tell_of_unaligned("NPad.partial_fit", "fitted", unaligned, n_new)
         return self
 
     def merge(self, other: NPad | Iterable[NPad]) -> NPad:
@@ -450,7 +469,8 @@ class NPad:
         own = required(self._statistics, "NPad.merge")
         settings = self._settings()
         device = devices.resolve(settings.device)
-        fit, skipped, calibrations = None, self.skipped_, [self.calibration_]
+        fit, skipped, unaligned = None, self.skipped_, self.unaligned_
+        calibrations = [self.calibration_]
         with devices.explained("NPad.merge", device), devices.plain(device):
             networks = self._own_networks(settings, device)
             several = isinstance(other, Iterable) and not isinstance(other, NPad)
@@ -468,6 +488,7 @@ class NPad:
                 fit.merge(theirs.to(device))
                 tell_of_repeats(fit, n_before, "NPad.merge")
                 skipped = list(dict.fromkeys([*skipped, *model.skipped_]))
+                unaligned = list(dict.fromkeys([*unaligned, *model.unaligned_]))
                 calibrations.append(model.calibration_)
                 del model, theirs  # before the next is made
             if fit is None:
@@ -476,7 +497,7 @@ class NPad:
         tell_of_borrowed(learned, "NPad.merge")
         tell_of_calibrations("NPad.merge", calibrations)
         self._adopt(self.settings_, learned, networks, fit)
-        self.skipped_ = skipped
+        self.skipped_, self.unaligned_ = skipped, unaligned
         return self
 
     def shrink(self, factor_dtype: str | None = None) -> NPad:
@@ -629,14 +650,20 @@ class NPad:
 
         embed = embedder(networks, extent, combine, device, "NPad.embed")
         regions = self._rois_of(settings, device, None) if self._is_fitted else None
-        images = _open(source, settings, device, skip_bad, fitted=Range(), regions=regions)
+        aligner = self._aligner(settings)
+        images = _open(
+            source, settings, device, skip_bad, fitted=Range(), regions=regions, aligner=aligner
+        )
 
         def batches() -> Iterator[Tensor]:
+            n_images = 0
             with closing(images.batches()) as opened:
                 for batch in opened:
                     with devices.explained("NPad.embed", device):
                         (x,) = embed(self._looked_at(batch.images))
+                    n_images += len(x)
                     yield x
+            tell_of_unaligned("NPad.embed", "embedded", images.unaligned, n_images)
 
         return batches()
 
@@ -744,6 +771,7 @@ class NPad:
             fitted=Range(self.darkest_, self.n_bits_),
             keep_pixels=keep_images,
             regions=self._rois_of(settings, device, rois),
+            aligner=self._aligner(settings),
         )
 
     def _rois_of(
@@ -773,6 +801,9 @@ class NPad:
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score images that are on the device and of the model's size already; nothing waits.
+
+        Nor are they registered, in a model with ``align``: give them as `npad.images.alignment.Aligner`
+        makes them.
 
         Parameters
         ----------
@@ -862,6 +893,7 @@ class NPad:
         -----
         UserWarning
             Images that were fitted: they score lower than others, and so would be the thresholds.
+            Images that could not be registered to the template.
 
         Notes
         -----
@@ -874,6 +906,8 @@ class NPad:
         run = self._run(settings, device, "model")
         fitted = frozenset(self.fingerprints_)
         self.calibration_ = score_nominal(run, images, settings, groups, fitted)
+        n_images = len(self.calibration_.scores)
+        tell_of_unaligned("NPad.calibrate", "scored", images.unaligned, n_images)
         return self
 
     @property
@@ -1040,7 +1074,7 @@ class NPad:
             if mismatch:
                 raise ModelFileError(path, f"{mismatch}; fit and save the model again")
         model._adopt(settings, learned.having(tensors).to(found), networks, statistics)
-        model.skipped_ = []
+        model.skipped_, model.unaligned_ = [], []
         return model
 
     # ----------------------------------------------------------------------------------------------
@@ -1233,6 +1267,13 @@ class NPad:
                 kept = self._graphs = scorer, Graphs(run)
             return kept[1]
 
+    def _aligner(self, settings: Settings) -> Aligner | None:
+        """What registers images to the template, if the model has one."""
+        if settings.align is None or not self._is_fitted:
+            return None
+        assert self.template_ is not None
+        return Aligner(self.template_, settings.align, self.n_template_ or 1)
+
     @property
     def has_statistics(self) -> bool:
         """Whether the model can be merged and fitted further."""
@@ -1280,6 +1321,7 @@ def _open(
     fitted: Range | None = None,
     keep_pixels: bool = False,
     regions: RegionsOfInterest | None = None,
+    aligner: Aligner | None = None,
 ) -> ImageSource:
     return ImageSource(
         source,
@@ -1291,6 +1333,7 @@ def _open(
         fitted=fitted,
         keep_pixels=keep_pixels,
         regions=regions,
+        aligner=aligner,
     )
 
 
@@ -1305,6 +1348,11 @@ def _rois_to_fit(
     own = settings.rois if rois is None else rois
     if own is None and settings.roi is None:
         return None
+    if settings.align is not None:
+        raise ValueError(
+            "NPad.fit: align and a region of interest exclude each other: a region is that of an image "
+            "as it comes; leave out align, or rois"
+        )
     region, drawn_at = region_of_model(settings.roi, settings.size, settings.max_pixels)
     grids = [_grid(member, networks[member.network], extent) for member in members]
     return RegionsOfInterest(

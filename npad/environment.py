@@ -13,7 +13,16 @@ import torch
 from npad._version import __version__
 from npad.ops import _extension
 
-PACKAGES = ("timm", "faiss-cpu", "faiss-gpu", "numpy", "scipy", "scikit-learn", "pillow")
+PACKAGES = (
+    "timm",
+    "faiss-cpu",
+    "faiss-gpu",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pillow",
+    "opencv-python-headless",
+)
 
 
 def info() -> dict[str, Any]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from itertools import tee
+from itertools import chain, tee
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from npad import devices, progress
+from npad.images.alignment import Aligner
 from npad.images.depth import least_depth
 from npad.images.fingerprints import fingerprints
-from npad.images.source import ImageSource
+from npad.images.source import Batch, ImageSource
+from npad.images.template import n_template_images, nominal_aligner
 from npad.learned import Expected, Learned, Standardization
 from npad.member_fit import AXES_IMAGES, MemberFit, under
 from npad.members import Member
@@ -54,6 +56,8 @@ class Fit:
     undeclared : how many of them have 16 bits and do not say how many of these the camera fills, and
         the largest value of these
     fingerprints : of each image, in their order; of embeddings there are none
+    template : (3, H, W) float32, to which ``align`` registers all images; None before it is made
+    n_template : of how many images it is the median
     members : a `MemberFit` for each
     fill : (3,) float32, what the backbone sees outside of regions; None until `choose_fill`, or where
         there are none
@@ -74,6 +78,8 @@ class Fit:
         self.roi = roi
         self.extent = extent
         self.fill: Tensor | None = None
+        self.template: Tensor | None = None
+        self.n_template: int | None = None
         self.members = [MemberFit(settings, member, roi, extent) for member in members]
 
     def update(
@@ -208,6 +214,11 @@ class Fit:
             )
         if [fit.member for fit in other.members] != [fit.member for fit in self.members]:
             raise ValueError("NPad.merge: the fits have different members; merge fits of the same")
+        if not _same(self.template, other.template):
+            raise ValueError(
+                "NPad.merge: the fits register images to templates of their own, so that a position is "
+                "not the same place; fit one of them further with the images of the other"
+            )
         pairs = list(zip(self.members, other.members, strict=True))
         for own, others in pairs:
             own.check_merge(others)
@@ -254,6 +265,8 @@ class Fit:
             n_bits=self._n_bits,
             filled=True,
             fingerprints=tuple(self.fingerprints),
+            n_template=self.n_template,
+            template=self.template,
             standardization=_standardization(held_out, inside=self.roi is not None),
             roi_color=None if self.fill is None else _three(self.fill),
             roi=None if self.fill is None else self.roi,
@@ -310,6 +323,7 @@ class Fit:
             "roi": self.roi is not None,
             "extent": self.extent,
             "fill": None if self.fill is None else _three(self.fill),
+            "n_template": self.n_template,
             "members": [values for values, _ in states],
         }
         tensors = {
@@ -317,6 +331,8 @@ class Fit:
         }
         if self.roi is not None:
             tensors["roi"] = self.roi
+        if self.template is not None:
+            tensors["template"] = self.template
         return values, tensors
 
     @classmethod
@@ -340,6 +356,8 @@ class Fit:
         }
         if values["roi"]:
             found["roi"] = torch.uint8, settings.size
+        if values.get("n_template") is not None:
+            found["template"] = torch.float32, (3, *settings.size)
         return found
 
     @classmethod
@@ -375,6 +393,8 @@ class Fit:
         fit.undeclared = n, largest
         if fit.n_images and fit.needs_fill:
             raise ValueError("fill is None")
+        if values.get("n_template") is not None:
+            fit.n_template, fit.template = int(values["n_template"]), tensors["template"]
         fit.members = [
             MemberFit.from_state(fit.settings, member, under(str(i), tensors), fit.roi, fit.extent)
             for i, member in enumerate(values["members"])
@@ -400,12 +420,15 @@ class Fit:
             self.fill = fill
 
 
+def random_images(n_images: int, n: int, seed: int) -> list[int]:
+    """Indices, in order, of at most n images of a source."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(n_images, generator=generator, device="cpu")[:n].tolist())
+
+
 def axes_sample(n_images: int, seed: int) -> list[int]:
     """Indices, in order, of the images of a source that choose its axes."""
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(
-        torch.randperm(n_images, generator=generator, device="cpu")[:AXES_IMAGES].tolist()
-    )
+    return random_images(n_images, AXES_IMAGES, seed)
 
 
 def fit_images(
@@ -428,6 +451,8 @@ def fit_images(
     also : gets each batch after the fit has: embeddings, as `Fit.embed` gives them, and images
     """
     n_images = images.n_images if images.random_access else None
+    if fit.settings.align is not None:
+        images.aligner = _aligner(fit, images, n_images)
     if n_images is not None:
         sample = axes_sample(n_images, fit.settings.seed)
         if fit.needs_fill:
@@ -440,7 +465,7 @@ def fit_images(
         after(fit, start)
     left = None if n_images is None else range(start, n_images)
     with (
-        closing(images.batches(left)) as batches,
+        closing(_batches(fit, images, left)) as batches,
         progress.task(
             "fit: embeddings", images.n_images, fit.settings.progress, "images"
         ) as advance,
@@ -449,6 +474,8 @@ def fit_images(
         for batch in batches:
             undeclared = [images.undeclared[i] for i in batch.indices if i in images.undeclared]
             embeddings = fit.embed(embed, batch.images)
+            if fit.template is not None:  # where the statistics are
+                fit.template = fit.template.to(embeddings[0].device)
             fit.update(embeddings, batch.images, undeclared)
             if also is not None:
                 also(embeddings, batch.images)
@@ -470,6 +497,54 @@ def tell_of_borrowed(learned: Learned, call: str) -> None:
                 "one; give larger regions of interest, or more images that show these places",
                 stacklevel=3,
             )
+
+
+def _aligner(fit: Fit, images: ImageSource, n_images: int | None) -> Aligner | None:
+    """For the template of a fit, which is made of a random sample; None for a stream without one."""
+    assert fit.settings.align is not None
+    if fit.template is not None:
+        return Aligner(fit.template, fit.settings.align)
+    if n_images is None:
+        return None
+    n = n_template_images(fit.settings.size)
+    with closing(images.batches(random_images(n_images, n, fit.settings.seed))) as batches:
+        return _new_aligner(fit, list(batches), images.workers)
+
+
+def _new_aligner(fit: Fit, batches: Sequence[Batch], workers: int) -> Aligner:
+    """Make the template of a fit."""
+    assert fit.settings.align is not None
+    samples = [pair for b in batches for pair in zip(b.images, b.sizes, strict=True)]
+    if not samples:
+        raise ValueError(
+            "NPad.fit: none of the images for the template could be read; look at them"
+        )
+    aligner = nominal_aligner(samples, fit.settings.align, workers)
+    fit.template, fit.n_template = torch.from_numpy(aligner.template), aligner.n_images
+    return aligner
+
+
+def _batches(fit: Fit, images: ImageSource, left: Sequence[int] | None) -> Generator[Batch]:
+    """Of the images left; those of a stream are registered here, to a template of the first of them."""
+    with closing(images.batches(left)) as batches:
+        if fit.settings.align is None or images.aligner is not None:
+            yield from batches
+            return
+        first: list[Batch] = []
+        for batch in batches:
+            first.append(batch)
+            if sum(len(b.images) for b in first) >= n_template_images(fit.settings.size):
+                break
+        if first:  # the source itself, which has loaded ahead, has no aligner
+            aligner = _new_aligner(fit, first, images.workers)
+            for batch in chain(first, batches):
+                yield images.registered(batch, aligner)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b.to(a.device))
 
 
 def _standardization(

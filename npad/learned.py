@@ -340,6 +340,17 @@ class Learned:
         _fingerprints,
         default=(),
     )
+    n_template: int | None = _value(
+        "images of which the template is the median; None without `align`",
+        _count_or_none,
+        default=None,
+    )
+    template: Tensor | None = _tensor(
+        "RGB, H, W",
+        "float32",
+        "to which `align` registers images: the median of registered nominal images, 0 to 1",
+        lambda learned: learned.n_template is not None,
+    )
     standardization: dict[str, Standardization] | None = _value(
         'mean and standard deviation of the distances that are fused, for the fusion "sum"',
         Standardization.from_json,
@@ -390,9 +401,16 @@ class Learned:
         Parameters
         ----------
         members : what `to_json` said of each
+
+        Raises
+        ------
+        ValueError
+            A template that the settings do not use, or none where they do.
         """
+        if (settings.align is None) != (self.n_template is None):
+            raise ValueError(f"align is {settings.align}, but n_template is {self.n_template}")
         height, width = settings.size
-        found = _expected(self, settings, {"H": height, "W": width})
+        found = _expected(self, settings, {"RGB": 3, "H": height, "W": width})
         for i, (member, values) in enumerate(zip(self.members, members, strict=True)):
             of_member = member.expected(settings, int(values["n_centroids"] or 0))
             found |= {f"{i}.{name}": what for name, what in of_member.items()}

@@ -38,6 +38,7 @@ FUSIONS: Final = ("product", "sum", "mahalanobis", "euclidean")
 GAUSSIANS: Final = ("per_layer", "joint")
 DTYPES: Final = ("float32", "float16", "bfloat16")  # of a backbone
 FACTOR_DTYPES: Final = (*DTYPES, "int8")
+ALIGNMENTS: Final = ("translation", "euclidean")
 REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
@@ -303,7 +304,7 @@ def _parse_features(text: str) -> int | str | None:
     return None if text == "all" else _parse_auto_or(int)(text)
 
 
-def _parse_nominal_set(text: str) -> str | None:
+def _parse_or_none(text: str) -> str | None:
     return None if text == "none" else text
 
 
@@ -445,6 +446,15 @@ class Settings:
         unset="images have none of their own",
         live=True,
     )
+    align: str | None = _argument(
+        None,
+        "Register each image to a template of nominal ones: by a shift (translation), or by a shift "
+        "and a turn (euclidean). Needs OpenCV: npad[align].",
+        "|".join([*ALIGNMENTS, "none"]),
+        _one_of(*ALIGNMENTS, None),
+        _parse_or_none,
+        unset="none",
+    )
     bit_depth: int | None = _argument(
         None,
         "Bits that the camera fills of 16-bit images that do not say it themselves.",
@@ -498,7 +508,7 @@ class Settings:
         + "; none chooses none.",
         "|".join([*METHODS, "none"]),
         _one_of(*METHODS, None),
-        _parse_nominal_set,
+        _parse_or_none,
     )
     n_centroids: float = _argument(
         8192,
@@ -665,6 +675,11 @@ class Settings:
             raise ValueError(
                 "NPad: n_features mixes the channels of all layers, and gaussians='joint' with "
                 "map_layers needs them apart; leave out one, or use gaussians='per_layer'"
+            )
+        if self.align is not None and (self.roi is not None or self.rois is not None):
+            raise ValueError(
+                "NPad: align and a region of interest exclude each other: a region is that of an image "
+                "as it comes; leave out align, or roi and rois"
             )
         if self.reduction == "random" and self.n_features == "auto":
             raise ValueError(

@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import command_line
+import numpy as np
 import pytest
 import timm
 import torch
+from image_files import save_image
 from markdown_it import MarkdownIt
+from parts import part, random_pose
 from safetensors.torch import save_file
 
 from npad.evaluation.synthetic import make_dataset
@@ -98,6 +101,10 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     else:
         make_dataset(root / "tiles", **size)
     shutil.copytree(root / "bottle/test", root / "camera")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        pixels = part((64, 64), random_pose(rng, "euclidean", 0.05, 5), seed=i)
+        save_image(root / f"plates/{'train' if i < 7 else 'camera'}/{i}.png", pixels)
     for seed, folder in enumerate(("bottle/more-good", "left", "right"), start=9):
         make_dataset(root / f"woven{seed}", seed, **size)
         shutil.copytree(root / f"woven{seed}/test/good", root / folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parts
 import pytest
 import torch
 from image_files import save_image, smooth_pixels
@@ -102,9 +103,14 @@ def _one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    pixels = np.stack([smooth_pixels(SIZE, SIZE, seed=i) for i in range(8)])
+@pytest.fixture
+def images(request: pytest.FixtureRequest) -> Tensor:
+    if getattr(request.node, "callspec", None) and request.getfixturevalue("model") == "registered":
+        rng = np.random.default_rng(0)
+        poses = [parts.random_pose(rng, "euclidean", 0.05, 5) for _ in range(8)]
+        pixels = np.stack([parts.part((SIZE, SIZE), pose, seed=i) for i, pose in enumerate(poses)])
+    else:
+        pixels = np.stack([smooth_pixels(SIZE, SIZE, seed=i) for i in range(8)])
     return torch.from_numpy(np.moveaxis(pixels, 3, 1) / np.float32(255))
 
 
@@ -113,6 +119,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "product, random axes": {"n_features": 8, "reduction": "random", "factor_dtype": "float32"},
     "k-means": {"fusion": "euclidean", "nominal_set": "kmeans", "n_centroids": 9},
     "network": {"backbone": "resnet18", "n_features": 8, "layers": (1, 2), "n_centroids": 9},
+    "registered": {"align": "euclidean", "n_features": 8},
 }
 
 

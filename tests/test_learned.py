@@ -50,9 +50,10 @@ def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None
     np.testing.assert_allclose(model.predict(images[:4]).scores, OLD_SCORES, rtol=1e-5)
     model.save(tmp_path / "new.npad")
     old, new = upgraded(*read_model(OLD)), read_model(tmp_path / "new.npad")
-    of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None, "rois": None}
+    of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None}
+    of_settings |= {"rois": None, "align": None}
     of_all = {"darkest": 0.0, "n_bits": None, "fingerprints": [], "calibration": None}
-    of_all |= {"filled": False, "roi_color": None}
+    of_all |= {"filled": False, "roi_color": None, "n_template": None}
     more = {"radius": None, "borrowed": 0}
     of_all["members"] = [member | more for member in old[0]["members"]]
     assert new[0] == old[0] | of_all | {"settings": old[0]["settings"] | of_settings}
@@ -169,29 +170,29 @@ def test_dtypes_and_shapes_come_from_the_settings() -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _LearnedWithTemplate(Learned):
-    template: Tensor | None = _tensor(  # noqa: RUF009
-        "H, W", "uint8", "a template", lambda learned: learned.n_bits is not None
+class _LearnedWithShading(Learned):
+    shading: Tensor | None = _tensor(  # noqa: RUF009
+        "H, W", "uint8", "a shading", lambda learned: learned.n_bits is not None
     )
 
 
 def test_a_tensor_of_all_images(model: NPad) -> None:
     """Beside those of the members, through all that a tensor of a member goes through."""
     known = {name: getattr(model, f"{name}_") for name in MEANINGS}
-    template = torch.zeros(24, 32, dtype=torch.uint8)
-    learned = _LearnedWithTemplate(**known | {"n_bits": 12}, template=template)
+    shading = torch.zeros(24, 32, dtype=torch.uint8)
+    learned = _LearnedWithShading(**known | {"n_bits": 12}, shading=shading)
     bare = Learned(**known)
-    assert learned.tensors().keys() == {"template", *bare.tensors()}
+    assert learned.tensors().keys() == {"shading", *bare.tensors()}
     assert learned.nbytes == bare.nbytes + 24 * 32
-    assert learned.to(torch.device("meta")).tensors()["template"].device.type == "meta"
+    assert learned.to(torch.device("meta")).tensors()["shading"].device.type == "meta"
     values = learned.to_json()
-    assert "template" not in values
-    again = _LearnedWithTemplate.of(values)
-    assert again.template is None
-    assert again.having(learned.tensors()).template is template
+    assert "shading" not in values
+    again = _LearnedWithShading.of(values)
+    assert again.shading is None
+    assert again.having(learned.tensors()).shading is shading
     settings = Settings(image_size=(24, 32))
     members = values["members"]
-    assert again.expected(settings, members)["template"] == (torch.uint8, (24, 32))
+    assert again.expected(settings, members)["shading"] == (torch.uint8, (24, 32))
     without = replace(again, n_bits=None).expected(settings, members)
     assert without.keys() == bare.tensors().keys()
-    assert learned.used_by(replace(settings, fusion="euclidean")).template is template
+    assert learned.used_by(replace(settings, fusion="euclidean")).shading is shading

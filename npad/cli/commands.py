@@ -567,6 +567,12 @@ def predict(
         if not files.n_scored:
             raise ValueError(f"none of the {len(inputs)} images could be read")
         files.finish()
+    if files.n_unaligned:
+        tell(
+            "warning",
+            f"{files.n_unaligned} of {files.n_scored} images could not be registered to the template "
+            f"and were scored as they came; {shown(output / 'scores.jsonl')} says why",
+        )
     if not quiet:
         _tell_what_was_scored(output, files.n_scored, files.n_anomalous, decided)
         if overlays:

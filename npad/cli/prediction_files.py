@@ -134,6 +134,7 @@ class PredictionFiles:
     Attributes
     ----------
     n_scored : images so far
+    n_unaligned : how many of them that could not be registered to the model's template
     n_anomalous : how many of them are anomalous, where that is decided
     color_range : as given, or as found once the overlays are drawn
 
@@ -156,7 +157,7 @@ class PredictionFiles:
         tables: ScoreTables | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.n_scored = self.n_anomalous = 0
+        self.n_scored = self.n_unaligned = self.n_anomalous = 0
         self.color_range = color_range
         self._folder = folder
         self._inputs = inputs
@@ -186,6 +187,7 @@ class PredictionFiles:
         prediction : with maps at the model's size, and with images if there are overlays
         more : by its path, what else the row of an image says; images that it lacks are left out
         """
+        unaligned = dict(prediction.unaligned)
         for i, (path, map_, size) in enumerate(
             zip(prediction.paths, prediction.maps, prediction.sizes, strict=True)
         ):
@@ -193,6 +195,8 @@ class PredictionFiles:
                 continue
             row: dict[str, Any] = {"path": path, "score": float(prediction.scores[i])}
             row["size"] = list(size)
+            if path in unaligned:
+                row["unaligned"] = unaligned[path]
             threshold = math.inf
             if self._decided:
                 assert prediction.decisions is not None
@@ -216,6 +220,7 @@ class PredictionFiles:
                     self._spool.put(*waiting)
             self._tables.write(row | dict(more[path] if more else {}))
             self.n_scored += 1
+            self.n_unaligned += path in unaligned
         self._tables.flush()
 
     def finish(self) -> None:

@@ -128,13 +128,16 @@ class _Given:
 def new_model(arguments: Arguments, **more: Any) -> Any:
     """Make an NPad from the options that were given. What it would refuse is an error of usage."""
     from npad.detector import NPad  # noqa: PLC0415
+    from npad.images.alignment import load_opencv  # noqa: PLC0415
 
     try:
         model = NPad(**arguments, **more)
         check_device(model.device)
-        nominal_set = model.settings()["nominal_set"]
-        if nominal_set is not None:
-            METHODS[nominal_set].load()  # whose package may be missing
+        settings = model.settings()  # of which two may need a package that is missing
+        if settings["nominal_set"] is not None:
+            METHODS[settings["nominal_set"]].load()
+        if settings["align"] is not None:
+            load_opencv(settings["align"])
     except (ValueError, ImportError) as error:
         raise UsageError(with_options(str(error))) from error
     return model

@@ -149,6 +149,7 @@ def _score(
     decisions: dict[int, Decision] = {}
     maps = np.empty((len(paths), *truth.size), dtype=np.float32)
     skipped = list(model.skipped_)
+    n_unaligned = 0
     predict_seconds = 0.0
     batches = model.predict_batches(paths, skip_bad=skip_bad, map_size=truth.size)
     while True:
@@ -158,6 +159,7 @@ def _score(
         if batch is None:
             break
         skipped += batch.skipped
+        n_unaligned += len(batch.unaligned)
         if batch.decisions is not None:
             own = _decisions(batch, batch.decisions)
             decisions.update(zip((position[path] for path in batch.paths), own, strict=True))
@@ -201,7 +203,11 @@ def _score(
             [truth.masks[i] for i in scored] if category.has_masks else None,
             progress,
         ),
-        notes=[*_notes(category, truth, scored), *truth.notes],
+        notes=[
+            *_notes(category, truth, scored),
+            *truth.notes,
+            *_unaligned_note(n_unaligned, len(scored)),
+        ],
         calibrated=_calibrated(model, images),
     )
 
@@ -232,6 +238,15 @@ def _calibrated(model: Model, images: Sequence[ScoredImage]) -> Calibrated | Non
         asked["false_alarm_rate"],
         asked["confidence"],
     )
+
+
+def _unaligned_note(n_unaligned: int, n_scored: int) -> list[str]:
+    if not n_unaligned:
+        return []
+    return [
+        f"{n_unaligned} of {n_scored} test images could not be registered to the template and were "
+        "scored as they came"
+    ]
 
 
 def _measure(

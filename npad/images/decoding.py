@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from npad.images.alignment import Motion
 from npad.images.errors import ImageError
 from npad.images.formats import find_reader
 from npad.images.orientation import TURNS_AXES, upright
@@ -116,6 +117,8 @@ class Loaded:
         Pages of its file, of which the first is read.
     region : (height, width) float32
         1 inside the image's own region of interest and 0 outside; None where it has none.
+    motion : from a template to the image, where it was registered to one
+    unaligned : why it was not, where that failed
     """
 
     tensor: Tensor
@@ -125,6 +128,8 @@ class Loaded:
     undeclared: int | None = None
     n_pages: int = 1
     region: Tensor | None = None
+    motion: Motion | None = None
+    unaligned: str | None = None
 
     @property
     def with_region(self) -> Tensor:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from npad.images.alignment import Aligner, Motion
 from npad.images.arrays import item_images, single_image, split_images
 from npad.images.decoding import LARGE, Loaded, load, opened
 from npad.images.depth import Range
@@ -55,6 +56,11 @@ class Batch:
         The position of each image in the source.
     pixels : list of (H, W, 3) uint8, or float32 in [0, 1]
         Each image as it was decoded, where the source keeps them; else empty.
+    motions : list of Motion or None
+        From the template to each image, where they are registered to one; None for an image that is
+        as it came. Else empty.
+    unaligned : list of (name, reason)
+        The images that could not be registered to it.
     """
 
     images: Tensor
@@ -62,6 +68,8 @@ class Batch:
     names: list[str]
     indices: list[int]
     pixels: list[Array] = field(default_factory=list)
+    motions: list[Motion | None] = field(default_factory=list)
+    unaligned: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ImageSource:
@@ -103,9 +111,13 @@ class ImageSource:
         Hand out the images as they were decoded, too.
     regions : RegionsOfInterest, optional
         That of the model, and those of the images. An image that is the mask of another is left out.
+    aligner : Aligner, optional
+        Registers each image to a template, in the decoding threads.
 
     Attributes
     ----------
+    aligner : Aligner or None
+        Heeded by what `batches` begins after it is set.
     n_images : int or None
         Number of images, bad ones included; None if it cannot be known before iterating.
     reiterable : bool
@@ -114,6 +126,8 @@ class ImageSource:
         Whether `batches` takes indices: True for paths and arrays, False for an iterable.
     skipped : list of (name, reason)
         The images left out so far.
+    unaligned : list of (name, reason)
+        The images so far that could not be registered to the template.
     undeclared : dict of position to largest value
         The images so far whose values have 16 bits and that do not say how many of them the camera
         fills.
@@ -137,6 +151,7 @@ class ImageSource:
     reiterable: bool
     random_access: bool
     skipped: list[tuple[str, str]]
+    unaligned: list[tuple[str, str]]
     undeclared: dict[int, int]
 
     def __init__(
@@ -152,6 +167,7 @@ class ImageSource:
         fitted: Range | None = None,
         keep_pixels: bool = False,
         regions: RegionsOfInterest | None = None,
+        aligner: Aligner | None = None,
     ) -> None:
         if workers is None:
             workers = default_workers()
@@ -168,7 +184,9 @@ class ImageSource:
         self.fitted = fitted
         self.keep_pixels = keep_pixels
         self.regions = regions
+        self.aligner = aligner
         self.skipped = []
+        self.unaligned = []
         self.undeclared = {}
         self._constant: set[int] = set()  # positions of images that were named
         self._told_of_pages = False
@@ -263,6 +281,20 @@ class ImageSource:
                 return stored.upright_size
         return None
 
+    def registered(self, batch: Batch, aligner: Aligner) -> Batch:
+        """A batch of this source with its images registered, where it came without."""
+        pairs = zip(batch.images, batch.sizes, strict=True)
+        found = [aligner(image, size) for image, size in pairs]
+        reasons = zip(batch.names, (one.reason for one in found), strict=True)
+        unaligned = [(name, reason) for name, reason in reasons if reason is not None]
+        self.unaligned += unaligned
+        return replace(
+            batch,
+            images=self._stack([one.image for one in found]),
+            motions=[one.motion for one in found],
+            unaligned=unaligned,
+        )
+
     def _run(self, groups: Iterator[list[Task]]) -> Generator[Batch]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="npad-images")
         try:
@@ -283,12 +315,16 @@ class ImageSource:
             n_pixels += 0 if row[1].pixels is None else math.prod(row[1].size)
         if not rows:
             return None
+        reasons = [(name, i.unaligned) for (_, name, _), i in rows if i.unaligned is not None]
+        self.unaligned += reasons
         return Batch(
             images=self._stack([image.with_region for _, image in rows]),
             sizes=[image.size for _, image in rows],
             names=[name for (_, name, _), _ in rows],
             indices=[index for (index, _, _), _ in rows],
             pixels=[i.pixels for _, i in rows if i.pixels is not None],
+            motions=[i.motion for _, i in rows] if self.aligner is not None else [],
+            unaligned=reasons,
         )
 
     def _stack(self, images: list[Tensor]) -> Tensor:
@@ -320,9 +356,12 @@ class ImageSource:
             reading=replace(self.reading, max_pixels=max_pixels),
             keep_pixels=self.keep_pixels,
         )
-        if self.regions is None:
+        if self.regions is not None:
+            return replace(loaded, region=self.regions.of(index, name, entry, loaded.size))
+        if self.aligner is None:
             return loaded
-        return replace(loaded, region=self.regions.of(index, name, entry, loaded.size))
+        found = self.aligner(loaded.tensor, loaded.size)
+        return replace(loaded, tensor=found.image, motion=found.motion, unaligned=found.reason)
 
     def _result(self, task: Task, future: Future[Loaded]) -> Loaded:
         """What was loaded ahead, or a large image now: the pixels of several would pile up."""

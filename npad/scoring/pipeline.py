@@ -18,6 +18,7 @@ from npad.features.backbone import Backbone, filled, levels_in_parts
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
 from npad.scoring.decisions import Decide
+from npad.scoring.frames import in_own_frames
 from npad.scoring.fusion import cut, inside_alone, with_shares
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer
@@ -104,6 +105,7 @@ class Flight:
             batch.sizes,
             images=batch.pixels,
             map_maxima=maxima,
+            unaligned=batch.unaligned,
         )
 
 
@@ -137,6 +139,7 @@ class Run:
     def start(self, batch: Batch) -> Flight:
         """Queue everything that a batch needs; on a GPU, nothing waits."""
         scores, maps = self._score(self._take(batch.images))
+        maps = in_own_frames(maps, batch.motions)
         inside = maps.masked_fill(maps.isnan(), -torch.inf) if self._in_part else maps
         scores = torch.stack([scores, inside.flatten(1).amax(1)])
         own = maps.shape[1], maps.shape[2]

@@ -31,6 +31,8 @@ class Prediction:
         ``keep_images=True``; else empty
     map_maxima : (N,) float64, the largest value of each map at the model's resolution
     decisions : p-values and thresholds of the images; None where the model is not calibrated
+    unaligned : (name, reason) of images that a model with ``align`` could not register to its
+        template: they are scored as they came
     """
 
     scores: NDArray[np.float64]
@@ -41,6 +43,7 @@ class Prediction:
     images: list[NDArray[Any]] = field(default_factory=list)
     map_maxima: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     decisions: Decisions | None = None
+    unaligned: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def p_values(self) -> NDArray[np.float64]:
@@ -116,4 +119,5 @@ class Prediction:
             [image for part in parts for image in part.images],
             np.concatenate([part.map_maxima for part in parts] or [np.empty(0)]),
             Decisions.joined(decided) if decided else None,
+            [item for part in parts for item in part.unaligned],
         )
