@@ -121,7 +121,6 @@ def test_options_reach_the_model(category, tmp_path):
         "backbone": "filterbank",
         "layers": [2, 3],
         "image_size": [48, 64],
-        "align": "translation",
         "bit_depth": 12,
         "window": 5,
         "score_window": 3,
