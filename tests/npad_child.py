@@ -55,9 +55,15 @@ def server() -> Iterator[subprocess.Popen[str]]:
 
 
 def _serve() -> None:
-    import npad.cli.watching
-    import npad.detector  # noqa: F401
+    import numpy as np
+    import torch
 
+    import npad.cli.watching  # noqa: F401
+    from npad import NPad
+
+    torch.set_num_threads(1)  # no thread outlives a fork
+    image = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    NPad("filterbank", image_size=32).embed([image])  # imports the rest
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
