@@ -180,7 +180,9 @@ def fit(
     run = MemberFit(settings, member)
     if settings.chooses_axes:
         sample = train[axes_sample(len(train), settings.seed)]
-        run.choose_axes(sample.split(settings.batch_size))
+        for x in sample.split(settings.batch_size):
+            run.look(x)
+        run.end_look()
     for x in train.split(settings.batch_size):
         run.update(x)
     return run.end(last=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from itertools import chain, tee
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -154,9 +154,11 @@ class Fit:
         For a source that can be read twice: a random sample stands for it better than what comes
         first.
         """
-        copies = tee(sample, len(self.members))
-        for i, (member, copy) in enumerate(zip(self.members, copies, strict=True)):
-            member.choose_axes(embeddings[i] for embeddings in copy)
+        for embeddings in sample:
+            for member, x in zip(self.members, embeddings, strict=True):
+                member.look(x)
+        for member in self.members:
+            member.end_look()
 
     def compose(self) -> None:
         """Let the nominal sets choose from what they have, once, and not whenever it is merged."""

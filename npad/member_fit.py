@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from itertools import chain
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from npad import devices, progress
-from npad.features.projection import leading_axes, principal_axes
+from npad.features.projection import PrincipalAxes, leading_axes, principal_axes
 from npad.learned import Expected, LearnedMember
 from npad.members import Member
 from npad.ops.axes import random_axes
@@ -54,7 +53,7 @@ class MemberFit:
     never stopped, but for the nominal set, whose bank `end` has composed.
 
     With a number of principal axes, embeddings wait until there are `AXES_IMAGES` of them, unless
-    `choose_axes` came before. With ``n_features="auto"`` the statistics are those of all channels, and
+    `look` came before. With ``n_features="auto"`` the statistics are those of all channels, and
     the axes are chosen from them at the end, so that no image is looked at twice.
     """
 
@@ -74,6 +73,7 @@ class MemberFit:
         self._grid: tuple[int, int] | None = None
         self._n_channels = 0  # of the embeddings as they come
         self._waiting: list[Tensor] = []  # for axes
+        self._looked: PrincipalAxes | None = None
         held_out = settings.holdout if self._uses_held_out else 0.0
         self._held_out = Reservoir(held_out, settings.seed)
         self._gaussian: NeighborhoodGaussian | None = None
@@ -118,18 +118,22 @@ class MemberFit:
             self._take(x)
         return self
 
-    def choose_axes(self, sample: Iterable[Tensor]) -> None:
-        """Choose the principal axes now, by embeddings (B, h, w, D) that `update` gets as well.
+    def look(self, x: Tensor) -> None:
+        """Take embeddings (B, h, w, D) that `update` gets as well into the choice of the axes.
 
         For a source that can be read twice: a random sample stands for it better than what comes
-        first.
+        first. `end_look` chooses.
         """
-        rest = iter(sample)
-        first = next(rest, None)
-        if first is not None:
-            self._begin(first)
-            if self.needs_axes:
-                self._choose_axes(chain([first], rest))
+        self._begin(x)
+        if self.needs_axes:
+            self._looked = self._looked or PrincipalAxes()
+            self._looked.update(self._known(x))
+
+    def end_look(self) -> None:
+        """Choose the principal axes, if `look` has seen anything for them."""
+        if self._looked is not None:
+            self.projection = self._looked.leading(self._n_features)
+            self._looked = None
 
     @property
     def needs_axes(self) -> bool:
@@ -166,14 +170,14 @@ class MemberFit:
         """Whether embeddings are reduced as they come."""
         return self._n_features < self._n_channels
 
-    def _choose_axes(self, embeddings: Iterable[Tensor]) -> None:
-        known = (x if self.roi is None else x[is_known(x)] for x in embeddings)
-        self.projection = principal_axes(known, self._n_features)
+    def _known(self, x: Tensor) -> Tensor:
+        """Embeddings of what is looked at."""
+        return x if self.roi is None else x[is_known(x)]
 
     def _end_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         if waiting and self.needs_axes:
-            self._choose_axes(waiting)
+            self.projection = principal_axes(map(self._known, waiting), self._n_features)
         for x in waiting:
             self._take(x)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npad import ops
 
-__all__ = ["leading_axes", "principal_axes"]
+__all__ = ["PrincipalAxes", "leading_axes", "principal_axes"]
 
 STEP = 8  # numbers of axes are multiples of it, as the rows of a packed factor come
 
@@ -26,19 +26,34 @@ def principal_axes(embeddings: Iterable[Tensor], n: int) -> Tensor:
     -------
     (C, n) float32, orthonormal columns
     """
-    moments: tuple[Tensor, Tensor, Tensor] | None = None
+    found = PrincipalAxes()
     for x in embeddings:
+        found.update(x)
+    return found.leading(n)
+
+
+class PrincipalAxes:
+    """Axes along which embeddings vary most, which come in batches: only their moments are kept."""
+
+    def __init__(self) -> None:
+        self._moments: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add embeddings (..., C) float32."""
         channels = x.shape[-1]
-        if moments is None:
+        if self._moments is None:
             count = torch.zeros(1, dtype=torch.int64, device=x.device)
             scatter = x.new_zeros(1, ops.packed_size(channels))
-            moments = count, x.new_zeros(1, channels), scatter
-        ops.neighborhood_moments(x.reshape(-1, 1, 1, channels), *moments)
-    if moments is None:
-        raise ValueError("principal_axes: no embeddings")
-    _, covariance = ops.window_covariance(*moments, (1, 1), 1, 0, 1)
-    _, vectors = _decomposed(covariance[0].double())
-    return vectors[:, :n].float().contiguous()
+            self._moments = count, x.new_zeros(1, channels), scatter
+        ops.neighborhood_moments(x.reshape(-1, 1, 1, channels), *self._moments)
+
+    def leading(self, n: int) -> Tensor:
+        """(C, n) float32, orthonormal columns, the first of which varies most."""
+        if self._moments is None:
+            raise ValueError("principal_axes: no embeddings")
+        _, covariance = ops.window_covariance(*self._moments, (1, 1), 1, 0, 1)
+        _, vectors = _decomposed(covariance[0].double())
+        return vectors[:, :n].float().contiguous()
 
 
 def leading_axes(covariance: Tensor, share: float, most: int) -> Tensor | None:

@@ -317,9 +317,10 @@ class _Work:
             found.extend((name, [*base, *more, *parts]) for name, parts in moments)
 
         if self.settings.chooses_axes:
-            waiting = self._waiting()
-            add(self._images(), waiting)
-            add(self._embedded(), waiting)
+            moments = [4 * packed_size(member.channels) for member in self.members]
+            looking = [Part("choice of axes", sum(moments), max(moments))]
+            add(self._images(), looking)
+            add(self._embedded(), looking)
         folds = self._folds()
         learning = [*folds, *self._learning(self.members)]
         add(self._images(), learning)
@@ -390,16 +391,6 @@ class _Work:
         blocks = -(-member.bank // BLOCK_BYTES) * BLOCK_BYTES
         touched = member.bank if self.device.type == "cpu" else blocks
         return [Part("bank of embeddings", touched, BLOCK_BYTES)]
-
-    def _waiting(self) -> list[Part]:
-        """Embeddings that choose axes: the first member looks at all, before the next at any."""
-        if len(self.members) == 1:
-            return []
-        n = min(AXES_IMAGES, self.n_images)
-        return [
-            Part("embeddings that choose axes", n * m.embedding, self._batch * m.embedding)
-            for m in self.members
-        ]
 
     def _taken(self) -> Iterator[Moment]:
         """Embeddings are reduced, and those that are not held out copied."""
