@@ -127,7 +127,7 @@ class MemberFit:
         self._begin(x)
         if self.needs_axes:
             self._looked = self._looked or PrincipalAxes()
-            self._looked.update(self._known(x))
+            self._looked.update(self._counted(x))
 
     def end_look(self) -> None:
         """Choose the principal axes, if `look` has seen anything for them."""
@@ -170,14 +170,14 @@ class MemberFit:
         """Whether embeddings are reduced as they come."""
         return self._n_features < self._n_channels
 
-    def _known(self, x: Tensor) -> Tensor:
+    def _counted(self, x: Tensor) -> Tensor:
         """Embeddings of what is looked at."""
         return x if self.roi is None else x[is_known(x)]
 
     def _end_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         if waiting and self.needs_axes:
-            self.projection = principal_axes(map(self._known, waiting), self._n_features)
+            self.projection = principal_axes(map(self._counted, waiting), self._n_features)
         for x in waiting:
             self._take(x)
 
