@@ -544,6 +544,18 @@ def test_a_fit_that_was_stopped_goes_on_with_its_template(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_regions_of_images_are_refused() -> None:
+    images = nominal((48, 48), "translation", 6)
+    model = NPad(**SMALL, image_size=32, align="translation")
+    masks = [np.ones((48, 48), bool)] * 6
+    with pytest.raises(ValueError, match="align and a region of interest exclude each other"):
+        model.fit(images, rois=masks)
+    model.fit(images)
+    for call in (model.partial_fit, model.predict, model.calibrate):
+        with pytest.raises(ValueError, match=r"rois must be left out|exclude each other"):
+            call(images, rois=masks)
+
+
 def test_evaluate_says_how_many_were_left(model: NPad, tmp_path: Path) -> None:
     size = (96, 96)
     train = [
@@ -568,6 +580,7 @@ def test_predict_says_what_it_could_not_register(tmp_path: Path) -> None:
     save_image(tmp_path / "new/noise.png", noise(5))
     fitted = succeed("fit", tmp_path / "train", "-o", tmp_path / "m", *SMALL_OPTIONS)
     assert fitted.err == ""
+    assert NPad.load(tmp_path / "m").align == "translation"
     said = succeed("predict", tmp_path / "m", tmp_path / "new", "-o", tmp_path / "out", "--maps")
     assert "1 of 2 images could not be registered to the template" in said.err
     lines = (tmp_path / "out/scores.jsonl").read_text().splitlines()

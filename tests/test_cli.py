@@ -87,7 +87,6 @@ def test_every_argument_of_npad_is_an_option_with_its_help_and_default():
     assert "[default: the network of npad[offline]; without it filterbank]" in said
 
 
-@pytest.mark.filterwarnings("ignore:NPad.fit. .* could not be registered")  # noise to align
 def test_options_reach_the_model(category, tmp_path):
     options = {
         "--backbone": "filterbank",
