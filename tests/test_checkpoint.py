@@ -59,11 +59,15 @@ longest = time.monotonic() - begin
 expected = (folder / "model").read_bytes()
 random.seed(int(os.environ.get("NPAD_SEED", "0")))
 killed = resumed = 0
-while killed < n_kills or checkpoint.exists():
+
+def enough():  # on a busy machine many are killed before they have written anything
+    return killed >= n_kills and (resumed > n_kills // 2 or killed >= 10 * n_kills)
+
+while not enough() or checkpoint.exists():
     (folder / "model").unlink(missing_ok=True)
     resumed += checkpoint.exists()
     child = start()
-    if killed < n_kills:
+    if not enough():
         time.sleep(random.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
     if ended(child):
@@ -106,8 +110,8 @@ def test_a_fit_that_is_killed_again_and_again(
     )
     assert done.returncode == 0, done.stderr
     killed, resumed = map(int, done.stdout.split())
-    assert killed == int(n_kills)
-    assert resumed > killed // 2
+    assert killed >= int(n_kills)
+    assert resumed > int(n_kills) // 2
 
 
 class KilledError(Exception):
