@@ -272,10 +272,12 @@ class _Run:
     def _without_masks(self, images: Sequence[Image]) -> list[Image]:
         """Those that are no region of interest of an image."""
         pattern = self._watch.model.rois
-        left = [x for x in images if pattern is None or not is_mask(x.path, pattern)]
+        left = []
         for image in images:
-            if image not in left:
+            if pattern is not None and is_mask(image.path, pattern):
                 self._arrivals.done(image)
+            else:
+                left.append(image)
         return left
 
     def _score(self, images: Sequence[Image]) -> None:
