@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -467,7 +468,8 @@ def test_kills_at_random_times(server: subprocess.Popen[str], models: Path, tmp_
     for _ in range(6):
         child = Child(server, (*args, "-o", out), tmp_path / "b.txt", None)
         time.sleep(random.uniform(0, 1))
-        os.kill(child.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # a fast machine has scored all by then
+            os.kill(child.pid, signal.SIGKILL)
         child.wait()
     code, said = Child(server, (*args, "-o", out), tmp_path / "b.txt", None).wait()
     assert code == 0, said
