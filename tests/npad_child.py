@@ -33,12 +33,21 @@ class Child:
         job = {"args": [str(arg) for arg in args], "out": str(out), "kill_at": kill_at}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
-        self.pid = int(server.stdout.readline())
+        self.pid = self._told("pid")
 
     def wait(self) -> tuple[int, str]:
         """Its exit code, or minus the signal that ended it, and what it said on both streams."""
-        code = int(self._server.stdout.readline())
-        return code, self.said()
+        return self._told("code"), self.said()
+
+    def _told(self, what: str) -> int:
+        """What the server says next, after what a child may have left that nobody waited for.
+
+        A code that is taken for a process would have a test send its signals to this process group.
+        """
+        while True:
+            kind, number = self._server.stdout.readline().split()
+            if kind == what:
+                return int(number)
 
     def said(self) -> str:
         return self._out.read_text()
@@ -69,9 +78,9 @@ def _serve() -> None:
         pid = os.fork()
         if not pid:
             _run(job)
-        print(pid, flush=True)
+        print("pid", pid, flush=True)
         _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print("code", os.waitstatus_to_exitcode(status), flush=True)
 
 
 def _run(job: dict[str, object]) -> None:
