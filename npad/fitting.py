@@ -178,7 +178,7 @@ class Fit:
 
     def looks_where(self, other: Fit) -> bool:
         """Whether both have one region of interest, or none."""
-        return _equal(self.roi, other.roi)
+        return _same(self.roi, other.roi)
 
     def merge(self, other: Fit) -> Fit:
         """Add what another fit of the same settings and members has seen; that one stays.
@@ -208,7 +208,7 @@ class Fit:
                 "NPad.merge: the fits have different regions of interest; merge fits of the same"
             )
         either = self.fill is None or other.fill is None  # has seen no image
-        if not (either or _equal(self.fill, other.fill)):
+        if not (either or _same(self.fill, other.fill)):
             raise ValueError(
                 "NPad.merge: the fits see different colours outside of their region of interest, each "
                 "the mean of its own images, so that their embeddings do not compare; add the other "
@@ -596,12 +596,6 @@ def _moments_inside(
 def _three(color: Tensor) -> tuple[float, float, float]:
     red, green, blue = color.tolist()
     return red, green, blue
-
-
-def _equal(own: Tensor | None, others: Tensor | None) -> bool:
-    if own is None or others is None:
-        return own is others
-    return torch.equal(own, others)
 
 
 def _darkest(images: Tensor) -> float:

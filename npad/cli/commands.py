@@ -338,15 +338,18 @@ def calibrate(
 
     Of good images to come, at most the share --false-alarm-rate is then called anomalous by predict.
     """
-    from npad.detector import NPad  # noqa: PLC0415
-
     _set_threads(threads)
     check_device(device)
     target = model_file if output is None else output
     _check_can_be_written(target)
-    model = NPad.load(model_file, device=device, weights=weights, progress=_progress(quiet))
-    given = {"batch_size": batch_size, "max_pixels": max_pixels, "rois": rois}
-    _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
+    model = _loaded(
+        *(model_file, device, weights, _progress(quiet)),
+        false_alarm_rate=false_alarm_rate,
+        confidence=confidence,
+        batch_size=batch_size,
+        max_pixels=max_pixels,
+        rois=rois,
+    )
     images = [image for path in paths for image in _of_path(path, model.rois)]
     groups = _groups(group, group_by_folder, images, paths)
     model.calibrate(images, groups=groups, skip_bad=skip_bad)
@@ -389,9 +392,12 @@ def _groups(
     return [next(names[place] for place in found if place in names) for found in places]
 
 
-def _heed(model: Any, **given: Any) -> None:
-    """Set the arguments of a fitted model that were given."""
-    model.set_params(**{name: value for name, value in given.items() if value is not None})
+def _loaded(path: Path, device: str, weights: Any, progress: bool | None, **given: Any) -> NPad:
+    """A fitted model with those of its arguments set that were given."""
+    from npad.detector import NPad  # noqa: PLC0415
+
+    model = NPad.load(path, device=device, weights=weights, progress=progress)
+    return model.set_params(**{name: value for name, value in given.items() if value is not None})
 
 
 def _color_range(text: str) -> tuple[float, float]:
@@ -523,7 +529,6 @@ def predict(
     is more anomalous. A model that was calibrated also says which images are, and where.
     """
     from npad.cli.prediction_files import PredictionFiles, find_inputs  # noqa: PLC0415
-    from npad.detector import NPad  # noqa: PLC0415
     from npad.images.roi import without_masks  # noqa: PLC0415
 
     times = {"every": every, "until_idle": until_idle, "patience": patience}
@@ -536,9 +541,14 @@ def predict(
     check_device(device)
     progress = _progress(quiet)
     inputs = {} if watch else find_inputs(paths, output)
-    model = NPad.load(model_file, device=device, weights=weights, progress=progress)
-    given = {"batch_size": batch_size, "max_pixels": max_pixels, "rois": rois}
-    _heed(model, false_alarm_rate=false_alarm_rate, confidence=confidence, **given)
+    model = _loaded(
+        *(model_file, device, weights, progress),
+        false_alarm_rate=false_alarm_rate,
+        confidence=confidence,
+        batch_size=batch_size,
+        max_pixels=max_pixels,
+        rois=rois,
+    )
     inputs = {image: inputs[image] for image in without_masks(inputs, model.rois)}
     decided = model.calibration_ is not None
     if masks and not decided:
