@@ -25,8 +25,8 @@ from npad import ops
 from npad.evaluation.datasets import find_categories
 from npad.features.backbone import Backbone
 from npad.members import Member
-from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, fusion_arguments, smoothing_sigma
-from npad.settings import Settings
+from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, fusion_arguments
+from npad.settings import Settings, sigma_by_size
 from npad.statistics.nominal_set import NominalSet
 
 Idea = tuple[Tensor, Tensor]  # scores and maps
@@ -68,7 +68,7 @@ class Ideas:
     ) -> tuple[Tensor, Tensor]:
         size = self.settings.size
         terms = fusion_arguments(mahalanobis, euclidean, "product", weight)
-        return ops.anomaly_map(*terms, size, smoothing_sigma(size))
+        return ops.anomaly_map(*terms, size, sigma_by_size(size))
 
     def all(self) -> Iterator[tuple[str, Idea]]:
         """The default, then every idea."""

@@ -21,6 +21,7 @@ from npad._version import __version__
 from npad.checkpoint import Checkpoint
 from npad.cross_calibration import CrossCalibration, check_folds
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
+from npad.features.tiling import Tiling, least_overlap, tiling_of
 from npad.features.weights import places
 from npad.fitting import Embed, Fit, fit_images, tell_of_borrowed
 from npad.images import ImageSource, Reading
@@ -56,11 +57,12 @@ from npad.scoring.pipeline import (
     score_in_parts,
 )
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer, embeddings, extent_of, reduce
+from npad.scoring.scorer import Scorer, embeddings, reduce
 from npad.settings import ARGUMENTS, CHECKPOINT_EVERY, Settings, uses_nominal_set
 
 __all__ = ["NPad", "Prediction"]
 
+_HIGH_COST = 8  # of tiles: how often the networks see a pixel
 _lock = threading.Lock()  # of the graphs that models make at first use
 
 
@@ -119,6 +121,8 @@ class NPad:
         map_layers: Sequence[int] | None = None,
         gaussians: str = "per_layer",
         image_size: int | tuple[int, int] | None = None,
+        tile: int | tuple[int, int] | None = None,
+        overlap: int | None = None,
         roi: Any = None,
         rois: str | None = None,
         align: str | None = None,
@@ -133,6 +137,7 @@ class NPad:
         fusion: str | None = None,
         fusion_weight: float = 0.4,
         map_weight: float = 0.3,
+        smoothing: float | None = None,
         factor_dtype: str = "int8",
         n_features: int | str | None = "auto",
         reduction: str = "pca",
@@ -152,6 +157,8 @@ class NPad:
         self.map_layers = map_layers
         self.gaussians = gaussians
         self.image_size = image_size
+        self.tile = tile
+        self.overlap = overlap
         self.roi = roi
         self.rois = rois
         self.align = align
@@ -166,6 +173,7 @@ class NPad:
         self.fusion = fusion
         self.fusion_weight = fusion_weight
         self.map_weight = map_weight
+        self.smoothing = smoothing
         self.factor_dtype = factor_dtype
         self.n_features = n_features
         self.reduction = reduction
@@ -313,7 +321,7 @@ class NPad:
         UserWarning
             Most images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every
             pixel of an image is equal; positions of a grid have too few images for their own window;
-            images could not be registered to the template.
+            images could not be registered to the template; most of the time goes into what tiles share.
         """
         settings = Settings(**self.get_params())
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
@@ -325,12 +333,13 @@ class NPad:
         with devices.explained("NPad.fit", device), devices.plain(device):
             networks = self._backbones(settings, device, fitting=True, kept=False)
             settings = _sized(settings, networks)
-            extent = extent_of(networks, settings)
-            for network in networks:
-                network.grid(extent, before=settings.size)  # told before the work
+            tiling = tiling_of(networks, settings)
+            if tiling.is_whole:
+                for network in networks:
+                    network.grid(tiling.extent, before=settings.size)  # told before the work
             _check_features(settings, networks)
             members = members_of(settings, networks)
-            regions = _rois_to_fit(settings, members, networks, extent, rois)
+            regions = _rois_to_fit(settings, members, networks, tiling, rois)
             images = _open(source, settings, device, skip_bad, regions=regions)
             # A stream may end at any image: what its first ones need is what is certain.
             refuse(
@@ -349,7 +358,7 @@ class NPad:
             if file is not None:
                 fit, start = file.begin(fit, images, [network.identity for network in networks])
                 write = file.write
-            embed = _embed_all(fit, networks, extent, device)
+            embed = _embed_all(fit, networks, tiling, device)
             if settings.calibration_folds is None:
                 fit_images(fit, embed, images, start, write)
                 learned = fit.finalize(last=not statistics)
@@ -360,6 +369,7 @@ class NPad:
                     learned = fit.finalize(last=not statistics)
                     learned = replace(learned, calibration=folds.finish(learned))
         tell_of_borrowed(learned, "NPad.fit")
+        _tell_of_tiles(tiling)
         _tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
@@ -413,9 +423,8 @@ class NPad:
             regions = self._rois_of(settings, device, rois)
             images = _open(source, settings, device, skip_bad, regions=regions)
             fit = before.copied(device, progress=settings.progress)
-            fit_images(
-                fit, _embed_all(fit, networks, extent_of(networks, settings), device), images
-            )
+            tiling = tiling_of(networks, settings)
+            fit_images(fit, _embed_all(fit, networks, tiling, device), images)
             learned = fit.finalize()
         _tell_of_depth(images, settings)
         tell_of_borrowed(learned, "NPad.partial_fit")
@@ -638,8 +647,8 @@ class NPad:
         axes = {m.member.network: m.projection for m in members if m.centroids is not None}
         networks = self._own_networks(settings, device, fitting=True)
         settings = _sized(settings, networks)
-        extent = extent_of(networks, settings, learned)
-        grid = networks[0].grid(extent)
+        tiling = tiling_of(networks, settings, learned)
+        grid = networks[0].grid(tiling.tile)
 
         def combine(levels: list[list[Tensor]]) -> tuple[Tensor]:
             parts = [
@@ -648,7 +657,7 @@ class NPad:
             ]
             return (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0],)
 
-        embed = embedder(networks, extent, combine, device, "NPad.embed")
+        embed = embedder(networks, tiling, combine, device, "NPad.embed")
         regions = self._rois_of(settings, device, None) if self._is_fitted else None
         aligner = self._aligner(settings)
         images = _open(
@@ -786,7 +795,8 @@ class NPad:
                 "NPad: rois must be left out of a model that was fitted without a region of interest; "
                 "fit with roi or rois, with roi=(0, 0, 1, 1) where all of it matters"
             )
-        extent = extent_of(self._own_networks(settings, device), settings, self._learned())
+        networks = self._own_networks(settings, device)
+        extent = tiling_of(networks, settings, self._learned()).extent
         grids = [member.grid for member in self.members_]
         return RegionsOfInterest(
             self.roi_.cpu(), own, grids=grids, extent=extent, max_pixels=settings.max_pixels
@@ -1069,8 +1079,9 @@ class NPad:
         networks, settings = model._networks_of_file(
             path, settings, found, fitted, searched=weights is None
         )
+        tiling = tiling_of(networks, settings, learned)
         for member in learned.members:
-            mismatch = _other_embedding(networks, member, extent_of(networks, settings, learned))
+            mismatch = _other_embedding(networks, member, tiling)
             if mismatch:
                 raise ModelFileError(path, f"{mismatch}; fit and save the model again")
         model._adopt(settings, learned.having(tensors).to(found), networks, statistics)
@@ -1246,7 +1257,7 @@ class NPad:
         learned = self._learned_for(settings, device)
         networks = self._own_networks(settings, device)
         parts = [*networks, *learned.tensors().values()]  # kept: no others get their ids
-        key = *map(id, parts), settings.size, *settings.scoring.values()
+        key = *map(id, parts), settings.size, settings.batch_size, *settings.scoring.values()
         kept = self._scoring
         if kept is None or kept[0] != key:
             kept = self._scoring = key, Scorer(networks, learned, settings)
@@ -1290,18 +1301,18 @@ _CACHES = ("_networks", "_scoring", "_graphs", "_in_force", "_statistics")
 
 
 def _embed_all(
-    fit: Fit, networks: Sequence[Backbone], extent: tuple[int, int], device: torch.device
+    fit: Fit, networks: Sequence[Backbone], tiling: Tiling, device: torch.device
 ) -> Embed:
     """What the members of a fit are given of images."""
     members = [member.member for member in fit.members]
     combine = partial(embeddings, members, networks)
-    return embedder(networks, extent, combine, device, "NPad.fit")
+    return embedder(networks, tiling, combine, device, "NPad.fit")
 
 
 def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
     """These, with the networks' own size of images where none is given."""
     if settings.image_size is not None:
-        return settings
+        return _overlapping(settings, networks)
     sizes = {network.name: network.default_size for network in networks}
     if len(set(sizes.values())) > 1:
         own = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
@@ -1309,7 +1320,14 @@ def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
             f"NPad: by default the backbones see images of different sizes ({own}); give one "
             "image_size that all of them take"
         )
-    return replace(settings, image_size=sizes[networks[0].name])
+    return _overlapping(replace(settings, image_size=sizes[networks[0].name]), networks)
+
+
+def _overlapping(settings: Settings, networks: Sequence[Backbone]) -> Settings:
+    """These, with tiles that overlap by what the networks see, where nothing else is given."""
+    if settings.tile is None or settings.overlap is not None:
+        return settings
+    return replace(settings, overlap=least_overlap(networks, settings.tile))
 
 
 def _open(
@@ -1326,7 +1344,7 @@ def _open(
     return ImageSource(
         source,
         image_size=settings.size,
-        batch_size=settings.batch_size,
+        batch_size=settings.images_at_once,
         skip_bad=skip_bad,
         page_locked=device.type == "cuda",
         reading=Reading(settings.bit_depth, settings.max_pixels),
@@ -1341,7 +1359,7 @@ def _rois_to_fit(
     settings: Settings,
     members: Sequence[Member],
     networks: Sequence[Backbone],
-    extent: tuple[int, int],
+    tiling: Tiling,
     rois: Sequence[Any] | None,
 ) -> RegionsOfInterest | None:
     """The regions of a fit, where there are such."""
@@ -1354,15 +1372,26 @@ def _rois_to_fit(
             "as it comes; leave out align, or rois"
         )
     region, drawn_at = region_of_model(settings.roi, settings.size, settings.max_pixels)
-    grids = [_grid(member, networks[member.network], extent) for member in members]
+    grids = [_grid(member, networks[member.network], tiling) for member in members]
     return RegionsOfInterest(
         region,
         own,
         grids=grids,
-        extent=extent,
+        extent=tiling.extent,
         drawn_at=drawn_at,
         max_pixels=settings.max_pixels,
     )
+
+
+def _tell_of_tiles(tiling: Tiling) -> None:
+    """Warn where most of the work is done again and again."""
+    if tiling.cost > _HIGH_COST:
+        warnings.warn(
+            f"NPad.fit: tiles of {tiling.tile} that overlap by {tiling.overlap} pixels go over a pixel "
+            f"{tiling.cost:.0f} times: give a larger tile; or a smaller overlap, with which maps "
+            "depend on where a tile ends",
+            stacklevel=3,
+        )
 
 
 def _tell_of_depth(images: ImageSource, settings: Settings) -> None:
@@ -1405,13 +1434,13 @@ def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
     )
 
 
-def _grid(member: Member, network: Backbone, extent: tuple[int, int]) -> tuple[int, int]:
+def _grid(member: Member, network: Backbone, tiling: Tiling) -> tuple[int, int]:
     """(h, w) of the embeddings of a member."""
-    return network.grid(extent, member.levels[0] if member.own_grid else None)
+    return tiling.grid(network, member.levels[0] if member.own_grid else None)
 
 
 def _other_embedding(
-    networks: Sequence[Backbone], learned: LearnedMember, extent: tuple[int, int]
+    networks: Sequence[Backbone], learned: LearnedMember, tiling: Tiling
 ) -> str | None:
     """What is wrong with a member of a file for its backbone; None where they fit."""
     member = learned.member
@@ -1422,12 +1451,12 @@ def _other_embedding(
     if not levels or not {*levels} <= network.level_channels.keys():
         return f"has a member of levels {member.levels}, which its backbone does not give"
     *parts, channels = accumulate(network.level_channels[level] for level in levels)
-    grid = _grid(member, network, extent)
+    grid = _grid(member, network, tiling)
     known = learned.channels if levels == member.levels else member.prefix
     if (grid, channels) != (learned.grid, known):
         return (
             f"has grid {learned.grid} with {learned.channels} channels, which its backbone does not "
-            f"make of images of {extent}"
+            f"make of images of {tiling.extent}"
         )
     if member.gaussian and member.prefix not in (None, *parts):
         return f"has a prefix of {member.prefix} channels, at which no level of {levels} ends"

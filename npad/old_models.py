@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from npad.members import Member
-from npad.settings import uses_gaussians, uses_nominal_set
+from npad.settings import MOST_SIGMA, sigma_by_size, uses_gaussians, uses_nominal_set
 
 __all__ = ["upgraded"]
 
@@ -30,7 +30,20 @@ def upgraded(
         tensors = {f"0.{name}": tensor for name, tensor in tensors.items()}
     if any("n_features" not in member for member in header["members"]):
         header = _with_features(header)
+    if "smoothing" not in header["settings"]:
+        header = _with_smoothing(header)
     return header, tensors
+
+
+def _with_smoothing(header: Mapping[str, Any]) -> dict[str, Any]:
+    """That of images of more than 1024 pixels, which once grew without a limit."""
+    sigma = sigma_by_size(header["settings"]["image_size"])
+    changed = {"smoothing": sigma if sigma > MOST_SIGMA else None}
+    found = {**header, "settings": header["settings"] | changed}
+    if header.get("calibration"):
+        calibration = header["calibration"]
+        found["calibration"] = calibration | {"scoring": calibration["scoring"] | changed}
+    return found
 
 
 def _with_features(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,10 +26,12 @@ __all__ = [
     "FUSIONS",
     "LEAST_RATE",
     "MAX_PIXELS",
+    "MOST_SIGMA",
     "OF_A_FIT",
     "Argument",
     "Drawn",
     "Settings",
+    "sigma_by_size",
     "uses_gaussians",
     "uses_nominal_set",
 ]
@@ -43,11 +45,17 @@ REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
 CHECKPOINT_EVERY: Final = 200  # images of a fit from one time that it is written to the next
+MOST_SIGMA: Final = 16.0  # pixels of smoothing, unless more are asked for
 LEAST_RATE: Final = 1e-9  # of false alarms: one that would need a billion images
 
 # Of n_features="auto".
 KEPT_VARIANCE: Final = 0.999  # see bench/study_features.py
 MOST_FEATURES: Final = 192
+
+
+def sigma_by_size(image_size: tuple[int, int]) -> float:
+    """Standard deviation of the smoothing, in pixels: 4 where the shorter side is 256."""
+    return 4.0 * min(image_size) / 256
 
 
 def uses_gaussians(fusion: str) -> bool:
@@ -426,6 +434,25 @@ class Settings:
         _parse_size,
         unset="256; 224 to 512 for a transformer, by its cost",
     )
+    tile: tuple[int, int] | None = _argument(
+        None,
+        "Pixels of a tile, height x width, that a backbone sees at once of a large image; the rest of "
+        "the model is of the whole image.",
+        "N|HxW",
+        _or_none(_height_width),
+        _parse_size,
+        unset="the whole image",
+    )
+    overlap: int | None = _argument(
+        None,
+        "Pixels that neighbouring tiles share: half of them beside a tile are for its embeddings to "
+        "see, and are not scored twice.",
+        "N",
+        _or_none(_int("an int of at least 0", lambda n: n >= 0)),
+        int,
+        unset="what the backbones see beside a position, so that tiles change nothing; of those that "
+        "see everything a quarter of a tile",
+    )
     roi: Any = _argument(
         None,
         "Region of interest of all images: a mask, bright where they are looked at, or a rectangle "
@@ -541,6 +568,16 @@ class Settings:
         "X",
         _share,
         float,
+        live=True,
+    )
+    smoothing: float | None = _argument(
+        None,
+        "Standard deviation, in pixels of image_size, of the Gaussian that smooths maps. A smaller one "
+        "shows smaller defects, and more of what is none.",
+        "X",
+        _or_none(_number("a number of at least 0", lambda n: 0 <= n < math.inf)),
+        float,
+        unset="4 where the shorter side is 256, growing with it to 16",
         live=True,
     )
     factor_dtype: str = _argument(
@@ -671,6 +708,7 @@ class Settings:
                 f"NPad: weights must be one file for each of {', '.join(names)}, in this order and "
                 f"None where a backbone needs none, got {given}"
             )
+        self._check_tile()
         if self.gaussians == "joint" and self.fixed_features is not None and self.map_layers:
             raise ValueError(
                 "NPad: n_features mixes the channels of all layers, and gaussians='joint' with "
@@ -690,6 +728,24 @@ class Settings:
             raise ValueError(
                 "NPad: eps='auto' and fusion='sum' need held-out images; "
                 "use holdout > 0, or a number for eps and another fusion"
+            )
+
+    def _check_tile(self) -> None:
+        if self.tile is None:
+            if self.overlap is not None:
+                raise ValueError(
+                    f"NPad: overlap={self.overlap} is that of tiles; give tile, or leave it out"
+                )
+            return
+        size = self.image_size
+        if size is not None and (self.tile[0] > size[0] or self.tile[1] > size[1]):
+            raise ValueError(
+                f"NPad: tile={self.tile} is larger than the images, of which image_size={size}; give "
+                "(height, width) of at most that, or leave it out"
+            )
+        if self.overlap is not None and self.overlap >= min(self.tile):
+            raise ValueError(
+                f"NPad: overlap must be less than the sides of a tile, {self.tile}, got {self.overlap}"
             )
 
     @property
@@ -727,9 +783,28 @@ class Settings:
         return self.image_size
 
     @property
+    def sigma(self) -> float:
+        """Standard deviation of the smoothing, in pixels.
+
+        Where none is chosen it grows with images, as what they show of a defect does, up to that of
+        1024 pixels: beyond, defects of a few positions would be lost.
+        """
+        if self.smoothing is not None:
+            return self.smoothing
+        return min(sigma_by_size(self.size), MOST_SIGMA)
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a batch: those of `batch_size` tiles, where there are tiles."""
+        if self.tile is None:
+            return self.batch_size
+        tiles = math.prod(self.size) / math.prod(self.tile)
+        return max(1, int(self.batch_size / tiles))
+
+    @property
     def scoring(self) -> dict[str, Any]:
         """What a fitted model heeds and its scores depend on, but for the precision of arithmetic."""
-        names = ("score_window", "fusion", "fusion_weight", "map_weight")
+        names = ("score_window", "fusion", "fusion_weight", "map_weight", "smoothing")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -21,7 +21,6 @@ from npad.scoring.fusion import (
     fusion_arguments,
     joined,
     resized,
-    smoothing_sigma,
 )
 
 ALONE = (False, (1.0, 0.0, 0.0))  # the Mahalanobis map as it is
@@ -280,11 +279,6 @@ def test_rotations_commute() -> None:
     (own,) = resized(maps[:1].rot90(1, (1, 2)), [(90, 71)])
     (expected,) = resized(maps[:1], [(71, 90)])
     np.testing.assert_allclose(own, np.rot90(expected), rtol=0, atol=1e-6)
-
-
-def test_smoothing_follows_the_shorter_side() -> None:
-    assert smoothing_sigma((256, 256)) == 4.0
-    assert smoothing_sigma((512, 1024)) == smoothing_sigma((1024, 512)) == 8.0
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -51,7 +51,7 @@ def test_a_model_file_of_version_0_1(images: np.ndarray, tmp_path: Path) -> None
     model.save(tmp_path / "new.npad")
     old, new = upgraded(*read_model(OLD)), read_model(tmp_path / "new.npad")
     of_settings = {"bit_depth": None, "false_alarm_rate": 0.01, "confidence": None}
-    of_settings |= {"rois": None, "align": None}
+    of_settings |= {"rois": None, "align": None, "tile": None, "overlap": None, "smoothing": None}
     of_all = {"darkest": 0.0, "n_bits": None, "fingerprints": [], "calibration": None}
     of_all |= {"filled": False, "roi_color": None, "n_template": None}
     more = {"radius": None, "borrowed": 0}

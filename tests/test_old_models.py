@@ -138,3 +138,14 @@ def test_a_field_that_is_another_thing_is_an_error_of_the_file(
     write_model(tmp_path / "old.npad", header | {field: value}, tensors)
     with pytest.raises(ModelFileError, match=r"old\.npad: "):
         NPad.load(tmp_path / "old.npad")
+
+
+def test_images_of_more_than_1024_pixels_were_smoothed_more() -> None:
+    calibration = {"scoring": {"fusion": "product"}}
+    for size, smoothing in (([1024, 2048], None), ([2048, 4096], 32.0)):
+        settings = {"n_features": None, "image_size": size}
+        header = {"settings": settings, "members": [], "calibration": calibration}
+        found, _ = upgraded(header, {})
+        assert found["settings"] == settings | {"smoothing": smoothing}
+        assert found["calibration"]["scoring"] == {"fusion": "product", "smoothing": smoothing}
+        assert upgraded(found, {})[0] == found

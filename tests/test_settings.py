@@ -329,3 +329,15 @@ def test_a_list_that_changes_is_seen(images: np.ndarray) -> None:
     assert model.settings()["layers"] == [2, 3, 4]
     model.set_params(layers=(2,), window=7)
     assert (model.settings()["layers"], model.settings()["window"]) == ([2], 7)
+
+
+def test_smoothing_follows_the_shorter_side_of_images() -> None:
+    """Up to 1024 pixels, whose small defects it would hide; what is chosen is taken."""
+    wanted = {256: 4.0, (512, 1024): 8.0, (1024, 512): 8.0, 1024: 16.0, 4096: 16.0}
+    for size, sigma in wanted.items():
+        assert Settings(image_size=size).sigma == sigma
+    assert Settings(image_size=4096, smoothing=30).sigma == 30
+    assert Settings(image_size=4096, smoothing=0).sigma == 0
+    for wrong in (-1, math.inf, math.nan, "4", True):
+        with pytest.raises(ValueError, match=r"^NPad: smoothing must be a number"):
+            Settings(smoothing=wrong)

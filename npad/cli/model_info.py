@@ -36,6 +36,8 @@ def model_info(path: Path) -> dict[str, Any]:
         "npad_version": header["npad_version"],
         "backbones": backbones,
         "image_size": list(settings.size),
+        "tile": None if settings.tile is None else list(settings.tile),
+        "overlap": settings.overlap,
         "n_images": learned.n_images,
         "bytes": learned.nbytes,
         "calibration": calibration,

@@ -249,6 +249,9 @@ def _message(error: Exception) -> str:
     return named + with_options(text.removeprefix(named))
 
 
+_SIZES = [option.name for option in OPTIONS if "HxW" in option.values]
+
+
 def with_options(text: str) -> str:
     """A message with options in the place of arguments: `seed must be`, `seed=3`, `skip_bad=True`."""
     more = ("skip_bad", "good", "groups", "statistics", "checkpoint", "every")
@@ -266,7 +269,7 @@ def with_options(text: str) -> str:
 def _given_as_option(match: re.Match[str]) -> str:
     """Numbers as an option takes them: `image_size=(192, 320)`, `layers=(2,)`; and nothing."""
     numbers = re.findall(r"\d+", match[2])
-    joined = ("x" if match[1] == "image_size" else ",").join(numbers)
+    joined = ("x" if match[1] in _SIZES else ",").join(numbers)
     return f"{_option_name(match[1])} {joined or 'none'}"
 
 

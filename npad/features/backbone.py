@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +44,7 @@ _FILTER_BANK_LAYERS: Final = (1, 2, 3)  # fine scales decide on texture: measure
 # memory that the system hands out, and clears, anew for every layer of every batch. As measured on two
 # cores with images of 256 x 256.
 _PIXELS_AT_ONCE: Final = 4 * 256**2
+_LARGE: Final = (1024, 1024)  # an image in which it shows how far a network looks
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -166,6 +167,7 @@ class Backbone(nn.Module):
         self.register_buffer("std", _of_channels(std), persistent=False)
         self._grids: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
         self._activations: dict[tuple[int, tuple[int, int]], tuple[int, list[int]]] = {}
+        self._reaches: dict[tuple[int, int], int | None] = {}
         self.weights_hash = "" if hollow else weights_hash(self.net.state_dict())
         self.requires_grad_(False)
         self.eval()
@@ -216,7 +218,12 @@ class Backbone(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels, up to a multiple of which a side of an image is filled."""
-        return math.lcm(*map(int, self._reductions)) if self._takes_any_size else 1
+        return self.cell if self._takes_any_size else 1
+
+    @property
+    def cell(self) -> int:
+        """Pixels along a side of which every level makes whole positions."""
+        return math.lcm(*map(int, self._reductions))
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -229,11 +236,12 @@ class Backbone(nn.Module):
         own_of: int | None = None,
         *,
         before: tuple[int, int] | None = None,
+        argument: str = "image_size",
     ) -> tuple[int, int]:
         """Grid (h, w) of the embeddings of images of this size (H, W).
 
         That of the first of ``layers``; or a level's own, where it is coarser. ``before`` is their size
-        before they are filled up to whole strides, which an error names.
+        before they are filled up to whole strides, which an error names, as it does the argument.
 
         Raises
         ------
@@ -242,7 +250,7 @@ class Backbone(nn.Module):
             that the network does not take.
         """
         if image_size not in self._grids:
-            self._grids[image_size] = self._dry_grids(image_size, before or image_size)
+            self._grids[image_size] = self._dry_grids(image_size, before or image_size, argument)
         return self._grid_of(self._grids[image_size], own_of)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -316,7 +324,7 @@ class Backbone(nn.Module):
         return [f.permute(0, 3, 1, 2) for f in features] if self._channels_last_output else features
 
     def _dry_grids(
-        self, image_size: tuple[int, int], before: tuple[int, int]
+        self, image_size: tuple[int, int], before: tuple[int, int], argument: str
     ) -> dict[int, tuple[int, int]]:
         try:
             grids = self._meta_grids(image_size)
@@ -331,7 +339,7 @@ class Backbone(nn.Module):
         elif min(grid) >= 2:
             return grids
         raise ValueError(
-            f"image_size {before} does not work with backbone {self.name!r}{reason}; "
+            f"{argument} {before} does not work with backbone {self.name!r}{reason}; "
             f"{self._least_size()}"
         )
 
@@ -342,8 +350,51 @@ class Backbone(nn.Module):
 
     def _on_meta(self) -> Backbone:
         """A copy without values, since other threads and models may be running the network itself."""
+        return self._copy(lambda value: value.to("meta"))
+
+    def _copy(self, of_value: Callable[[Tensor], Tensor]) -> Backbone:
+        """One with other weights and buffers."""
         state = [*self.parameters(), *self.buffers()]
-        return copy.deepcopy(self, {id(value): value.to("meta") for value in state})
+        return copy.deepcopy(self, {id(value): of_value(value) for value in state})
+
+    def reach(self, image_size: tuple[int, int]) -> int | None:
+        """Pixels beside a position that its embedding depends on, at most.
+
+        Seen by what a NaN in the middle of an image reaches, whatever the weights. None where it
+        reaches a border: as in a network that attends to, or averages, all of the image. The image has
+        this size (H, W) where the network does not take any.
+        """
+        if self._takes_any_size:
+            image_size = _LARGE
+        if image_size not in self._reaches:
+            self._reaches[image_size] = self._seen_reach(image_size)
+        return self._reaches[image_size]
+
+    def _seen_reach(self, image_size: tuple[int, int]) -> int | None:
+        network = self._copy(lambda value: torch.zeros_like(value, device="cpu")).float()
+        middle = [side // 2 // self.cell * self.cell for side in image_size]
+        images = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
+        rows, columns = (
+            slice(place - 1, place + 1) for place in middle
+        )  # on both sides of a border
+        images[..., rows, columns] = torch.nan
+        with torch.no_grad(), devices.plain(images.device):
+            features = network._features(images)
+            embeddings = [network.combined(features, self._taken)]
+            embeddings += [
+                network.combined(features, [level], own_grid=True) for level in self._taken
+            ]
+        found = []
+        for x in embeddings:
+            touched = x[0].isnan().any(-1)
+            for axis, (place, side) in enumerate(zip(middle, image_size, strict=True)):
+                (along,) = touched.any(1 - axis).nonzero(as_tuple=True)
+                stride = side // touched.shape[axis]
+                first, last = int(along[0]), int(along[-1]) + 1
+                if first == 0 or last == touched.shape[axis]:
+                    return None
+                found += [place - first * stride, last * stride - place]
+        return max(found)
 
     @property
     def nbytes(self) -> int:
@@ -411,9 +462,15 @@ def levels_in_parts(network: Backbone, images: Tensor) -> list[Tensor]:
     return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 
-def whole_strides(networks: Sequence[Backbone], image_size: tuple[int, int]) -> tuple[int, int]:
-    """Size (H, W) of images that are filled up to whole strides of all networks."""
-    stride = math.lcm(*(network.stride for network in networks))
+def whole_strides(
+    networks: Sequence[Backbone], image_size: tuple[int, int], *, tiled: bool = False
+) -> tuple[int, int]:
+    """Size (H, W) of images that are filled up to whole strides of all networks.
+
+    Images that are `tiled` are filled up for a network that takes one size alone, too: it sees tiles.
+    """
+    strides = (network.cell if tiled else network.stride for network in networks)
+    stride = math.lcm(*strides)
     height, width = (-(-side // stride) * stride for side in image_size)
     return height, width
 

@@ -20,6 +20,7 @@ __all__ = ["Alternative", "alternatives", "hollow_networks", "refuse"]
 _FEATURES: Final = (256, 192, 128, 96, 64, 48, 32, 16)
 _SHARES: Final = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)  # of a side of the images
 _CENTROIDS: Final = (8192, 4096, 2048, 1024)
+_TILES: Final = (2048, 1024, 512)
 _SIDES: Final = 32  # of which sides are multiples: the stride of most networks' deepest level
 
 Changes = dict[str, Any]
@@ -138,6 +139,8 @@ def _ladders(plan: Plan) -> Iterator[list[Changes]]:
     if settings.calibration_folds is not None:
         yield [{"calibration_folds": None}]
     yield [{"batch_size": n} for n in halves]
+    if settings.tile is None and all(network.reach(settings.size) for network in networks):
+        yield [{"tile": tile} for tile in _tiles(settings.size)]
     if uses_gaussians(settings.fusion):
         if settings.gaussians == "joint" and any(len(m.member.levels) > 1 for m in plan.members):
             yield [{"gaussians": "per_layer"}]
@@ -160,6 +163,12 @@ def _ladders(plan: Plan) -> Iterator[list[Changes]]:
 def _smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
     sizes = [tuple(int(side * share) // _SIDES * _SIDES for side in size) for share in _SHARES]
     return [(h, w) for h, w in dict.fromkeys(sizes) if min(h, w) >= _SIDES]
+
+
+def _tiles(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Where several make an image; exact ones, that is."""
+    sizes = ((min(size[0], side), min(size[1], side)) for side in _TILES)
+    return [(h, w) for h, w in sizes if 2 * h * w <= size[0] * size[1]]
 
 
 def _changed(plan: Plan, changes: Changes) -> Alternative | None:

@@ -8,16 +8,19 @@ that order changes it here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any, Final
 
 import torch
 
 from npad import devices
-from npad.features.backbone import Backbone, n_parts, whole_strides
+from npad.features.backbone import Backbone, n_parts
 from npad.features.projection import STEP
+from npad.features.tiling import Tiling, tiling_of
 from npad.images.source import default_workers
 from npad.learned import LearnedMember
 from npad.member_fit import AXES_IMAGES, holds_out
@@ -83,8 +86,8 @@ def planned(
     """
     _check(n_images, source_size)
     members = members_of(settings, networks)
-    extent = whole_strides(networks, settings.size)
-    embeddings = [_embedding(member, networks[member.network], extent) for member in members]
+    tiling = tiling_of(networks, settings)
+    embeddings = [_embedding(member, networks[member.network], tiling) for member in members]
     if n_images is None:
         n_images = _filling(settings, members, embeddings)
     plans = tuple(
@@ -129,12 +132,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _embedding(
-    member: Member, network: Backbone, extent: tuple[int, int]
-) -> tuple[tuple[int, int], int]:
+def _embedding(member: Member, network: Backbone, tiling: Tiling) -> tuple[tuple[int, int], int]:
     """Grid and channels of a member."""
     levels = member.levels_of(network)
-    grid = network.grid(extent, levels[0] if member.own_grid else None)
+    grid = tiling.grid(network, levels[0] if member.own_grid else None)
     return grid, sum(network.level_channels[level] for level in levels)
 
 
@@ -242,7 +243,11 @@ class _Work:
 
     @property
     def _batch(self) -> int:
-        return min(self.settings.batch_size, self.n_images)
+        return min(self.settings.images_at_once, self.n_images)
+
+    @cached_property
+    def _tiling(self) -> Tiling:
+        return tiling_of(self.networks, self.settings)
 
     @property
     def _base(self) -> list[Part]:
@@ -275,7 +280,7 @@ class _Work:
     def _embedded(self) -> Iterator[Moment]:
         """A batch goes through the networks."""
         height, width = self.settings.size
-        extent = whole_strides(self.networks, self.settings.size)
+        extent, tile = self._tiling.extent, self._tiling.tile
         batch, one = self._batch, 12 * height * width
         images = [Part("batch of images", batch * one, batch * one)]
         if self.device.type == "cpu":
@@ -284,26 +289,49 @@ class _Work:
         if extent != self.settings.size:
             whole = 12 * batch * extent[0] * extent[1]
             images.append(Part("images filled up", whole, whole))
+        seen = self._seen
+        if not self._tiling.is_whole:
+            tiles = 12 * seen * tile[0] * tile[1]
+            images.append(Part("tiles", tiles, tiles))
         levels: list[Part] = []
         for network in self.networks:
-            n = n_parts(batch, extent, self.device)
-            at_once = -(-batch // n)
-            peak, sizes = network.activation_bytes(at_once, extent)
-            before = Part("features", (batch - at_once) * sum(sizes) // at_once, max(sizes))
+            n = n_parts(seen, tile, self.device)
+            at_once = -(-seen // n)
+            peak, sizes = network.activation_bytes(at_once, tile)
+            before = Part("features", (seen - at_once) * sum(sizes) // at_once, max(sizes))
             yield "the backbone runs", [*images, *levels, before, Part("activations", peak)]
             own = [
-                Part("features", size * batch // at_once, size * batch // at_once) for size in sizes
+                Part("features", size * seen // at_once, size * seen // at_once) for size in sizes
             ]
             if n > 1:
-                parts = [Part("features", size * batch // at_once, size) for size in sizes]
+                parts = [Part("features", size * seen // at_once, size) for size in sizes]
                 yield "parts of a batch are joined", [*images, *levels, *own, *parts]
             levels += own
-        embeddings = self._embeddings()
-        yield "features become embeddings", [*images, *levels, *embeddings]
+        yield "features become embeddings", [*images, *levels, *self._of_tiles()]
+
+    @property
+    def _seen(self) -> int:
+        """Images, or tiles of them, that the networks see at once."""
+        return self._batch if self._tiling.is_whole else self._tiling.at_a_time(self._batch)
+
+    @property
+    def _tile_share(self) -> float:
+        """Of an image."""
+        return math.prod(self._tiling.tile) / math.prod(self._tiling.extent)
+
+    def _of_tiles(self) -> list[Part]:
+        """The embeddings of what the networks see at once."""
+        sizes = [int(self._seen * self._tile_share * m.embedding) for m in self.members]
+        return [Part("embeddings", size, size) for size in sizes]
 
     def _embeddings(self) -> list[Part]:
+        """Those of a batch."""
         sizes = [self._batch * member.embedding for member in self.members]
         return [Part("embeddings", size, size) for size in sizes]
+
+    def _stitched(self) -> list[Part]:
+        """Those of a batch, while its tiles are seen."""
+        return [] if self._tiling.is_whole else self._embeddings()
 
     # ----------------------------------------------------------------------------------------------
     # Fitting.
@@ -320,11 +348,11 @@ class _Work:
             moments = [4 * packed_size(member.channels) for member in self.members]
             looking = [Part("choice of axes", sum(moments), max(moments))]
             add(self._images(), looking)
-            add(self._embedded(), looking)
+            add(self._embedded(), [*looking, *self._stitched()])
         folds = self._folds()
         learning = [*folds, *self._learning(self.members)]
         add(self._images(), learning)
-        add(self._embedded(), learning)
+        add(self._embedded(), [*learning, *self._stitched()])
         add(self._taken(), learning)
         add(self._composed(), learning)
         model: list[Part] = []
@@ -534,9 +562,14 @@ class _Work:
         for name, parts in self._embedded():
             found.append((name, [*base, maps[0], *parts]))
         last = found[-1][1]
+        share = self._tile_share
         for member in self.members:
+            if not self._tiling.is_whole and member.member.gaussian:
+                learned = (member.learned[name] for name in ("mean", "factor"))
+                of_tile = [Part("Gaussians of a tile", int(share * n)) for n in learned]
+                found.append(("a tile is compared", [*last, *of_tile]))
             if member.n_features is not None:
-                size = self._batch * 4 * member.positions * member.n_features
+                size = int(self._batch * share * 4 * member.positions * member.n_features)
                 found.append(("embeddings are reduced", [*last, Part("embeddings", size, size)]))
             if member.bank:
                 found.append(("centroids are searched", [*last, self._prefix(member)]))
@@ -553,7 +586,7 @@ class _Work:
 
     def _maps(self) -> list[Part]:
         """Those that the caller has still, those of this batch, and both at the model's size."""
-        height, width = whole_strides(self.networks, self.settings.size)
+        height, width = self._tiling.extent
         own = 4 * self._batch * height * width
         asked = 4 * self._batch * self.source_size[0] * self.source_size[1]
         return [

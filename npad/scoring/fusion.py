@@ -118,7 +118,7 @@ def scores_and_maps(
     Parameters
     ----------
     found : as for `joined`
-    settings : image size, fusion and weights
+    settings : image size, fusion, weights and smoothing
     standardization : of what `joined` gives; needed by the fusion "sum"
     extent : pixels (height, width) that the grids cover, at least the image; None: the image
     inside : (B or 1, H, W) bool, where maps and scores look; None: everywhere
@@ -128,7 +128,7 @@ def scores_and_maps(
     scores (B,), the maximum of the map inside, and maps (B, H, W), NaN outside
     """
     maps = joined(found)
-    size, sigma = settings.size, smoothing_sigma(settings.size)
+    size, sigma = settings.size, settings.sigma
 
     def fused(kind: str, weight: float) -> tuple[Tensor, Tensor]:
         moments = [standardization[k] for k in (kind, EUCLIDEAN)] if standardization else ()
@@ -166,11 +166,6 @@ def _geometric_mean(maps: Sequence[Tensor]) -> Tensor:
     if len(maps) == 1:
         return maps[0]
     return reduce(mul, (x ** (1 / len(maps)) for x in _on_one_grid(maps)))
-
-
-def smoothing_sigma(image_size: tuple[int, int]) -> float:
-    """Standard deviation of the smoothing in pixels: 4 where the shorter side is 256."""
-    return 4.0 * min(image_size) / 256
 
 
 def resized(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:

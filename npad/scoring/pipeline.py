@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.backbone import Backbone, filled, levels_in_parts
+from npad.features.tiling import Tiling
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
 from npad.scoring.decisions import Decide
@@ -62,9 +63,7 @@ def score_in_parts(scorer: Scorer, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images -> scores (B,) and maps (B, H, W): the network sees a part of a batch at a time."""
     with devices.plain(images.device):
         images, own = scorer.look(images)
-        images = scorer.filled(images)
-        levels = [levels_in_parts(network, images) for network in scorer.networks]
-        return scorer.score(scorer.embeddings(levels), own)
+        return scorer.fused(scorer.distances(scorer.filled(images), levels_in_parts), own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,20 +198,23 @@ def started_ahead(items: Iterable[T], start: Callable[[T], S], depth: int) -> It
 
 def embedder(
     networks: Sequence[Backbone],
-    extent: tuple[int, int],
+    tiling: Tiling,
     combine: Callable[[list[list[Tensor]]], Sequence[Tensor]],
     device: torch.device,
     call: str,
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Of images from the CPU: embeddings (B, h, w, D), a batch halved where memory is short.
 
-    `combine` makes them of the levels of each network, which see the images filled up to `extent`.
+    `combine` makes them of the levels of each network, which see tiles of the images filled up.
     """
+
+    def embed_tiles(images: Tensor) -> Sequence[Tensor]:
+        return combine([levels_in_parts(network, images) for network in networks])
 
     def embed(images: Tensor) -> tuple[Tensor, ...]:
         with devices.plain(device):
-            there = filled(images.to(device, non_blocking=True), extent)
-            return tuple(combine([levels_in_parts(network, there) for network in networks]))
+            there = filled(images.to(device, non_blocking=True), tiling.extent)
+            return tiling.stitched(there, embed_tiles)
 
     return devices.Halving(embed, call)
 

@@ -8,19 +8,23 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from npad import devices, ops
-from npad.features.backbone import Backbone, filled, whole_strides
+from npad.features.backbone import Backbone, filled
+from npad.features.tiling import Core, tiling_of
 from npad.learned import Learned, LearnedMember, tensors_of
 from npad.members import Member
 from npad.scoring.fusion import EUCLIDEAN, MAHALANOBIS, PREFIX, scores_and_maps
 from npad.scoring.looking import Looking
 from npad.settings import Settings
 
-__all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "extent_of", "reduce"]
+__all__ = ["MemberScorer", "Scorer", "distances", "embeddings", "reduce"]
 
 M = TypeVar("M", bound=nn.Module)
+Found = list[tuple[Member, dict[str, Tensor]]]
+Levels = Callable[[Backbone, Tensor], list[Tensor]]
 
 
 def embeddings(
@@ -67,14 +71,6 @@ def distances(
     return found
 
 
-def extent_of(
-    networks: Sequence[Backbone], settings: Settings, learned: Learned | None = None
-) -> tuple[int, int]:
-    """Pixels (H, W) that the grids cover, of a fitted model or of one that is to be."""
-    fills = learned is None or learned.filled
-    return whole_strides(networks, settings.size) if fills else settings.size
-
-
 class MemberScorer(nn.Module):
     """From embeddings to distances.
 
@@ -90,6 +86,7 @@ class MemberScorer(nn.Module):
     def __init__(self, learned: LearnedMember, score_window: int) -> None:
         super().__init__()
         self.member = learned.member
+        self.grid = learned.grid
         self.score_window = score_window
         for tensor in tensors_of(LearnedMember):
             self.register_buffer(tensor.name, getattr(learned, tensor.name))
@@ -107,6 +104,39 @@ class MemberScorer(nn.Module):
             self.member.prefix,
             index=self.index,
         )
+
+    def of_core(self, x: Tensor, core: Core, stride: tuple[int, int]) -> dict[str, Tensor]:
+        """As `forward`, of the embeddings of a core alone.
+
+        Parameters
+        ----------
+        x : (B, h, w, D)
+        core : where they are
+        stride : pixels (height, width) of a position
+        """
+        rows, columns = core.on_grid(stride)
+        around = core.on_grid(stride, margin=self.score_window // 2)
+        (top, bottom), (left, right) = (
+            (inner.start - outer.start, min(outer.stop, side) - inner.stop)
+            for inner, outer, side in zip((rows, columns), around, self.grid, strict=True)
+        )
+        # What stands beside the core are no embeddings: there the Gaussians alone are wanted.
+        padded = F.pad(reduce(x, self.projection), (0, 0, left, right, top, bottom))
+        mean, factor = (
+            None if of_all is None else of_all.unflatten(0, self.grid)[around].flatten(0, 1)
+            for of_all in (self.mean, self.factor)
+        )
+        found = distances(
+            padded,
+            mean,
+            factor,
+            self.centroids,
+            self.score_window,
+            self.member.prefix,
+            index=self.index,
+        )
+        height, width = x.shape[1:3]
+        return {kind: d[:, top : top + height, left : left + width] for kind, d in found.items()}
 
     def _make_index(self) -> None:
         """Of the centroids that it has now; that of others would find wrong distances."""
@@ -156,7 +186,8 @@ class Scorer(nn.Module):
         )
         self.settings = settings
         self.standardization = learned.standardization
-        self.extent = extent_of(networks, settings, learned)
+        self.tiling = tiling_of(networks, settings, learned)
+        self.extent = self.tiling.extent
         self.looking: Looking | None = None
         if learned.roi is not None and learned.roi_color is not None:
             grids = (m.grid for m in used)
@@ -179,6 +210,31 @@ class Scorer(nn.Module):
         """Of each member, (B, h, w, D)."""
         return embeddings([m.member for m in self.members], list(self.networks), levels)
 
+    def distances(self, images: Tensor, levels: Levels = Backbone.levels) -> Found:
+        """Images of the size `extent` -> distances of each member, on its grid.
+
+        ``levels`` has a network look at images, or at tiles of them.
+        """
+
+        def embed(images: Tensor) -> list[Tensor]:
+            return self.embeddings([levels(network, images) for network in self.networks])
+
+        if self.tiling.is_whole:
+            return self._distances(embed(images))
+        whole: list[dict[str, Tensor]] = [{} for _ in self.members]
+        for core, parts in self.tiling.embedded(images, embed):
+            for member, x, of_member in zip(self.members, parts, whole, strict=True):
+                stride = self.tiling.stride_of(member.grid)
+                rows, columns = core.on_grid(stride)
+                for kind, d in member.of_core(x, core, stride).items():
+                    if kind not in of_member:
+                        of_member[kind] = d.new_empty(len(d), *member.grid)
+                    of_member[kind][:, rows, columns] = d
+        return [(m.member, d) for m, d in zip(self.members, whole, strict=True)]
+
+    def _distances(self, embeddings: Sequence[Tensor]) -> Found:
+        return [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
+
     def score(
         self, embeddings: Sequence[Tensor], own: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -186,16 +242,19 @@ class Scorer(nn.Module):
 
         ``own`` is what `look` gave beside the images.
         """
-        found = [(m.member, m(x)) for m, x in zip(self.members, embeddings, strict=True)]
-        settings, moments, extent = self.settings, self.standardization, self.extent
+        return self.fused(self._distances(embeddings), own)
+
+    def fused(self, found: Found, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `score` gives, of distances."""
+        common = self.settings, self.standardization, self.extent
         if self.looking is None:
-            return scores_and_maps(found, settings, moments, extent)
+            return scores_and_maps(found, *common)
         whole = [
             (member, {kind: self.looking.spread(d, own) for kind, d in distances.items()})
             for member, distances in found
         ]
         inside = self.looking.inside(own)
-        return scores_and_maps(whole, settings, moments, extent, inside)
+        return scores_and_maps(whole, *common, inside)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [0, 1] -> scores (B,) and maps (B, H, W), float32.
@@ -205,7 +264,7 @@ class Scorer(nn.Module):
         """
         with nullcontext() if torch.compiler.is_compiling() else devices.plain(images.device):
             images, own = self.look(images)
-            return self.score(self.embeddings(self.levels(images)), own)
+            return self.fused(self.distances(self.filled(images)), own)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load: into networks of its own, as they may be in use elsewhere."""
