@@ -34,6 +34,12 @@ def packed_layout(channels: int) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(columns)
 
 
+def diagonal(channels: int) -> Tensor:
+    """Slots of the diagonal."""
+    row, column = packed_layout(channels)
+    return (row == column).nonzero().flatten()
+
+
 def padding(channels: int) -> int:
     """Rows of zeros above the first."""
     return -channels % PANEL

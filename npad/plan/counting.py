@@ -30,7 +30,8 @@ from npad.ops.packed import BLOCK, BLOCK_COLUMNS, packed_size, stored_size
 from npad.ops.reference import centroid_index_dtype, centroid_index_size
 from npad.plan.figures import MemberPlan, Phase, Plan
 from npad.settings import MOST_FEATURES, Settings
-from npad.statistics.gaussian import CHUNK_BYTES, n_sampled
+from npad.statistics.choice import n_sampled
+from npad.statistics.gaussian import CHUNK_BYTES
 from npad.statistics.holdout import MAX_HELD_OUT
 from npad.statistics.nominal_set import BANK_BYTES, BLOCK_BYTES
 

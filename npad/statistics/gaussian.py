@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from math import sqrt
 from typing import Any
 
 import torch
@@ -14,24 +12,15 @@ from torch import Tensor
 
 from npad import devices, ops
 from npad.learned import Expected
-from npad.ops.packed import is_finite, packed_layout, unpack
+from npad.ops.packed import diagonal, is_finite, unpack
 from npad.roi import is_known, nearest_covered
+from npad.statistics.choice import NO_VARIANCE, choose, sampled, varied
 
 # Of dense covariance that is factored at a time; below 32 MB the allocator hands the same pages out
 # again, where above it every chunk would fault them in anew. A GPU, which wants thousands of matrices
 # to be busy, takes a share of what is free, the rest being for what a chunk becomes.
 CHUNK_BYTES = 16 << 20
 CHUNK_SHARE = 1 / 6
-# eps="auto" chooses among these multiples of the mean variance, from the largest down. Where samples
-# are plenty the likelihood is flat below the least: which eps were taken there would be chance.
-EPS_CANDIDATES = torch.logspace(1, -3, 33, dtype=torch.float64, device="cpu")
-EPS_STEP = 4  # half a decade
-
-# Of the typical variance. Positions that vary less have no part in the choice of eps: their density
-# rises without end as eps falls, and would outvote all others.
-VARIED = 0.1
-# Of the mean square of the features. Less variance is the rounding of float32: all images are the same.
-NO_VARIANCE = 1e-12
 
 NOT_FINITE = (
     "npad: a covariance is not finite: features must be finite and below 1e18; where the backbone "
@@ -137,26 +126,21 @@ class NeighborhoodGaussian:
     @property
     def varies(self) -> bool:
         """Whether the images differ by more than rounding."""
-        spread = self.scatter[:, self._diagonal(self.channels)].sum(dtype=torch.float64)
+        spread = self.scatter[:, self._diagonal].sum(dtype=torch.float64)
         squares = (self.count[:, None] * self.mean.double().square()).sum()
         return bool(spread > NO_VARIANCE * squares)
 
-    def _varied(self) -> Tensor:
-        """Positions, in order, whose variance is not far below that where most of the variance is."""
+    @property
+    def variance(self) -> Tensor:
+        """(P,) float64 on the CPU, of all channels together, at each position."""
         samples = (self.count - 1).clamp(min=1)
-        diagonal = self._diagonal(self.channels)
-        variance = (self.scatter[:, diagonal].sum(1, dtype=torch.float64) / samples).cpu()
-        # Weighted by itself, so that any number of positions where nothing varies changes nothing.
-        typical = variance.square().sum() / variance.sum()
-        varied = ~(variance < VARIED * typical)
-        if self.region is not None:
-            varied &= self.region.cpu()
-        return varied.nonzero().flatten()
+        scatter = self.scatter[:, self._diagonal]
+        return (scatter.sum(1, dtype=torch.float64) / samples).cpu()
 
-    def _diagonal(self, channels: int) -> Tensor:
+    @property
+    def _diagonal(self) -> Tensor:
         """Places of the diagonal in a packed triangle."""
-        row, column = packed_layout(channels)
-        return (row == column).nonzero().flatten().to(self.mean.device)
+        return diagonal(self.channels).to(self.mean.device)
 
     def update(self, x: Tensor, known: Tensor | None = None) -> NeighborhoodGaussian:
         """Add a batch of embeddings.
@@ -257,111 +241,40 @@ class NeighborhoodGaussian:
 
         Returns
         -------
-        window : the smallest within one standard error, over the held-out images, of the best
+        window : of these
         eps : in squared units of the features
 
         Notes
         -----
-        With W the inverse Cholesky factor of Sigma + eps I, in float32,
-        log p(x) = sum_j log W_jj - 1/2 || W (x - mu) ||^2 + const, each x at its own position, summed
-        over an even sample of the positions that vary (see `VARIED`), fewer where there are more
-        channels. An eps with which one of them cannot be factored is not taken. Along each principal
-        axis the likelihood is a smooth function of log eps, so candidates half a decade apart show its
-        peaks, of which there may be several, and those around them settle the rest. Taken is the
-        largest eps within one standard error of the best (the rule of Breiman et al., *Classification
-        and Regression Trees*, 1984): of choices that the data cannot tell apart, the most regular. Of
-        windows it is the smallest: each more lends a position images that are not its own, which pays
-        where it has few.
+        See `npad.statistics.choice`.
         """
         places = held_out.flatten(1, 2)
-        sample = self._sample(None if self.region is None else is_known(places).any(0).cpu())
-        if self.count[sample.to(self.count.device)].min() < 2:
-            windows = [window for window in windows if window > 1] or windows
-        x = places[:, sample.to(held_out.device)][:, None]  # (M, 1, S, C)
-        found = [self._likely(x, sample.tolist(), window, eps) for window in windows]
-        best = max((values for values, _ in found), key=lambda values: float(values.mean()))
-        good = [float((best - v).mean()) <= _standard_error(best - v) for v, _ in found]
-        chosen = good.index(True) if any(good) else 0  # none can be factored: `finalize` tells
-        self.window = windows[chosen]
-        return self.window, found[chosen][1]
-
-    def _sample(self, known: Tensor | None) -> Tensor:
-        """Some of the positions that vary, evenly; of those known (P,) alone.
-
-        Raises
-        ------
-        ValueError
-            None of them is known.
-        """
-        varied = self._varied()
-        if known is not None:
-            varied = varied[known[varied]]
-            if not len(varied):
+        known = None if self.region is None else is_known(places)
+        counts = varied(self.variance)
+        if known is not None and self.region is not None:
+            counts &= self.region.cpu() & known.any(0).cpu()
+            if not counts.any():
                 raise ValueError(
                     "NPad.fit: the regions of the images held out show no position at which the others "
                     "vary, so that neither window nor eps can be chosen; fit more images, or give "
                     "numbers for window and eps"
                 )
-        steps = min(n_sampled(self.dimensions), len(varied))
-        places = torch.linspace(0, len(varied) - 1, steps, dtype=torch.float32, device="cpu")
-        return varied[places.round().long().unique()]
+        sample = sampled(counts, self.dimensions)
+        if self.count[sample.to(self.count.device)].min() < 2:
+            windows = [window for window in windows if window > 1] or windows
 
-    def _likely(
-        self, x: Tensor, positions: Sequence[int], window: int, eps: float | None
-    ) -> tuple[Tensor, float]:
-        """The likeliest log density of held-out embeddings with a window, and the eps to take.
+        def of_window(window: int) -> tuple[Tensor, Tensor]:
+            wider = self._wider(window)
+            parts = [self._window(p, p + 1, window, wider) for p in sample.tolist()]
+            mean, covariance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            return mean, covariance
 
-        Parameters
-        ----------
-        x : (M, 1, S, D), at these S positions
-        """
-        wider = self._wider(window)
-        parts = [self._window(p, p + 1, window, wider) for p in positions]
-        mean, covariance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        variances = covariance.diagonal(dim1=1, dim2=2)
-        # Where nothing varies but by rounding, eps stays far above the squares that float32 can hold.
-        least = sqrt(NO_VARIANCE) * float(mean.square().mean(dtype=torch.float64))
-        scale = max(float(variances.mean(dtype=torch.float64)), least) or 1.0
-        candidates = EPS_CANDIDATES * scale
-        known = None if self.region is None else is_known(x[:, 0])
-        x = x.nan_to_num(0.0) if known is not None else x
-        diagonal = self._diagonal(self.dimensions)
-        n_images = len(x) if known is None else int(known.any(1).sum())
-
-        def log_density(with_eps: float) -> Tensor:
-            regular = covariance.clone()
-            regular.diagonal(dim1=1, dim2=2).add_(with_eps)
-            factor, info = ops.inverse_cholesky(regular, torch.float32)
-            if bool(info.any()):
-                return torch.full((n_images,), -torch.inf, dtype=torch.float64, device="cpu")
-            distance = ops.mahalanobis(x, mean, factor, (1, len(positions)), 1)[:, 0].double()
-            log_det = factor[:, diagonal].double().log().sum(1)
-            return _of_images(log_det - distance.square() / 2, known).cpu()
-
-        if eps is not None:
-            return log_density(eps), eps
-
-        @cache
-        def likelihood(i: int) -> Tensor:
-            return log_density(float(candidates[i]))
-
-        def mean_likelihood(i: int) -> float:
-            return float(likelihood(i).mean())
-
-        def around(i: int) -> range:
-            """Up to the coarse neighbours."""
-            return range(max(0, i - EPS_STEP + 1), min(len(candidates), i + EPS_STEP))
-
-        seen = set(range(0, len(candidates), EPS_STEP))
-        for i in sorted(seen):
-            neighbors = seen & {i - EPS_STEP, i + EPS_STEP}
-            if -torch.inf < mean_likelihood(i) >= max(map(mean_likelihood, neighbors)):
-                seen |= set(around(i))
-        values = likelihood(max(sorted(seen), key=mean_likelihood))
-        good = float(values.mean()) - _standard_error(values)
-        first = min(i for i in seen if mean_likelihood(i) >= good)
-        chosen = min(i for i in around(first) if mean_likelihood(i) >= good)
-        return values, float(candidates[chosen])
+        at = sample.to(held_out.device)
+        chosen = choose(
+            of_window, places[:, at], windows, eps, None if known is None else known[:, at]
+        )
+        self.window = chosen[0]
+        return chosen
 
     def finalize(
         self,
@@ -501,28 +414,9 @@ class NeighborhoodGaussian:
         return ops.pack_factor(inverse.float(), dtype)
 
 
-def _of_images(density: Tensor, known: Tensor | None) -> Tensor:
-    """Log densities (M, S) of positions -> of images; what is not known of one counts like the rest."""
-    if known is None:
-        return density.sum(1)
-    n = known.sum(1)
-    total = density.masked_fill(~known, 0).sum(1) * (known.shape[1] / n.clamp(min=1))
-    return total[n > 0]
-
-
-def n_sampled(dimensions: int) -> int:
-    """Positions, at most, on which window and eps are chosen."""
-    return max(8, min(64, 2 * 10**9 // dimensions**3))
-
-
 def least_images(window: int) -> int:
     """Images that give every window two samples."""
     return 2 if window == 1 else 1
-
-
-def _standard_error(values: Tensor) -> float:
-    """Of their mean."""
-    return float(values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5)
 
 
 def _least_eps(dtype: torch.dtype) -> float:
