@@ -21,7 +21,7 @@ from npad._version import __version__
 from npad.checkpoint import Checkpoint
 from npad.cross_calibration import CrossCalibration, check_folds
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
-from npad.features.tiling import Tiling, least_overlap, tiling_of
+from npad.features.tiling import Core, Tiling, least_overlap, tiling_of
 from npad.features.weights import places
 from npad.fitting import Embed, Fit, fit_images, tell_of_borrowed
 from npad.images import ImageSource, Reading
@@ -59,6 +59,7 @@ from npad.scoring.pipeline import (
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer, embeddings, reduce
 from npad.settings import ARGUMENTS, CHECKPOINT_EVERY, Settings, uses_nominal_set
+from npad.strip_fit import fit_in_strips
 
 __all__ = ["NPad", "Prediction"]
 
@@ -283,6 +284,10 @@ class NPad:
     ) -> NPad:
         """Fit on defect-free images.
 
+        They are gone over once; several times where the Gaussians of large images (`tile`) fit into
+        memory only a strip at a time, which needs images that can be read again, ``statistics=False``,
+        no region of interest and no checkpoint.
+
         Parameters
         ----------
         source : folder, list of paths, (N, H, W, C) or (N, C, H, W) array or tensor, DataLoader, or
@@ -342,24 +347,28 @@ class NPad:
             regions = _rois_to_fit(settings, members, networks, tiling, rois)
             images = _open(source, settings, device, skip_bad, regions=regions)
             # A stream may end at any image: what its first ones need is what is certain.
-            refuse(
-                planned(
-                    settings,
-                    networks,
-                    device,
-                    n_images=images.n_images or settings.batch_size,
-                    source_size=images.size_of_first(),
-                    statistics=statistics,
-                    held=sum(network.nbytes for network in networks),
-                )
+            plan = planned(
+                settings,
+                networks,
+                device,
+                n_images=images.n_images or settings.batch_size,
+                source_size=images.size_of_first(),
+                statistics=statistics,
+                held=sum(network.nbytes for network in networks),
+                strips=images.random_access and file is None and regions is None,
             )
+            refuse(plan)
             where = () if regions is None else (regions.roi, regions.extent)
             fit, start, write = Fit(settings, members, *where), 0, None
             if file is not None:
                 fit, start = file.begin(fit, images, [network.identity for network in networks])
                 write = file.write
-            embed = _embed_all(fit, networks, tiling, device)
-            if settings.calibration_folds is None:
+            embed_members = partial(_embed_members, networks, tiling, device)
+            embed = embed_members(members)
+            if plan.n_strips > 1:
+                fit_in_strips(fit, embed_members, images, tiling, plan.n_strips)
+                learned = fit.finalize(last=True)
+            elif settings.calibration_folds is None:
                 fit_images(fit, embed, images, start, write)
                 learned = fit.finalize(last=not statistics)
             else:
@@ -424,7 +433,8 @@ class NPad:
             images = _open(source, settings, device, skip_bad, regions=regions)
             fit = before.copied(device, progress=settings.progress)
             tiling = tiling_of(networks, settings)
-            fit_images(fit, _embed_all(fit, networks, tiling, device), images)
+            members = [one.member for one in fit.members]
+            fit_images(fit, _embed_members(networks, tiling, device, members), images)
             learned = fit.finalize()
         _tell_of_depth(images, settings)
         tell_of_borrowed(learned, "NPad.partial_fit")
@@ -1300,13 +1310,16 @@ class NPad:
 _CACHES = ("_networks", "_scoring", "_graphs", "_in_force", "_statistics")
 
 
-def _embed_all(
-    fit: Fit, networks: Sequence[Backbone], tiling: Tiling, device: torch.device
+def _embed_members(
+    networks: Sequence[Backbone],
+    tiling: Tiling,
+    device: torch.device,
+    members: Sequence[Member],
+    cores: Sequence[Core] | None = None,
 ) -> Embed:
-    """What the members of a fit are given of images."""
-    members = [member.member for member in fit.members]
+    """What members of a fit are given of images, or of some cores of them."""
     combine = partial(embeddings, members, networks)
-    return embedder(networks, tiling, combine, device, "NPad.fit")
+    return embedder(networks, tiling, combine, device, "NPad.fit", cores)
 
 
 def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:

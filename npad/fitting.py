@@ -234,6 +234,14 @@ class Fit:
         self.fill = other.fill if self.fill is None else self.fill
         return self
 
+    def check_number(self) -> None:
+        """Raise a ValueError if the images so far are too few for a model."""
+        if self.n_images < MIN_IMAGES:
+            raise ValueError(
+                f"NPad.fit: {self.n_images} image(s) given; at least {MIN_IMAGES} defect-free images "
+                "are needed, and some tens are recommended"
+            )
+
     def finalize(self, *, last: bool = False) -> Learned:
         """Make of it all what a model keeps. The fit can go on afterwards, unless this is the `last`.
 
@@ -248,11 +256,7 @@ class Fit:
         MemoryError
             As for `update`.
         """
-        if self.n_images < MIN_IMAGES:
-            raise ValueError(
-                f"NPad.fit: {self.n_images} image(s) given; at least {MIN_IMAGES} defect-free images "
-                "are needed, and some tens are recommended"
-            )
+        self.check_number()
         members, held_out = [], []
         left = self.members if last else [*self.members]
         while left:

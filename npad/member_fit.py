@@ -358,10 +358,7 @@ class MemberFit:
     def _finalize(self) -> LearnedMember:
         """Once `_end_holdout` has been called."""
         if self._gaussian is not None and not self._gaussian.varies:
-            raise ValueError(
-                f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
-                "rounding, so that no spread can be learned; fit images of different parts"
-            )
+            raise self._alike()
         self._choose_axes_at_the_end()
         mean, factor = self._gaussians()
         axes = self._axes
@@ -380,6 +377,12 @@ class MemberFit:
             mean=mean,
             factor=factor,
             centroids=centroids,
+        )
+
+    def _alike(self) -> ValueError:
+        return ValueError(
+            f"NPad.fit: the {self.n_images} images are identical, or differ by nothing but "
+            "rounding, so that no spread can be learned; fit images of different parts"
         )
 
     def _end_holdout(self) -> dict[str, Tensor] | None:

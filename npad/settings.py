@@ -830,6 +830,12 @@ class Settings:
         return self.n_features if isinstance(self.n_features, int) else None
 
     @property
+    def may_be_in_strips(self) -> bool:
+        """Whether Gaussians can be fitted a strip of the grid at a time."""
+        whole = self.fusion == "sum" or self.calibration_folds or self.roi or self.rois
+        return self.tile is not None and self.gaussians == "per_layer" and not whole
+
+    @property
     def reduces_gaussians(self) -> bool:
         """Whether Gaussians are reduced once they are learned."""
         return self.n_features == "auto" and self.gaussians == "per_layer"

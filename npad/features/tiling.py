@@ -94,6 +94,27 @@ class Tiling:
         """How often the networks see a pixel, on average."""
         return self.n_tiles * math.prod(self.tile) / math.prod(self.extent)
 
+    @property
+    def long_axis(self) -> int:
+        """0 where there are more rows of tiles than columns, else 1."""
+        return 0 if len(self.cores) > len(self.cores[0]) else 1
+
+    @property
+    def most_strips(self) -> int:
+        """Of a tile across."""
+        return max(len(self.cores), len(self.cores[0]))
+
+    def strips(self, n: int) -> list[list[Core]]:
+        """The cores of so many strips, one after the other along the long axis."""
+        lines = (
+            self.cores if self.long_axis == 0 else [list(c) for c in zip(*self.cores, strict=True)]
+        )
+        bounds = pairwise(i * len(lines) // n for i in range(n + 1))
+        strips = (lines[a:b] for a, b in bounds)
+        if self.long_axis == 1:  # row by row, as all rectangles
+            strips = ([list(c) for c in zip(*strip, strict=True)] for strip in strips)
+        return [[core for line in strip for core in line] for strip in strips]
+
     def at_a_time(self, n_images: int) -> int:
         """Tiles of so many images that go through the networks together."""
         return min(self.n_tiles, max(1, self.at_once // max(1, n_images))) * n_images

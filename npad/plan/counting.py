@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any, Final
@@ -65,6 +65,7 @@ def planned(
     source_size: tuple[int, int] | None = None,
     statistics: bool = False,
     held: int = 0,
+    strips: bool = True,
 ) -> Plan:
     """Count what a fit of these settings and its model take.
 
@@ -78,6 +79,7 @@ def planned(
         of the settings
     statistics : whether the model keeps them
     held : bytes of all this that are there already
+    strips : whether Gaussians may be fitted a strip at a time, where there is no room for all
 
     Raises
     ------
@@ -100,6 +102,12 @@ def planned(
     size = source_size or settings.size
     work = _Work(settings, tuple(networks), device, n_images, size, plans, statistics)
     free = devices.free_bytes(device)
+    free = None if free is None else free + held
+    fit, n_strips = tuple(_resident(work.fit(), device)), 1
+    if strips and settings.may_be_in_strips and not statistics and free is not None:
+        while n_strips < tiling.most_strips and _peak(fit) > free:
+            n_strips += 1
+            fit = tuple(_resident(replace(work, n_strips=n_strips).fit_in_strips(), device))
     return Plan(
         settings,
         device,
@@ -107,11 +115,16 @@ def planned(
         source_size,
         plans,
         work.backbone,
-        tuple(_resident(work.fit(), device)),
+        fit,
         tuple(_resident(work.predict(), device)),
-        None if free is None else free + held,
+        free,
         statistics,
+        n_strips,
     )
+
+
+def _peak(phases: Sequence[Phase]) -> int:
+    return max(phase.n_bytes for phase in phases)
 
 
 def _check(n_images: Any, source_size: Any) -> None:
@@ -237,6 +250,7 @@ class _Work:
     source_size: tuple[int, int]
     members: tuple[MemberPlan, ...]
     keeps_statistics: bool
+    n_strips: int = 1
 
     @property
     def backbone(self) -> int:
@@ -330,9 +344,12 @@ class _Work:
         sizes = [self._batch * member.embedding for member in self.members]
         return [Part("embeddings", size, size) for size in sizes]
 
-    def _stitched(self) -> list[Part]:
-        """Those of a batch, while its tiles are seen."""
-        return [] if self._tiling.is_whole else self._embeddings()
+    def _stitched(self, n_strips: int = 1) -> list[Part]:
+        """Those of a batch, or of a strip of it, while its tiles are seen."""
+        if self._tiling.is_whole:
+            return []
+        sizes = [part.n_bytes // n_strips for part in self._embeddings()]
+        return [Part("embeddings", size, size) for size in sizes]
 
     # ----------------------------------------------------------------------------------------------
     # Fitting.
@@ -376,6 +393,70 @@ class _Work:
         found.append(("the model is there", [*base, *kept]))
         add(self._scored_by_folds(model), kept)
         return found
+
+    def fit_in_strips(self) -> list[Moment]:
+        """As `fit`, of `npad.strip_fit`."""
+        base = [*self._base]
+        found: list[Moment] = []
+
+        def add(moments: Iterator[Moment], more: Sequence[Part]) -> None:
+            found.extend((name, [*base, *more, *parts]) for name, parts in moments)
+
+        gaussians = [member for member in self.members if member.member.gaussian]
+        sets = [member for member in self.members if member.bank]
+        if self.settings.chooses_axes:
+            axes = [4 * packed_size(member.channels) for member in self.members]
+            looking = [Part("choice of axes", sum(axes), max(axes)), *self._stitched()]
+            add(self._images(), looking)
+            add(self._embedded(), looking)
+        overview = [self._overview(member) for member in gaussians]
+        learning = [*overview, *(part for member in sets for part in self._bank(member))]
+        add(self._images(), learning)
+        add(self._embedded(), [*learning, *self._stitched()])
+        add(self._taken(), learning)
+        add(self._composed(), learning)
+        kept: list[Part] = []
+        for i, member in enumerate(sets):
+            banks = [part for other in sets[i + 1 :] for part in self._bank(other)]
+            chosen = self._centroids_of(member, member.bank)
+            found.append(("centroids are chosen", [*base, *overview, *kept, *banks, *chosen]))
+            kept.append(chosen[-1])
+        squares = [SQUARES_AT_ONCE * 8 * member.channels**2 for member in gaussians]
+        choice = Part("choice of axes", max(squares), max(squares) // SQUARES_AT_ONCE)
+        found.append(("axes are chosen", [*base, *overview, *kept, choice]))
+        patches = [*kept, *map(self._patches, gaussians)]
+        add(self._images(), patches)
+        add(self._embedded(), [*patches, *self._stitched()])
+        model = [part for m in gaussians for part in self._model(m, centroids=False)]
+        strips = [*kept, *model, *map(self._strip, gaussians)]
+        add(self._images(), strips)
+        add(self._embedded(), [*strips, *self._stitched(self.n_strips)])
+        for member in gaussians:
+            sizes = [part.n_bytes // self.n_strips for part in self._model(member, centroids=False)]
+            of_strip = [Part("Gaussians of a strip", size, size) for size in sizes]
+            parts = [*base, *strips, *of_strip, self._chunk(member)]
+            found.append(("covariances are factored", parts))
+        return found
+
+    def _overview(self, member: MemberPlan) -> Part:
+        """Means and variances of positions, and moments of all embeddings."""
+        channels = _reduced(self.settings, member.channels)
+        means = member.positions * (4 * channels + 8)
+        return Part("means of all positions", means + 8 * packed_size(channels), means)
+
+    def _patches(self, member: MemberPlan) -> Part:
+        """Statistics of the windows of a sample."""
+        dimensions = member.n_features or member.channels
+        n = n_sampled(dimensions) * max(self.settings.windows) ** 2
+        size = 4 * n * packed_size(dimensions)
+        return Part("statistics of a sample", size, size)
+
+    def _strip(self, member: MemberPlan) -> Part:
+        """Statistics of a strip, and of the rows of the one before that its windows reach."""
+        dimensions, side = member.n_features or member.channels, min(member.grid)
+        n = member.positions // self.n_strips + 2 * (max(self.settings.windows) // 2) * side
+        size = 4 * n * (packed_size(dimensions) + dimensions)
+        return Part("statistics of a strip", size, size)
 
     def _learning(
         self, members: Sequence[MemberPlan], without_bank: Sequence[MemberPlan] = ()

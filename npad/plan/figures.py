@@ -88,6 +88,7 @@ class Plan:
     fit, predict : phases of both
     free : bytes that were free on the device; None where that is not known
     keeps_statistics : whether the fitted model keeps them, as ``fit(statistics=True)``
+    n_strips : of the grid, of which one has its statistics in memory at a time; 1: all of it
     """
 
     settings: Settings
@@ -100,6 +101,7 @@ class Plan:
     predict: tuple[Phase, ...] = field(repr=False)
     free: int | None
     keeps_statistics: bool
+    n_strips: int = 1
 
     @property
     def statistics(self) -> int:
@@ -144,6 +146,7 @@ class Plan:
             "device": str(self.device),
             "n_images": self.n_images,
             "keeps_statistics": self.keeps_statistics,
+            "n_strips": self.n_strips,
             "source_size": self.source_size and list(self.source_size),
             "backbone": self.backbone,
             "members": [
@@ -193,6 +196,12 @@ class Plan:
             lines += ["", f"{name}: at the peak, {peak.name}"]
             rows = [[what, _mb(n)] for what, n in parts.items() if n]
             lines += _table(["", "MB"], [*rows, ["together", _mb(peak.n_bytes)]])
+        if self.n_strips > 1:
+            lines += [
+                "",
+                f"Gaussians are fitted in {self.n_strips} strips, for want of memory: the images are "
+                f"gone over {self.n_strips + 2} times",
+            ]
         free = "not known" if self.free is None else devices.shown_size(self.free)
         verdict = "fits" if self.fits else "does not fit"
         lines += [

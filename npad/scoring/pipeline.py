@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npad import devices, ops, progress
 from npad.features.backbone import Backbone, filled, levels_in_parts
-from npad.features.tiling import Tiling
+from npad.features.tiling import Core, Tiling
 from npad.images.errors import ImageError
 from npad.images.source import Batch, ImageSource
 from npad.scoring.decisions import Decide
@@ -202,10 +202,12 @@ def embedder(
     combine: Callable[[list[list[Tensor]]], Sequence[Tensor]],
     device: torch.device,
     call: str,
+    cores: Sequence[Core] | None = None,
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Of images from the CPU: embeddings (B, h, w, D), a batch halved where memory is short.
 
-    `combine` makes them of the levels of each network, which see tiles of the images filled up.
+    `combine` makes them of the levels of each network, which see tiles of the images filled up: all,
+    or those of some `cores`.
     """
 
     def embed_tiles(images: Tensor) -> Sequence[Tensor]:
@@ -214,7 +216,7 @@ def embedder(
     def embed(images: Tensor) -> tuple[Tensor, ...]:
         with devices.plain(device):
             there = filled(images.to(device, non_blocking=True), tiling.extent)
-            return tiling.stitched(there, embed_tiles)
+            return tiling.stitched(there, embed_tiles, cores)
 
     return devices.Halving(embed, call)
 
