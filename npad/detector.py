@@ -21,7 +21,7 @@ from npad._version import __version__
 from npad.checkpoint import Checkpoint
 from npad.cross_calibration import CrossCalibration, check_folds
 from npad.features.backbone import Backbone, BackboneError, shared_backbone
-from npad.features.tiling import Core, Tiling, least_overlap, tiling_of
+from npad.features.tiling import Core, Tiling, tiling_of, with_overlap
 from npad.features.weights import places
 from npad.fitting import Embed, Fit, fit_images, tell_of_borrowed
 from npad.images import ImageSource, Reading
@@ -1325,7 +1325,7 @@ def _embed_members(
 def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
     """These, with the networks' own size of images where none is given."""
     if settings.image_size is not None:
-        return _overlapping(settings, networks)
+        return with_overlap(settings, networks)
     sizes = {network.name: network.default_size for network in networks}
     if len(set(sizes.values())) > 1:
         own = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
@@ -1333,14 +1333,7 @@ def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
             f"NPad: by default the backbones see images of different sizes ({own}); give one "
             "image_size that all of them take"
         )
-    return _overlapping(replace(settings, image_size=sizes[networks[0].name]), networks)
-
-
-def _overlapping(settings: Settings, networks: Sequence[Backbone]) -> Settings:
-    """These, with tiles that overlap by what the networks see, where nothing else is given."""
-    if settings.tile is None or settings.overlap is not None:
-        return settings
-    return replace(settings, overlap=least_overlap(networks, settings.tile))
+    return with_overlap(replace(settings, image_size=sizes[networks[0].name]), networks)
 
 
 def _open(

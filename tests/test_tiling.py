@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from image_files import save_image
 from safetensors.torch import save_file
 
-from npad import NPad
+from npad import NPad, devices
 from npad.features.backbone import Backbone
 from npad.features.tiling import Tiling, least_overlap, tiling_of
+from npad.plan import alternatives
 from npad.settings import Settings
 
 SIZE = (190, 268)  # no whole number of any stride
@@ -327,3 +328,20 @@ def test_the_command_line(images: np.ndarray, tmp_path: Path) -> None:
     succeed("predict", tmp_path / "a.npad", tmp_path / "good", "-o", tmp_path / "out")
     larger = ["-o", tmp_path / "b.npad", *known, "--tile", "256"]
     fail(2, "fit", tmp_path / "good", *larger, says=["--tile 256x256 is larger than the images"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan.
+
+
+def test_a_plan_that_does_not_fit_is_told_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a network holds of large images is what is too much; the model stays what it is."""
+    known: dict[str, Any] = {"image_size": 2048, "n_features": 8, "n_centroids": 100}
+    model = NPad("resnet18", **known, batch_size=1)
+    whole = model.plan(3, statistics=False)
+    tiled = NPad("resnet18", **known, batch_size=1, tile=512).plan(3, statistics=False)
+    assert tiled.model == whole.model
+    assert tiled.predict_peak < 0.6 * whole.predict_peak
+    monkeypatch.setattr(devices, "free_bytes", lambda _: (tiled.fit_peak + whole.fit_peak) // 2)
+    advice = [one.changes for one in alternatives(model.plan(3, statistics=False))]
+    assert {"tile"} in [{*changes} for changes in advice]

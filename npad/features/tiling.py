@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from npad.features.backbone import Backbone, whole_strides
 from npad.learned import Learned
 from npad.settings import Settings
 
-__all__ = ["Core", "Tiling", "least_overlap", "tiling_of"]
+__all__ = ["Core", "Tiling", "least_overlap", "tiling_of", "with_overlap"]
 
 Size = tuple[int, int]  # (height, width)
 Embed = Callable[[Tensor], Sequence[Tensor]]
@@ -214,6 +214,13 @@ def tiling_of(
             f"{2 * cell} pixels it is {overlap}; give a larger tile or a smaller overlap"
         )
     return Tiling(extent, tile, overlap, cell, settings.batch_size)
+
+
+def with_overlap(settings: Settings, networks: Sequence[Backbone]) -> Settings:
+    """These, with an overlap of tiles where none is given: `least_overlap`."""
+    if settings.tile is None or settings.overlap is not None:
+        return settings
+    return replace(settings, overlap=least_overlap(networks, settings.tile))
 
 
 def least_overlap(networks: Sequence[Backbone], tile: Size) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from npad import devices
 from npad.features.backbone import Backbone
+from npad.features.tiling import with_overlap
 from npad.plan.counting import planned
 from npad.plan.figures import Plan
 from npad.settings import Settings, uses_gaussians, uses_nominal_set
@@ -180,6 +181,7 @@ def _changed(plan: Plan, changes: Changes) -> Alternative | None:
         networks = hollow_networks(settings)
         if (settings.fixed_features or 0) > min(network.channels for network in networks):
             return None  # which no fit takes
+        settings = with_overlap(settings, networks)
         other = planned(
             settings,
             networks,
