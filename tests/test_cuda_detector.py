@@ -6,13 +6,14 @@ import copy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from npad import NPad
+from npad import NPad, detector
 
 pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cuda:0")
@@ -119,7 +120,7 @@ def test_a_lost_gpu(model: NPad, images: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", images)
     code = f"""
 import numpy as np, torch
-from npad import NPad
+from npad import NPad, detector
 model = NPad.load({str(tmp_path / "model.npad")!r}, device="cuda")
 images = np.load({str(tmp_path / "images.npy")!r})
 model.predict(images)
@@ -162,3 +163,23 @@ def test_a_region_of_interest(own: bool, images: np.ndarray) -> None:
     twin = copy.deepcopy(on_gpu).to("cpu").predict(images, rois=rois)
     np.testing.assert_allclose(twin.scores, first.scores, rtol=1e-3)
     assert all((np.isnan(one) == ~of).all() for one, of in zip(first.maps, shown, strict=True))
+
+
+@pytest.mark.parametrize("n_strips", [1, 2])
+def test_tiles_and_strips(n_strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the CPU, where all statistics are there at once."""
+    images = np.random.default_rng(1).integers(0, 255, (12, 192, 320, 3), dtype=np.uint8)
+    known = SMALL | {"image_size": (192, 320), "tile": 160, "factor_dtype": "float32"}
+    on_cpu = NPad("filterbank", **known).fit(images[:9], statistics=False)
+    planned = detector.planned
+    monkeypatch.setattr(
+        detector,
+        "planned",
+        lambda *args, **more: replace(planned(*args, **more), n_strips=n_strips),
+    )
+    model = NPad("filterbank", **known, device="cuda").fit(images[:9], statistics=False)
+    found, wanted = model.predict(images), on_cpu.predict(images)
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-3)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(DEVICE) / 255
+    for _ in range(3):  # recorded, and replayed
+        np.testing.assert_allclose(model.score(x)[0].cpu(), found.scores, rtol=1e-5)
