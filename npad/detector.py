@@ -58,7 +58,7 @@ from npad.scoring.pipeline import (
 )
 from npad.scoring.prediction import Prediction
 from npad.scoring.scorer import Scorer, embeddings, reduce
-from npad.settings import ARGUMENTS, CHECKPOINT_EVERY, Settings, uses_nominal_set
+from npad.settings import ARGUMENTS, CHECKPOINT_EVERY, NATIVE, Settings, uses_nominal_set
 from npad.strip_fit import fit_in_strips
 
 __all__ = ["NPad", "Prediction"]
@@ -121,7 +121,7 @@ class NPad:
         layers: Sequence[int] | None = None,
         map_layers: Sequence[int] | None = None,
         gaussians: str = "per_layer",
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | str | None = None,
         tile: int | tuple[int, int] | None = None,
         overlap: int | None = None,
         roi: Any = None,
@@ -233,15 +233,21 @@ class NPad:
         """
         return self._settings().to_json()
 
-    def input_size(self) -> tuple[int, int]:
+    def input_size(self, source: Any = None) -> tuple[int, int]:
         """(height, width) to which images are resized: ``image_size``, else the backbone's own.
+
+        Parameters
+        ----------
+        source : as for ``fit``; of a model that is not fitted yet, ``image_size="native"`` needs it
 
         Raises
         ------
         BackboneError
             The backbone, which is made for this, cannot be had.
+        ValueError
+            There is no image whose size could be taken.
         """
-        settings = self._settings()
+        settings = _native(self._settings(), source, "NPad.input_size")
         if settings.image_size is None:
             device = devices.resolve(settings.device)
             settings = _sized(settings, self._own_networks(settings, device, fitting=True))
@@ -326,9 +332,12 @@ class NPad:
         UserWarning
             Most images use the lower of 16 bits only, and neither they nor ``bit_depth`` say so; every
             pixel of an image is equal; positions of a grid have too few images for their own window;
-            images could not be registered to the template; most of the time goes into what tiles share.
+            images could not be registered to the template; with ``image_size="native"`` images of
+            another size than the first; most of the time goes into what tiles share.
         """
         settings = Settings(**self.get_params())
+        of_images = settings.image_size == NATIVE
+        settings = _native(settings, source, "NPad.fit", skip_bad=skip_bad)
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
         device = devices.resolve(settings.device)
         if uses_nominal_set(settings.fusion):
@@ -379,6 +388,8 @@ class NPad:
                     learned = replace(learned, calibration=folds.finish(learned))
         tell_of_borrowed(learned, "NPad.fit")
         _tell_of_tiles(tiling)
+        if of_images:
+            _tell_of_sizes(images, learned.n_images)
         _tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
@@ -604,6 +615,13 @@ class NPad:
             An argument that may not be.
         """
         settings = Settings(**self.get_params())
+        if settings.image_size == NATIVE:
+            if source_size is None:
+                raise ValueError(
+                    "NPad.plan: image_size='native' is the size of the images: give source_size, or a "
+                    "number"
+                )
+            settings = replace(settings, image_size=source_size)
         device = devices.resolve(settings.device)
         networks = hollow_networks(settings)
         settings = _sized(settings, networks)
@@ -650,7 +668,7 @@ class NPad:
 
         Takes, yields and raises what ``embed`` does; a source of bad images alone yields nothing.
         """
-        settings = self._settings()
+        settings = _native(self._settings(), source, "NPad.embed", skip_bad=skip_bad)
         device = devices.resolve(settings.device)
         learned = self._learned(device) if self._is_fitted else None
         members = learned.members if learned else ()
@@ -1322,6 +1340,25 @@ def _embed_members(
     return embedder(networks, tiling, combine, device, "NPad.fit", cores)
 
 
+def _native(settings: Settings, source: Any, call: str, *, skip_bad: bool = False) -> Settings:
+    """These, with the size of the first image of a source, where they ask for it."""
+    if settings.image_size != NATIVE:
+        return settings
+    images = None
+    if source is not None:
+        reading = Reading(settings.bit_depth, settings.max_pixels)
+        images = ImageSource(source, image_size=(1, 1), skip_bad=skip_bad, reading=reading)
+    size = None if images is None else images.size_of_first()
+    if size is None:
+        of_stream = images is None or not images.random_access
+        reason = "that of a stream is not known before" if of_stream else "it cannot be read"
+        raise ValueError(
+            f"{call}: image_size='native' is the size of the first image, but {reason}; give "
+            "(height, width)"
+        )
+    return replace(settings, image_size=size)
+
+
 def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
     """These, with the networks' own size of images where none is given."""
     if settings.image_size is not None:
@@ -1387,6 +1424,19 @@ def _rois_to_fit(
         drawn_at=drawn_at,
         max_pixels=settings.max_pixels,
     )
+
+
+def _tell_of_sizes(images: ImageSource, n_images: int) -> None:
+    """Warn where images are resized that were thought to keep their size."""
+    if images.other_sizes:
+        name, (height, width) = images.other_sizes[min(images.other_sizes)]
+        own = "{} x {}".format(*images.image_size)
+        warnings.warn(
+            f"NPad.fit: {len(images.other_sizes)} of {n_images} images have another size than the "
+            f"first, {own}, and were resized to it: {name} has {height} x {width}; fit images of one "
+            "size, or give image_size",
+            stacklevel=3,
+        )
 
 
 def _tell_of_tiles(tiling: Tiling) -> None:

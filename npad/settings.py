@@ -27,6 +27,7 @@ __all__ = [
     "LEAST_RATE",
     "MAX_PIXELS",
     "MOST_SIGMA",
+    "NATIVE",
     "OF_A_FIT",
     "Argument",
     "Drawn",
@@ -43,6 +44,7 @@ FACTOR_DTYPES: Final = (*DTYPES, "int8")
 ALIGNMENTS: Final = ("translation", "euclidean")
 REDUCTIONS: Final = ("pca", "random")
 WINDOWS: Final = (1, 3, 5)
+NATIVE: Final = "native"
 MAX_PIXELS: Final = 178_956_970  # Pillow's own limit
 CHECKPOINT_EVERY: Final = 200  # images of a fit from one time that it is written to the next
 MOST_SIGMA: Final = 16.0  # pixels of smoothing, unless more are asked for
@@ -161,6 +163,15 @@ def _height_width(value: Any) -> tuple[int, int]:
     except (_UnfitError, ValueError):
         raise _UnfitError("a positive int or (height, width)") from None
     return height, width
+
+
+def _image_size(value: Any) -> tuple[int, int] | str:
+    if isinstance(value, str) and value == NATIVE:
+        return NATIVE
+    try:
+        return _height_width(value)
+    except _UnfitError as unfit:
+        raise _UnfitError(f"{unfit}, or {NATIVE!r}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,6 +311,10 @@ def _parse_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def _parse_image_size(text: str) -> str | int | tuple[int, int]:
+    return text if text == NATIVE else _parse_size(text)
+
+
 def _parse_number(text: str) -> float:
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
@@ -426,12 +441,13 @@ class Settings:
         "|".join(GAUSSIANS),
         _one_of(*GAUSSIANS),
     )
-    image_size: tuple[int, int] | None = _argument(
+    image_size: tuple[int, int] | str | None = _argument(
         None,
-        "Pixels to which images are resized, height x width; nothing is cropped.",
-        "N|HxW",
-        _or_none(_height_width),
-        _parse_size,
+        "Pixels to which images are resized, height x width; nothing is cropped. native: those of the "
+        "first image fitted.",
+        "N|HxW|native",
+        _or_none(_image_size),
+        _parse_image_size,
         unset="256; 224 to 512 for a transformer, by its cost",
     )
     tile: tuple[int, int] | None = _argument(
@@ -738,7 +754,7 @@ class Settings:
                 )
             return
         size = self.image_size
-        if size is not None and (self.tile[0] > size[0] or self.tile[1] > size[1]):
+        if isinstance(size, tuple) and (self.tile[0] > size[0] or self.tile[1] > size[1]):
             raise ValueError(
                 f"NPad: tile={self.tile} is larger than the images, of which image_size={size}; give "
                 "(height, width) of at most that, or leave it out"
@@ -771,15 +787,15 @@ class Settings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """`image_size` once it is known: a fit takes the backbone's where none is given.
+        """`image_size` once it is known: a fit takes that of the backbone, or of the images.
 
         Raises
         ------
         ValueError
             It is not known.
         """
-        if self.image_size is None:
-            raise ValueError("image_size is None, which only a fit may be given")
+        if not isinstance(self.image_size, tuple):
+            raise ValueError(f"image_size is {self.image_size}, which only a fit may be given")
         return self.image_size
 
     @property

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import fail, succeed
+from image_files import save_image
+from PIL import Image
 
 from npad import NPad
 from npad.features.backbone import Backbone, filled, whole_strides
@@ -73,3 +77,89 @@ def test_an_older_model_is_not_filled() -> None:
     old = NPad.load(Path(__file__).parent / "data" / "version_0_1.npad.bin")
     assert (model.filled_, old.filled_) == (True, False)
     assert old.members_[0].grid == (3, 4)  # of 24 x 32 pixels at stride 8
+
+
+# --------------------------------------------------------------------------------------------------
+# Images that keep their size.
+
+NATIVE = {"image_size": "native", "n_centroids": 60, "progress": False}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 101), (160, 96)])
+def test_images_keep_their_size(size: tuple[int, int], tmp_path: Path) -> None:
+    """Nothing is resized: the model is that of this size, and maps peak where something is."""
+    images = noise(9, size, 0)[..., None]
+    model = NPad("filterbank", **NATIVE).fit(images)
+    assert model.settings_.image_size == model.input_size() == size
+    assert (model.image_size, model.settings()["image_size"]) == ("native", list(size))
+    same = NPad("filterbank", **NATIVE | {"image_size": size}).fit(images)
+    new = noise(2, size, 1)
+    new[1, 30:33, 40:43] = 255
+    scores = model.predict(new[..., None]).scores
+    np.testing.assert_array_equal(scores, same.predict(new[..., None]).scores)
+    assert scores[1] > 2 * scores[0]
+    (map_,) = model.predict(new[1:, ..., None]).maps
+    assert np.abs(np.array(np.unravel_index(map_.argmax(), size)) - (31, 41)).max() <= 4
+    model.save(tmp_path / "model.npad")
+    assert NPad.load(tmp_path / "model.npad").settings_.image_size == size
+    model.merge(NPad("filterbank", **NATIVE).fit(noise(5, size, 3)[..., None]))
+    assert model.n_images_ == 14
+
+
+def test_each_model_has_the_size_of_its_images() -> None:
+    model = NPad("filterbank", **NATIVE)
+    for size in ((64, 80), (96, 48)):
+        assert model.fit(noise(4, size, 0)[..., None]).settings_.image_size == size
+    other = NPad("filterbank", **NATIVE).fit(noise(4, (64, 80), 0)[..., None])
+    with pytest.raises(ValueError, match=r"image_size is \(96, 48\) in one and \(64, 80\)"):
+        model.merge(other)
+
+
+def test_images_of_another_size_than_the_first_are_told(tmp_path: Path) -> None:
+    images = [*noise(3, (64, 80), 0), *noise(2, (70, 80), 1)]
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    told = r"2 of 5 images have another size than the first, 64 x 80, .*3.png has 70 x 80"
+    with pytest.warns(UserWarning, match=told):
+        model = NPad("filterbank", **NATIVE).fit(tmp_path)
+    assert [x.shape for x in model.predict(tmp_path).maps] == [(64, 80)] * 3 + [(70, 80)] * 2
+    model.set_params(image_size=(64, 80)).fit(tmp_path)  # where nobody thinks that they are kept
+
+
+def test_native_needs_an_image_to_look_at(tmp_path: Path) -> None:
+    model = NPad("filterbank", **NATIVE)
+    batches = (x for x in [noise(4, (64, 64), 0)[..., None]])
+    with pytest.raises(ValueError, match=r"^NPad.fit: image_size='native' .* that of a stream is"):
+        model.fit(batches)
+    assert len(list(batches)) == 1  # nothing is lost
+    with pytest.raises(ValueError, match=r"^NPad.input_size: .* give \(height, width\)"):
+        model.input_size()
+    with pytest.raises(ValueError, match=r"^NPad.plan: .* give source_size, or a"):
+        model.plan(10)
+    assert model.plan(10, source_size=(90, 70)).settings.image_size == (90, 70)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    for i, pixels in enumerate(noise(4, (64, 80), 0)):
+        Image.fromarray(pixels).save(tmp_path / f"{i + 1}.png")
+    with pytest.raises(ValueError, match=r"^NPad.fit: .* it cannot be read"):
+        model.fit(tmp_path)
+    assert model.fit(tmp_path, skip_bad=True).settings_.image_size == (64, 80)
+    embedded = NPad("filterbank", **NATIVE).embed(noise(1, (64, 80), 0)[..., None])
+    assert embedded.shape[1:3] == (16, 20)
+    for wrong in ("Native", "", "256"):
+        with pytest.raises(ValueError, match=r"^NPad: image_size must be .*, or 'native', got"):
+            NPad("filterbank", image_size=wrong)
+    with pytest.raises(ValueError, match=r"tile=\(128, 128\) is larger than the images"):
+        NPad("filterbank", **NATIVE, tile=128).fit(noise(4, (64, 80), 0)[..., None])
+
+
+def test_native_on_the_command_line(tmp_path: Path) -> None:
+    for i, pixels in enumerate(noise(8, (64, 80), 0)):
+        save_image(tmp_path / "train/good" / f"{i}.png", pixels)
+        save_image(tmp_path / "test" / ("good" if i % 2 else "bad") / f"{i}.png", pixels // (i + 1))
+    known = ["--backbone", "filterbank", "--n-centroids", "50", "--image-size", "native"]
+    succeed("fit", tmp_path / "train/good", "-o", tmp_path / "a.npad", *known)
+    assert json.loads(succeed("info", tmp_path / "a.npad", "--json").out)["image_size"] == [64, 80]
+    report = json.loads(succeed("plan", tmp_path / "train/good", *known, "--json").out)
+    assert report["settings"]["image_size"] == [64, 80]
+    fail(1, "plan", *known, says=["--image-size", "give a folder of them"])
+    succeed("evaluate", tmp_path, *known, "-o", tmp_path / "report")

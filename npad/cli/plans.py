@@ -11,6 +11,7 @@ from npad.devices import shown_size
 from npad.images import ImageSource
 from npad.images.folders import find_images
 from npad.plan import Plan, alternatives
+from npad.settings import NATIVE
 
 __all__ = ["plan_of", "print_json", "print_plan", "short_of"]
 
@@ -28,6 +29,8 @@ def plan_of(model: NPad, folder: Path | None, n_images: int | None, statistics: 
         An unknown backbone.
     """
     if folder is None:
+        if model.image_size == NATIVE:
+            raise ValueError("image_size='native' is the size of the images; give a folder of them")
         return model.plan(n_images, statistics=statistics)
     images = find_images(folder)
     source = ImageSource(images, image_size=(1, 1))  # of which nothing is read but a header

@@ -63,8 +63,8 @@ class Model(Protocol):
     def settings(self) -> dict[str, Any]:
         """All arguments as JSON values."""
 
-    def input_size(self) -> tuple[int, int]:
-        """(height, width) to which it resizes images."""
+    def input_size(self, source: Sequence[Path]) -> tuple[int, int]:
+        """(height, width) to which it resizes images, once it is fitted to these if it is not yet."""
 
 
 def evaluate(
@@ -104,7 +104,8 @@ def evaluate(
     -----
     Memory: the test set's maps at the metric size, float32, and once more while they are ranked.
     """
-    truth = read_truth(category, _metric_size(model, metric_size), _max_pixels(model))
+    size = metric_size or model.input_size(category.train)
+    truth = read_truth(category, _checked(size), _max_pixels(model))
     start = time.perf_counter()
     model.fit(category.train, skip_bad=skip_bad, statistics=False)
     fit_seconds = time.perf_counter() - start
@@ -120,12 +121,13 @@ def score(
     progress: bool | None = None,
 ) -> CategoryResult:
     """As `evaluate`, for a model that is fitted already; ``fit_seconds`` is NaN."""
-    truth = read_truth(category, _metric_size(model, metric_size), _max_pixels(model))
+    size = metric_size or model.input_size(category.train)
+    truth = read_truth(category, _checked(size), _max_pixels(model))
     return _score(model, category, truth, math.nan, skip_bad, progress)
 
 
-def _metric_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
-    height, width = size or model.input_size()
+def _checked(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"evaluate: metric_size must be positive, got {height} x {width}")
     return height, width

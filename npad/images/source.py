@@ -128,6 +128,8 @@ class ImageSource:
         The images left out so far.
     unaligned : list of (name, reason)
         The images so far that could not be registered to the template.
+    other_sizes : dict of position to name and (height, width)
+        The images so far that were resized.
     undeclared : dict of position to largest value
         The images so far whose values have 16 bits and that do not say how many of them the camera
         fills.
@@ -153,6 +155,7 @@ class ImageSource:
     skipped: list[tuple[str, str]]
     unaligned: list[tuple[str, str]]
     undeclared: dict[int, int]
+    other_sizes: dict[int, tuple[str, tuple[int, int]]]
 
     def __init__(
         self,
@@ -188,6 +191,7 @@ class ImageSource:
         self.skipped = []
         self.unaligned = []
         self.undeclared = {}
+        self.other_sizes = {}
         self._constant: set[int] = set()  # positions of images that were named
         self._told_of_pages = False
         self._entries: Sequence[Entry] = ()  # images, or
@@ -270,9 +274,9 @@ class ImageSource:
     def size_of_first(self) -> tuple[int, int] | None:
         """(height, width) of the first image; None of a stream, and of an image that cannot be read.
 
-        Of a file only the header is read.
+        With ``skip_bad`` it is the first that can be read. Of a file only the header is.
         """
-        for entry in self._entries[:1]:
+        for entry in self._entries if self.skip_bad else self._entries[:1]:
             if isinstance(entry, np.ndarray):
                 return entry.shape[0], entry.shape[1]
             if isinstance(entry, Image.Image):
@@ -389,6 +393,8 @@ class ImageSource:
     def _look_at(self, image: Loaded, task: Task) -> None:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
+        if image.size != self.image_size:
+            self.other_sizes[index] = name, image.size
         if self.fitted is not None:
             self.fitted.check_bright(image.tensor, name)
             if image.undeclared is not None:
