@@ -50,7 +50,10 @@ REFUSED = [
         {"gaussians": "joint", "map_layers": (1, 2), "n_features": 9},
         "n_features mixes the channels .* leave out one, or use gaussians='per_layer'",
     ),
-    ({"image_size": 0}, r"image_size must be a positive int or \(height, width\), or 'native', got 0"),
+    (
+        {"image_size": 0},
+        r"image_size must be a positive int or \(height, width\), or 'native', got 0",
+    ),
     ({"image_size": 64.0}, "image_size must be a positive int"),
     ({"image_size": (64, 64, 3)}, "image_size must be a positive int"),
     ({"image_size": (True, 64)}, "image_size must be a positive int"),

@@ -344,11 +344,11 @@ class _Work:
         sizes = [self._batch * member.embedding for member in self.members]
         return [Part("embeddings", size, size) for size in sizes]
 
-    def _stitched(self, n_strips: int = 1) -> list[Part]:
+    def _stitched(self, share: float = 1.0) -> list[Part]:
         """Those of a batch, or of a strip of it, while its tiles are seen."""
         if self._tiling.is_whole:
             return []
-        sizes = [part.n_bytes // n_strips for part in self._embeddings()]
+        sizes = [int(share * part.n_bytes) for part in self._embeddings()]
         return [Part("embeddings", size, size) for size in sizes]
 
     # ----------------------------------------------------------------------------------------------
@@ -427,16 +427,36 @@ class _Work:
         patches = [*kept, *map(self._patches, gaussians)]
         add(self._images(), patches)
         add(self._embedded(), [*patches, *self._stitched()])
-        model = [part for m in gaussians for part in self._model(m, centroids=False)]
-        strips = [*kept, *model, *map(self._strip, gaussians)]
-        add(self._images(), strips)
-        add(self._embedded(), [*strips, *self._stitched(self.n_strips)])
-        for member in gaussians:
-            sizes = [part.n_bytes // self.n_strips for part in self._model(member, centroids=False)]
-            of_strip = [Part("Gaussians of a strip", size, size) for size in sizes]
-            parts = [*base, *strips, *of_strip, self._chunk(member)]
-            found.append(("covariances are factored", parts))
+        done = 0.0
+        for share in self._strip_shares():
+            learning = [self._strip(member, share) for member in gaussians]
+            model = [part for m in gaussians for part in self._done(m, done)]
+            if not done:
+                add(self._images(), [*kept, *model, *learning])
+            add(self._embedded(), [*kept, *model, *learning, *self._stitched(share)])
+            for i, member in enumerate(gaussians):  # whose statistics go when it is done
+                model = [part for m in gaussians[:i] for part in self._done(m, done + share)]
+                model += [part for m in gaussians[i + 1 :] for part in self._done(m, done)]
+                own = [*self._done(member, done + share), *self._done(member, share, of_strip=True)]
+                parts = [*kept, *model, *learning[i:], *own, self._chunk(member)]
+                found.append(("covariances are factored", [*base, *parts]))
+            done += share
         return found
+
+    def _strip_shares(self) -> list[float]:
+        """Of the grid."""
+        axis = self._tiling.long_axis
+        strips = self._tiling.strips(self.n_strips)
+        lengths = (cores[-1].last[axis] - cores[0].first[axis] for cores in strips)
+        return [length / self._tiling.extent[axis] for length in lengths]
+
+    def _done(self, member: MemberPlan, share: float, *, of_strip: bool = False) -> list[Part]:
+        """Gaussians that are written: what a CPU is asked for is there once it is."""
+        if self.device.type != "cpu" and not of_strip:
+            share = 1.0
+        what = "Gaussians of a strip" if of_strip else "model"
+        sizes = [int(share * part.n_bytes) for part in self._model(member, centroids=False)]
+        return [Part(what, size, size) for size in sizes]
 
     def _overview(self, member: MemberPlan) -> Part:
         """Means and variances of positions, and moments of all embeddings."""
@@ -451,10 +471,10 @@ class _Work:
         size = 4 * n * packed_size(dimensions)
         return Part("statistics of a sample", size, size)
 
-    def _strip(self, member: MemberPlan) -> Part:
+    def _strip(self, member: MemberPlan, share: float) -> Part:
         """Statistics of a strip, and of the rows of the one before that its windows reach."""
         dimensions, side = member.n_features or member.channels, min(member.grid)
-        n = member.positions // self.n_strips + 2 * (max(self.settings.windows) // 2) * side
+        n = int(share * member.positions) + 2 * (max(self.settings.windows) // 2) * side
         size = 4 * n * (packed_size(dimensions) + dimensions)
         return Part("statistics of a strip", size, size)
 
