@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,13 @@ from npad import devices, model_file
 from npad._version import __version__
 from npad.checkpoint import Checkpoint
 from npad.cross_calibration import CrossCalibration, check_folds
-from npad.features.backbone import Backbone, BackboneError, shared_backbone
-from npad.features.tiling import Core, Tiling, tiling_of, with_overlap
-from npad.features.weights import places
-from npad.fitting import Embed, Fit, fit_images, tell_of_borrowed
-from npad.images import ImageSource, Reading
+from npad.features.backbone import Backbone
+from npad.features.tiling import tiling_of
+from npad.fitting import Fit, fit_images, tell_of_borrowed
+from npad.images import ImageSource
 from npad.images.alignment import Aligner, load_opencv, tell_of_unaligned
-from npad.images.depth import Range, least_depth
-from npad.images.roi import RegionsOfInterest, region_of_model
+from npad.images.depth import Range
+from npad.images.roi import RegionsOfInterest
 from npad.kept_statistics import (
     expected_in_file,
     in_file,
@@ -38,13 +35,25 @@ from npad.kept_statistics import (
     to_merge,
 )
 from npad.learned import MEANINGS, Learned, LearnedMember, Standardization
-from npad.members import Member, members_of
+from npad.members import members_of
 from npad.model_file import ModelFileError
+from npad.networks import Networks, check_embeddings
 from npad.nominal_methods import METHODS
 from npad.nominal_scores import NominalScores
 from npad.old_models import upgraded
 from npad.ops import _cuda
 from npad.plan import Plan, hollow_networks, planned, refuse
+from npad.preparation import (
+    check_features,
+    embed_members,
+    native,
+    open_images,
+    regions_to_fit,
+    sized,
+    tell_of_depth,
+    tell_of_sizes,
+    tell_of_tiles,
+)
 from npad.roi import blanked
 from npad.scoring.cuda_graphs import Graphs
 from npad.scoring.decisions import Decider, Groups, NotCalibratedError, Thresholds, decide_by
@@ -57,13 +66,12 @@ from npad.scoring.pipeline import (
     score_in_parts,
 )
 from npad.scoring.prediction import Prediction
-from npad.scoring.scorer import Scorer, embeddings, reduce
+from npad.scoring.scorer import Scorer, reduce
 from npad.settings import ARGUMENTS, CHECKPOINT_EVERY, NATIVE, Settings, uses_nominal_set
 from npad.strip_fit import fit_in_strips
 
 __all__ = ["NPad", "Prediction"]
 
-_HIGH_COST = 8  # of tiles: how often the networks see a pixel
 _lock = threading.Lock()  # of the graphs that models make at first use
 
 
@@ -108,7 +116,7 @@ class NPad:
     roi_: Tensor | None
     skipped_: list[tuple[str, str]]
     unaligned_: list[tuple[str, str]]
-    _networks: dict[tuple[object, ...], Backbone]
+    _networks: Networks
     _scoring: tuple[tuple[object, ...], Scorer] | None
     _graphs: tuple[Scorer, Graphs] | None
     _in_force: tuple[list[int], object, Settings] | None  # ids, whose they are, what they make
@@ -247,10 +255,10 @@ class NPad:
         ValueError
             There is no image whose size could be taken.
         """
-        settings = _native(self._settings(), source, "NPad.input_size")
+        settings = native(self._settings(), source, "NPad.input_size")
         if settings.image_size is None:
             device = devices.resolve(settings.device)
-            settings = _sized(settings, self._own_networks(settings, device, fitting=True))
+            settings = sized(settings, self._backbones(settings, device, fitting=True))
         return settings.size
 
     def _settings(self) -> Settings:
@@ -337,7 +345,7 @@ class NPad:
         """
         settings = Settings(**self.get_params())
         of_images = settings.image_size == NATIVE
-        settings = _native(settings, source, "NPad.fit", skip_bad=skip_bad)
+        settings = native(settings, source, "NPad.fit", skip_bad=skip_bad)
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
         device = devices.resolve(settings.device)
         if uses_nominal_set(settings.fusion):
@@ -345,16 +353,16 @@ class NPad:
         if settings.align is not None:
             load_opencv(settings.align)
         with devices.explained("NPad.fit", device), devices.plain(device):
-            networks = self._backbones(settings, device, fitting=True, kept=False)
-            settings = _sized(settings, networks)
+            networks = self._networks.of(settings, device, fitting=True, kept=False)
+            settings = sized(settings, networks)
             tiling = tiling_of(networks, settings)
             if tiling.is_whole:
                 for network in networks:
                     network.grid(tiling.extent, before=settings.size)  # told before the work
-            _check_features(settings, networks)
+            check_features(settings, networks)
             members = members_of(settings, networks)
-            regions = _rois_to_fit(settings, members, networks, tiling, rois)
-            images = _open(source, settings, device, skip_bad, regions=regions)
+            regions = regions_to_fit(settings, members, networks, tiling, rois)
+            images = open_images(source, settings, device, skip_bad, regions=regions)
             # A stream may end at any image: what its first ones need is what is certain.
             plan = planned(
                 settings,
@@ -372,10 +380,10 @@ class NPad:
             if file is not None:
                 fit, start = file.begin(fit, images, [network.identity for network in networks])
                 write = file.write
-            embed_members = partial(_embed_members, networks, tiling, device)
-            embed = embed_members(members)
+            embed_of = partial(embed_members, networks, tiling, device)
+            embed = embed_of(members)
             if plan.n_strips > 1:
-                fit_in_strips(fit, embed_members, images, tiling, plan.n_strips)
+                fit_in_strips(fit, embed_of, images, tiling, plan.n_strips)
                 learned = fit.finalize(last=True)
             elif settings.calibration_folds is None:
                 fit_images(fit, embed, images, start, write)
@@ -387,10 +395,10 @@ class NPad:
                     learned = fit.finalize(last=not statistics)
                     learned = replace(learned, calibration=folds.finish(learned))
         tell_of_borrowed(learned, "NPad.fit")
-        _tell_of_tiles(tiling)
+        tell_of_tiles(tiling)
         if of_images:
-            _tell_of_sizes(images, learned.n_images)
-        _tell_of_depth(images, settings)
+            tell_of_sizes(images, learned.n_images)
+        tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
         self.unaligned_ = list(dict.fromkeys(images.unaligned))
@@ -439,15 +447,15 @@ class NPad:
             load_opencv(settings.align)
         device = devices.resolve(settings.device)
         with devices.explained("NPad.partial_fit", device), devices.plain(device):
-            networks = self._own_networks(settings, device, fitting=True)
+            networks = self._backbones(settings, device, fitting=True)
             regions = self._rois_of(settings, device, rois)
-            images = _open(source, settings, device, skip_bad, regions=regions)
+            images = open_images(source, settings, device, skip_bad, regions=regions)
             fit = before.copied(device, progress=settings.progress)
             tiling = tiling_of(networks, settings)
             members = [one.member for one in fit.members]
-            fit_images(fit, _embed_members(networks, tiling, device, members), images)
+            fit_images(fit, embed_members(networks, tiling, device, members), images)
             learned = fit.finalize()
-        _tell_of_depth(images, settings)
+        tell_of_depth(images, settings)
         tell_of_borrowed(learned, "NPad.partial_fit")
         tell_of_repeats(fit, before.n_images, "NPad.partial_fit")
         tell_of_calibrations("NPad.partial_fit", [self.calibration_])
@@ -502,7 +510,7 @@ class NPad:
         fit, skipped, unaligned = None, self.skipped_, self.unaligned_
         calibrations = [self.calibration_]
         with devices.explained("NPad.merge", device), devices.plain(device):
-            networks = self._own_networks(settings, device)
+            networks = self._backbones(settings, device)
             several = isinstance(other, Iterable) and not isinstance(other, NPad)
             models: Any = other if several else [other]
             for model in models:
@@ -558,7 +566,7 @@ class NPad:
         settings = replace(self.settings_, factor_dtype=factor_dtype)
         device = devices.resolve(self.device)
         with devices.explained("NPad.shrink", device), devices.plain(device):
-            networks = self._own_networks(self._settings(), device)
+            networks = self._backbones(self._settings(), device)
             if self._statistics is not None:
                 now = replace(self._statistics.settings, factor_dtype=factor_dtype)
                 learned = Fit.from_state(*self._statistics.state(), **vars(now)).finalize()
@@ -583,7 +591,7 @@ class NPad:
         found = {f"{name}_": value for name, value in vars(learned).items()}
         identities = [network.identity for network in networks]
         vars(self).update(found, settings_=settings, backbones_=identities)
-        self._networks = {key: n for key, n in self._networks.items() if n in networks}
+        self._networks.keep(networks)
         self._scoring = self._graphs = None
 
     def plan(
@@ -624,8 +632,8 @@ class NPad:
             settings = replace(settings, image_size=source_size)
         device = devices.resolve(settings.device)
         networks = hollow_networks(settings)
-        settings = _sized(settings, networks)
-        _check_features(settings, networks)
+        settings = sized(settings, networks)
+        check_features(settings, networks)
         return planned(
             settings,
             networks,
@@ -668,13 +676,13 @@ class NPad:
 
         Takes, yields and raises what ``embed`` does; a source of bad images alone yields nothing.
         """
-        settings = _native(self._settings(), source, "NPad.embed", skip_bad=skip_bad)
+        settings = native(self._settings(), source, "NPad.embed", skip_bad=skip_bad)
         device = devices.resolve(settings.device)
         learned = self._learned(device) if self._is_fitted else None
         members = learned.members if learned else ()
         axes = {m.member.network: m.projection for m in members if m.centroids is not None}
-        networks = self._own_networks(settings, device, fitting=True)
-        settings = _sized(settings, networks)
+        networks = self._backbones(settings, device, fitting=True)
+        settings = sized(settings, networks)
         tiling = tiling_of(networks, settings, learned)
         grid = networks[0].grid(tiling.tile)
 
@@ -688,7 +696,7 @@ class NPad:
         embed = embedder(networks, tiling, combine, device, "NPad.embed")
         regions = self._rois_of(settings, device, None) if self._is_fitted else None
         aligner = self._aligner(settings)
-        images = _open(
+        images = open_images(
             source, settings, device, skip_bad, fitted=Range(), regions=regions, aligner=aligner
         )
 
@@ -800,7 +808,7 @@ class NPad:
         keep_images: bool = False,
         rois: Sequence[Any] | None = None,
     ) -> ImageSource:
-        return _open(
+        return open_images(
             source,
             settings,
             device,
@@ -823,7 +831,7 @@ class NPad:
                 "NPad: rois must be left out of a model that was fitted without a region of interest; "
                 "fit with roi or rois, with roi=(0, 0, 1, 1) where all of it matters"
             )
-        networks = self._own_networks(settings, device)
+        networks = self._backbones(settings, device)
         extent = tiling_of(networks, settings, self._learned()).extent
         grids = [member.grid for member in self.members_]
         return RegionsOfInterest(
@@ -991,7 +999,7 @@ class NPad:
         self._check_fitted()
         settings = self._settings()
         device = devices.resolve(settings.device)
-        networks = self._own_networks(settings, device)
+        networks = self._backbones(settings, device)
         return Scorer(networks, self._learned_for(settings, device), settings)
 
     def to(self, device: str | torch.device) -> NPad:
@@ -1104,14 +1112,11 @@ class NPad:
         if "roi" in tensors:
             given["roi"] = tensors["roi"].numpy().copy()  # for another fit
         model, settings = cls(**given), Settings(**given)
-        networks, settings = model._networks_of_file(
+        networks, settings = model._networks.of_file(
             path, settings, found, fitted, searched=weights is None
         )
-        tiling = tiling_of(networks, settings, learned)
-        for member in learned.members:
-            mismatch = _other_embedding(networks, member, tiling)
-            if mismatch:
-                raise ModelFileError(path, f"{mismatch}; fit and save the model again")
+        model.weights = settings.weights
+        check_embeddings(path, networks, learned.members, tiling_of(networks, settings, learned))
         model._adopt(settings, learned.having(tensors).to(found), networks, statistics)
         model.skipped_, model.unaligned_ = [], []
         return model
@@ -1137,13 +1142,13 @@ class NPad:
     def _twin(self, state: dict[str, Any]) -> NPad:
         twin = type(self).__new__(type(self))
         twin.__setstate__(state)
-        twin._networks = dict(self._networks)
+        twin._networks = self._networks.copy()
         twin._statistics = self._statistics
         return twin
 
     def _forget(self) -> None:
         """Start without what is made at first use, and without statistics."""
-        self._networks = {}
+        self._networks = Networks()
         self._statistics = None
         self._scoring = self._graphs = self._in_force = None
 
@@ -1151,113 +1156,11 @@ class NPad:
     # Parts.
 
     def _backbones(
-        self,
-        settings: Settings,
-        device: torch.device,
-        *,
-        fitting: bool = False,
-        kept: bool = True,
-    ) -> list[Backbone]:
-        """The backbones, in the precision of fitting or of scoring.
-
-        Those that are kept go on as they were read; a fit looks whether a file is another by now.
-        """
-        if settings.backbone_dtype is not None:
-            dtype = getattr(torch, settings.backbone_dtype)
-        else:  # as measured: float16 costs nothing in scoring, but fitting chooses other centroids
-            half = device.type == "cuda" and not fitting
-            dtype = torch.float16 if half else torch.float32
-        found = []
-        for name, weights in settings.networks:
-            key = (
-                name, settings.layers, weights, dtype, settings.compile, device,
-                settings.levels_of_maps,
-            )  # fmt: skip
-            network = self._networks.get(key) if kept else None
-            if network is None:
-                network = shared_backbone(*key)
-                self._networks = {**self._networks, key: network}  # another thread may walk the old
-            found.append(network)
-        return found
-
-    def _networks_of_file(
-        self,
-        path: str | Path,
-        settings: Settings,
-        device: torch.device,
-        fitted: Sequence[Mapping[str, Any]],
-        *,
-        searched: bool,
-    ) -> tuple[list[Backbone], Settings]:
-        """The backbones that a model file was fitted on, and the settings with where their weights are.
-
-        Parameters
-        ----------
-        fitted : name and weights_hash of each
-        searched : whether their weights may be elsewhere than the settings say
-
-        Raises
-        ------
-        BackboneError
-            No place has weights.
-        ModelFileError
-            They are other ones, or those of another number of backbones.
-        """
-        if len(fitted) != len(settings.networks):
-            raise ModelFileError(path, f"names {len(fitted)} backbones; fit and save it again")
-        networks, found = [], []
-        for (name, given), known in zip(settings.networks, fitted, strict=True):
-            where = places(given, Path(path)) if searched else [given]
-            one = replace(settings, backbone=name, weights=None)
-            network, place = self._network_of_file(path, one, device, known, where)
-            networks.append(network)
-            found.append(place)
-        weights = tuple(found) if len(found) > 1 else found[0]
-        if searched and weights != settings.weights and any(found):
-            self.weights = weights
-            settings = replace(settings, weights=weights)
-        return networks, settings
-
-    def _network_of_file(
-        self,
-        path: str | Path,
-        settings: Settings,
-        device: torch.device,
-        fitted: Mapping[str, Any],
-        where: Sequence[str | None],
-    ) -> tuple[Backbone, str | None]:
-        """As `_networks_of_file`, of one backbone; and the place of its weights."""
-        problem: Exception | None = None
-        for place in where:
-            try:
-                (network,) = self._backbones(replace(settings, weights=place), device)
-            except BackboneError as error:
-                problem = BackboneError(f"{path}: its backbone cannot be made: {error}")
-                continue
-            other = _other_backbone(network, fitted)
-            if other is None:
-                return network, place
-            problem = ModelFileError(path, other)
-        assert problem is not None
-        raise problem
-
-    def _own_networks(
         self, settings: Settings, device: torch.device, *, fitting: bool = False
     ) -> list[Backbone]:
-        """As `_backbones`; for a fitted model, only those that it was fitted on will do.
-
-        Raises
-        ------
-        BackboneError
-            The weights are other ones now.
-        """
-        networks = self._backbones(settings, device, fitting=fitting)
-        if self._is_fitted:
-            for network, fitted in zip(networks, self.backbones_, strict=True):
-                problem = _other_backbone(network, fitted)
-                if problem:
-                    raise BackboneError(f"NPad: the model {problem}")
-        return networks
+        """The backbones; of a fitted model, only those that it was fitted on will do."""
+        fitted = self.backbones_ if self._is_fitted else None
+        return self._networks.of(settings, device, fitting=fitting, fitted=fitted)
 
     def _learned(self, device: torch.device | None = None) -> Learned:
         """What the fit left, moved to the device first if it is elsewhere."""
@@ -1283,7 +1186,7 @@ class NPad:
     def _scorer(self, settings: Settings, device: torch.device) -> Scorer:
         """Made when it is first used, and again when something that it depends on is another."""
         learned = self._learned_for(settings, device)
-        networks = self._own_networks(settings, device)
+        networks = self._backbones(settings, device)
         parts = [*networks, *learned.tensors().values()]  # kept: no others get their ids
         key = *map(id, parts), settings.size, settings.batch_size, *settings.scoring.values()
         kept = self._scoring
@@ -1326,197 +1229,6 @@ class NPad:
 
 
 _CACHES = ("_networks", "_scoring", "_graphs", "_in_force", "_statistics")
-
-
-def _embed_members(
-    networks: Sequence[Backbone],
-    tiling: Tiling,
-    device: torch.device,
-    members: Sequence[Member],
-    cores: Sequence[Core] | None = None,
-) -> Embed:
-    """What members of a fit are given of images, or of some cores of them."""
-    combine = partial(embeddings, members, networks)
-    return embedder(networks, tiling, combine, device, "NPad.fit", cores)
-
-
-def _native(settings: Settings, source: Any, call: str, *, skip_bad: bool = False) -> Settings:
-    """These, with the size of the first image of a source, where they ask for it."""
-    if settings.image_size != NATIVE:
-        return settings
-    images = None
-    if source is not None:
-        reading = Reading(settings.bit_depth, settings.max_pixels)
-        images = ImageSource(source, image_size=(1, 1), skip_bad=skip_bad, reading=reading)
-    size = None if images is None else images.size_of_first()
-    if size is None:
-        of_stream = images is None or not images.random_access
-        reason = "that of a stream is not known before" if of_stream else "it cannot be read"
-        raise ValueError(
-            f"{call}: image_size='native' is the size of the first image, but {reason}; give "
-            "(height, width)"
-        )
-    return replace(settings, image_size=size)
-
-
-def _sized(settings: Settings, networks: Sequence[Backbone]) -> Settings:
-    """These, with the networks' own size of images where none is given."""
-    if settings.image_size is not None:
-        return with_overlap(settings, networks)
-    sizes = {network.name: network.default_size for network in networks}
-    if len(set(sizes.values())) > 1:
-        own = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
-        raise ValueError(
-            f"NPad: by default the backbones see images of different sizes ({own}); give one "
-            "image_size that all of them take"
-        )
-    return with_overlap(replace(settings, image_size=sizes[networks[0].name]), networks)
-
-
-def _open(
-    source: Any,
-    settings: Settings,
-    device: torch.device,
-    skip_bad: bool,
-    *,
-    fitted: Range | None = None,
-    keep_pixels: bool = False,
-    regions: RegionsOfInterest | None = None,
-    aligner: Aligner | None = None,
-) -> ImageSource:
-    return ImageSource(
-        source,
-        image_size=settings.size,
-        batch_size=settings.images_at_once,
-        skip_bad=skip_bad,
-        page_locked=device.type == "cuda",
-        reading=Reading(settings.bit_depth, settings.max_pixels),
-        fitted=fitted,
-        keep_pixels=keep_pixels,
-        regions=regions,
-        aligner=aligner,
-    )
-
-
-def _rois_to_fit(
-    settings: Settings,
-    members: Sequence[Member],
-    networks: Sequence[Backbone],
-    tiling: Tiling,
-    rois: Sequence[Any] | None,
-) -> RegionsOfInterest | None:
-    """The regions of a fit, where there are such."""
-    own = settings.rois if rois is None else rois
-    if own is None and settings.roi is None:
-        return None
-    if settings.align is not None:
-        raise ValueError(
-            "NPad.fit: align and a region of interest exclude each other: a region is that of an image "
-            "as it comes; leave out align, or rois"
-        )
-    region, drawn_at = region_of_model(settings.roi, settings.size, settings.max_pixels)
-    grids = [_grid(member, networks[member.network], tiling) for member in members]
-    return RegionsOfInterest(
-        region,
-        own,
-        grids=grids,
-        extent=tiling.extent,
-        drawn_at=drawn_at,
-        max_pixels=settings.max_pixels,
-    )
-
-
-def _tell_of_sizes(images: ImageSource, n_images: int) -> None:
-    """Warn where images are resized that were thought to keep their size."""
-    if images.other_sizes:
-        name, (height, width) = images.other_sizes[min(images.other_sizes)]
-        own = "{} x {}".format(*images.image_size)
-        warnings.warn(
-            f"NPad.fit: {len(images.other_sizes)} of {n_images} images have another size than the "
-            f"first, {own}, and were resized to it: {name} has {height} x {width}; fit images of one "
-            "size, or give image_size",
-            stacklevel=3,
-        )
-
-
-def _tell_of_tiles(tiling: Tiling) -> None:
-    """Warn where most of the work is done again and again."""
-    if tiling.cost > _HIGH_COST:
-        warnings.warn(
-            f"NPad.fit: tiles of {tiling.tile} that overlap by {tiling.overlap} pixels go over a pixel "
-            f"{tiling.cost:.0f} times: give a larger tile; or a smaller overlap, with which maps "
-            "depend on where a tile ends",
-            stacklevel=3,
-        )
-
-
-def _tell_of_depth(images: ImageSource, settings: Settings) -> None:
-    """Warn where most images do not use the upper of 16 bits, and nobody has said why."""
-    deep = sorted(images.undeclared.values())
-    if settings.bit_depth is not None or not deep:
-        return
-    largest = deep[len(deep) // 2]  # in a few a pixel may be broken, or a file strayed
-    depth = least_depth(largest)
-    if depth is None:
-        return
-    usual = [value for value in deep if value < 2**depth]
-    who = "no image uses" if usual == deep else f"{len(usual)} of {len(deep)} images do not use"
-    warnings.warn(
-        f"NPad.fit: {who} the upper of its 16 bits, the largest value is {usual[-1]}: read as "
-        f"fractions of 65535 they are almost black; if the camera fills {depth} bits, fit with "
-        f"bit_depth={depth}",
-        stacklevel=3,
-    )
-
-
-def _check_features(settings: Settings, networks: Sequence[Backbone]) -> None:
-    n = settings.fixed_features
-    for network in networks:
-        if n is not None and n > network.channels:
-            raise ValueError(
-                f"NPad: n_features={n} is more than the {network.channels} channels of "
-                f"{network.name}; give at most that, or None"
-            )
-
-
-def _other_backbone(network: Backbone, fitted: Mapping[str, Any]) -> str | None:
-    """What is wrong with a backbone for a model that was fitted on one; None where it is the same."""
-    name, digest = fitted["name"], fitted["weights_hash"]
-    if (network.name, network.weights_hash) == (name, digest):
-        return None
-    return (
-        f"was fitted on {name} with weights {digest[:12]}, but the weights given are "
-        f"{network.name} {network.weights_hash[:12]}; give the same file with weights="
-    )
-
-
-def _grid(member: Member, network: Backbone, tiling: Tiling) -> tuple[int, int]:
-    """(h, w) of the embeddings of a member."""
-    return tiling.grid(network, member.levels[0] if member.own_grid else None)
-
-
-def _other_embedding(
-    networks: Sequence[Backbone], learned: LearnedMember, tiling: Tiling
-) -> str | None:
-    """What is wrong with a member of a file for its backbone; None where they fit."""
-    member = learned.member
-    if not 0 <= member.network < len(networks):
-        return f"has a member of backbone {member.network} of {len(networks)}"
-    network = networks[member.network]
-    levels = member.levels_of(network)
-    if not levels or not {*levels} <= network.level_channels.keys():
-        return f"has a member of levels {member.levels}, which its backbone does not give"
-    *parts, channels = accumulate(network.level_channels[level] for level in levels)
-    grid = _grid(member, network, tiling)
-    known = learned.channels if levels == member.levels else member.prefix
-    if (grid, channels) != (learned.grid, known):
-        return (
-            f"has grid {learned.grid} with {learned.channels} channels, which its backbone does not "
-            f"make of images of {tiling.extent}"
-        )
-    if member.gaussian and member.prefix not in (None, *parts):
-        return f"has a prefix of {member.prefix} channels, at which no level of {levels} ends"
-    return None
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:

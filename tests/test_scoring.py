@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from npad import NPad, detector
+from npad import NPad, networks
 from npad.images import Batch, ImageError
 from npad.ops import _cuda, trust
 from npad.scoring import pipeline
@@ -110,11 +110,11 @@ def test_the_precision_of_the_backbone(
     scored: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(detector, "shared_backbone", lambda *arguments: arguments[3])
+    monkeypatch.setattr(networks, "shared_backbone", lambda *arguments: arguments[3])
     model = NPad("filterbank", backbone_dtype=given)
     of = Settings(**model.get_params()), torch.device(device)
-    assert model._backbones(*of, fitting=True) == [fitted]
-    assert model._backbones(*of) == [scored]
+    assert model._networks.of(*of, fitting=True) == [fitted]
+    assert model._networks.of(*of) == [scored]
 
 
 def test_many_threads_and_models_at_once(model: NPad, images: np.ndarray) -> None:
