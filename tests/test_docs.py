@@ -48,6 +48,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # What a block says, and what runs in its place: no download, few pixels, few images.
 PYTHON_INSTEAD = {
+    # A model of another size, and tiles in proportion.
+    'backbone="wide_resnet50_2", image_size=4096, tile=1024, n_features=32': 'backbone="filterbank", '
+    "image_size=64, tile=48, n_features=8, n_centroids=50",
+    'backbone="wide_resnet50_2", image_size=(500, 20000), tile=(500, 1024), n_features=32': "backbone="
+    '"filterbank", image_size=(48, 256), tile=(48, 96), n_features=8, n_centroids=50',
     'backbone="wide_resnet50_2"': 'backbone="filterbank", image_size=64, n_centroids=50, '
     "false_alarm_rate=0.3",
     'make_dataset("cloth")': 'make_dataset("cloth", image_size=(64, 64), n_train=6)',
@@ -67,6 +72,7 @@ AFTER = {
     "calibrate": (*THREADS, "--false-alarm-rate", "0.3"),
     "predict": THREADS,
 }
+TILE = ("--tile", "48", "--n-features", "8")  # of a model of that size
 WATCH = ("--every", "0.1", "--until-idle", "0.5")  # it would not end
 WOVEN = "npad-demo/data-seed0/woven"  # what `npad demo` would weave, large, were it not there
 
@@ -182,6 +188,7 @@ def run_command(block: Block, words: list[str]) -> None:
     if name.endswith("npad") and args[0] != "fetch":
         command, *options = args
         after = *AFTER.get(command, ()), *(WATCH if "--watch" in options else ())
+        after = *after, *(TILE if "--tile" in options else ())
         done = command_line.npad(command, *BEFORE.get(command, ()), *options, *after)
         assert done.code == 0, f"{block}: {' '.join(words)}: {done.err}"
         return

@@ -131,6 +131,19 @@ def test_a_network_that_sees_everything_has_no_reach() -> None:
         assert least_overlap([network], (256, 256)) == 64  # a quarter
 
 
+def test_windows_that_are_counted_from_a_border_have_no_reach() -> None:
+    """Attention in windows: from the same pixels, tiles that begin elsewhere make others."""
+    swin = Backbone("swin_tiny_patch4_window7_224", layers=(1,), map_layers=(), hollow=True)
+    assert swin.reach((224, 224)) is None
+
+
+def test_windows_that_must_fill_an_image_see_one_of_the_size_given() -> None:
+    network = Backbone("test_maxvit", layers=(2,), map_layers=(), hollow=True)
+    with pytest.raises(ValueError, match="image_size"):
+        network.grid((1024, 1024))
+    assert network.reach((160, 160)) is None
+
+
 # --------------------------------------------------------------------------------------------------
 # The model is that of whole images.
 

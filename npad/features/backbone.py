@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -361,11 +361,14 @@ class Backbone(nn.Module):
         """Pixels beside a position that its embedding depends on, at most.
 
         Seen by what a NaN in the middle of an image reaches, whatever the weights. None where it
-        reaches a border: as in a network that attends to, or averages, all of the image. The image has
-        this size (H, W) where the network does not take any.
+        reaches a border: as in a network that attends to, or averages, all of the image. None also
+        where that depends on the place of the NaN, as with windows that are counted from a border. The
+        image has this size (H, W) where the network does not take any.
         """
         if self._takes_any_size:
-            image_size = _LARGE
+            with suppress(ValueError):  # windows that must fill images
+                self.grid(_LARGE)
+                image_size = _LARGE
         if image_size not in self._reaches:
             self._reaches[image_size] = self._seen_reach(image_size)
         return self._reaches[image_size]
@@ -373,6 +376,7 @@ class Backbone(nn.Module):
     def _seen_reach(self, image_size: tuple[int, int]) -> int | None:
         network = self._copy(lambda value: torch.zeros_like(value, device="cpu")).float()
         middle = [side // 2 // self.cell * self.cell for side in image_size]
+        middle[1] += self.cell  # another place than along the other axis
         images = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
         rows, columns = (
             slice(place - 1, place + 1) for place in middle
@@ -384,7 +388,7 @@ class Backbone(nn.Module):
             embeddings += [
                 network.combined(features, [level], own_grid=True) for level in self._taken
             ]
-        found = []
+        found: tuple[list[int], list[int]] = [], []
         for x in embeddings:
             touched = x[0].isnan().any(-1)
             for axis, (place, side) in enumerate(zip(middle, image_size, strict=True)):
@@ -393,8 +397,8 @@ class Backbone(nn.Module):
                 first, last = int(along[0]), int(along[-1]) + 1
                 if first == 0 or last == touched.shape[axis]:
                     return None
-                found += [place - first * stride, last * stride - place]
-        return max(found)
+                found[axis].extend([place - first * stride, last * stride - place])
+        return max(found[0]) if found[0] == found[1] else None
 
     @property
     def nbytes(self) -> int:
