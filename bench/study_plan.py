@@ -25,7 +25,8 @@ from provenance import provenance
 
 RESNET18 = {"backbone": "resnet18", "weights": "resnet18_layers123.safetensors"}
 RESNET50 = {"backbone": "legacy_seresnet50", "weights": "resnet50_v1_layers123.safetensors"}
-# Title: data set, images that are fitted, arguments.
+TILES = {**RESNET18, "image_size": 1024, "tile": 512}
+# Title: data set, images that are fitted, arguments; and "free", bytes that a fit may think are free.
 SETTINGS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "defaults": ("mtd", 200, RESNET18),
     "joint, float32": ("mtd", 120, {**RESNET18, "gaussians": "joint", "factor_dtype": "float32"}),
@@ -38,6 +39,8 @@ SETTINGS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "filter bank, 384": (
         "mpdd_metal_plate", 60, {"backbone": "filterbank", "image_size": 384, "nominal_set": None},
     ),
+    "tiles of 1024": ("mpdd_metal_plate", 20, TILES),
+    "the same in strips": ("mpdd_metal_plate", 20, {**TILES, "free": 15 * 10**8}),
 }  # fmt: skip
 
 
@@ -45,12 +48,15 @@ def child(work: str, name: str, data: Path, weights: Path | None, model_file: Pa
     """Fit or predict, and print the plan beside what was measured."""
     import torch
 
-    from npad import NPad
+    from npad import NPad, devices
     from npad.images import ImageSource
 
     torch.set_num_threads(1)
     data_set, n_images, given = SETTINGS[name]
     arguments = dict(given)
+    if "free" in arguments:
+        free = arguments.pop("free")
+        devices.free_bytes = lambda device: free
     if "weights" in arguments:
         assert weights is not None
         arguments["weights"] = str(weights / arguments["weights"])
