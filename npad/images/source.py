@@ -20,13 +20,12 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.alignment import Aligner, Motion
 from npad.images.arrays import item_images, single_image, split_images
-from npad.images.decoding import LARGE, Loaded, load, opened
+from npad.images.decoding import LARGE, Loaded, load, upright_size
 from npad.images.depth import Range
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
@@ -277,12 +276,8 @@ class ImageSource:
         With ``skip_bad`` it is the first that can be read. Of a file only the header is.
         """
         for entry in self._entries if self.skip_bad else self._entries[:1]:
-            if isinstance(entry, np.ndarray):
-                return entry.shape[0], entry.shape[1]
-            if isinstance(entry, Image.Image):
-                return entry.height, entry.width
-            with suppress(ImageError), opened(entry, _name(0, entry), self.reading) as stored:
-                return stored.upright_size
+            with suppress(ImageError):
+                return upright_size(entry, _name(0, entry), self.reading)
         return None
 
     def registered(self, batch: Batch, aligner: Aligner) -> Batch:
