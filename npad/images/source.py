@@ -105,7 +105,7 @@ class ImageSource:
         What the images may not say of themselves.
     fitted : Range, optional
         That of a model: an image of another bit depth is refused. None, for a fit, fills
-        ``undeclared``.
+        ``undeclared`` and ``other_sizes``.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
     regions : RegionsOfInterest, optional
@@ -388,7 +388,7 @@ class ImageSource:
     def _look_at(self, image: Loaded, task: Task) -> None:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
-        if image.size != self.image_size:
+        if self.fitted is None and image.size != self.image_size:
             self.other_sizes[index] = name, image.size
         if self.fitted is not None:
             self.fitted.check_bright(image.tensor, name)
