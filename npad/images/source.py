@@ -108,8 +108,11 @@ class ImageSource:
         ``undeclared`` and ``other_sizes``.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
+    masks : str, optional
+        Pattern of the names of masks, as `RegionsOfInterest` has it: an image that is the mask of
+        another is left out. By default that of the regions.
     regions : RegionsOfInterest, optional
-        That of the model, and those of the images. An image that is the mask of another is left out.
+        That of the model, and those of the images.
     aligner : Aligner, optional
         Registers each image to a template, in the decoding threads.
 
@@ -168,6 +171,7 @@ class ImageSource:
         reading: Reading = AS_IT_SAYS,
         fitted: Range | None = None,
         keep_pixels: bool = False,
+        masks: str | None = None,
         regions: RegionsOfInterest | None = None,
         aligner: Aligner | None = None,
     ) -> None:
@@ -219,8 +223,10 @@ class ImageSource:
                 f"{type(source).__name__}"
             )
 
-        if regions is not None and regions.pattern is not None:
-            self._entries = _without_masks(self._entries, regions.pattern)
+        if masks is None and regions is not None:
+            masks = regions.pattern
+        if masks is not None:
+            self._entries = _without_masks(self._entries, masks)
         self.reiterable = self._stream is None or not isinstance(source, Iterator)
         self.random_access = self._stream is None
         self.n_images = len(self._entries) if self.random_access else _loader_length(source)
