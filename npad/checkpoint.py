@@ -142,6 +142,7 @@ class Checkpoint:
             "skipped": self._images.skipped,
             "unaligned": self._images.unaligned,
             "undeclared": [*self._images.undeclared.items()],
+            "other_sizes": [(i, *one) for i, one in self._images.other_sizes.items()],
         }
         header = {
             "npad_version": __version__,
@@ -157,6 +158,10 @@ class Checkpoint:
         self._images.skipped[:] = [(str(name), str(reason)) for name, reason in values["skipped"]]
         self._images.unaligned[:] = [(str(name), str(why)) for name, why in values["unaligned"]]
         self._images.undeclared.update((int(i), int(x)) for i, x in values["undeclared"])
+        self._images.other_sizes.update(
+            (int(i), (str(name), (int(height), int(width))))
+            for i, name, (height, width) in values["other_sizes"]
+        )
 
     def _check_same(self, fit: Fit, header: Mapping[str, Any]) -> None:
         """Raise what a file of another fit differs in."""

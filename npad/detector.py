@@ -241,12 +241,14 @@ class NPad:
         """
         return self._settings().to_json()
 
-    def input_size(self, source: Any = None) -> tuple[int, int]:
+    def input_size(self, source: Any = None, *, skip_bad: bool = False) -> tuple[int, int]:
         """(height, width) to which images are resized: ``image_size``, else the backbone's own.
 
         Parameters
         ----------
-        source : as for ``fit``; of a model that is not fitted yet, ``image_size="native"`` needs it
+        source, skip_bad : as for ``fit``: the size is that of a model that is fitted to these with the
+            arguments as they are now. None: that of this model, which ``image_size="native"`` gives
+            none before the fit
 
         Raises
         ------
@@ -255,7 +257,10 @@ class NPad:
         ValueError
             There is no image whose size could be taken.
         """
-        settings = native(self._settings(), source, "NPad.input_size")
+        settings = self._settings() if source is None else Settings(**self.get_params())
+        settings = native(
+            settings, source, "NPad.input_size", skip_bad=skip_bad, masks=settings.rois
+        )
         if settings.image_size is None:
             device = devices.resolve(settings.device)
             settings = sized(settings, self._backbones(settings, device, fitting=True))
@@ -345,7 +350,8 @@ class NPad:
         """
         settings = Settings(**self.get_params())
         of_images = settings.image_size == NATIVE
-        settings = native(settings, source, "NPad.fit", skip_bad=skip_bad)
+        masks = settings.rois if rois is None else None
+        settings = native(settings, source, "NPad.fit", skip_bad=skip_bad, masks=masks)
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
         device = devices.resolve(settings.device)
         if uses_nominal_set(settings.fusion):
@@ -397,7 +403,7 @@ class NPad:
         tell_of_borrowed(learned, "NPad.fit")
         tell_of_tiles(tiling)
         if of_images:
-            tell_of_sizes(images, learned.n_images)
+            tell_of_sizes("NPad.fit", images, learned.n_images)
         tell_of_depth(images, settings)
         self._adopt(settings, learned, networks, fit if statistics else None)
         self.skipped_ = list(dict.fromkeys(images.skipped))  # once, if two passes met it
@@ -455,6 +461,9 @@ class NPad:
             members = [one.member for one in fit.members]
             fit_images(fit, embed_members(networks, tiling, device, members), images)
             learned = fit.finalize()
+        n_new = learned.n_images - before.n_images
+        if self.image_size == NATIVE:
+            tell_of_sizes("NPad.partial_fit", images, n_new)
         tell_of_depth(images, settings)
         tell_of_borrowed(learned, "NPad.partial_fit")
         tell_of_repeats(fit, before.n_images, "NPad.partial_fit")
@@ -463,7 +472,6 @@ class NPad:
         self.skipped_ = list(dict.fromkeys([*self.skipped_, *images.skipped]))
         unaligned = list(dict.fromkeys(images.unaligned))
         self.unaligned_ = [*self.unaligned_, *unaligned]
-        n_new = learned.n_images - before.n_images
         tell_of_unaligned("NPad.partial_fit", "fitted", unaligned, n_new)
         return self
 

@@ -38,14 +38,28 @@ __all__ = [
 _HIGH_COST: Final = 8  # of tiles: how often the networks see a pixel
 
 
-def native(settings: Settings, source: Any, call: str, *, skip_bad: bool = False) -> Settings:
-    """These, with the size of the first image of a source, where they ask for it."""
+def native(
+    settings: Settings,
+    source: Any,
+    call: str,
+    *,
+    skip_bad: bool = False,
+    masks: str | None = None,
+) -> Settings:
+    """These, with the size of the first image of a source, where they ask for it.
+
+    Parameters
+    ----------
+    masks : pattern of the names of masks among the images
+    """
     if settings.image_size != NATIVE:
         return settings
     images = None
     if source is not None:
         reading = Reading(settings.bit_depth, settings.max_pixels)
-        images = ImageSource(source, image_size=(1, 1), skip_bad=skip_bad, reading=reading)
+        images = ImageSource(
+            source, image_size=(1, 1), skip_bad=skip_bad, reading=reading, masks=masks
+        )
     size = None if images is None else images.size_of_first()
     if size is None:
         of_stream = images is None or not images.random_access
@@ -148,13 +162,13 @@ def regions_to_fit(
     )
 
 
-def tell_of_sizes(images: ImageSource, n_images: int) -> None:
+def tell_of_sizes(call: str, images: ImageSource, n_images: int) -> None:
     """Warn where images are resized that were thought to keep their size."""
     if images.other_sizes:
         name, (height, width) = images.other_sizes[min(images.other_sizes)]
         own = "{} x {}".format(*images.image_size)
         warnings.warn(
-            f"NPad.fit: {len(images.other_sizes)} of {n_images} images have another size than the "
+            f"{call}: {len(images.other_sizes)} of {n_images} images have another size than the "
             f"first, {own}, and were resized to it: {name} has {height} x {width}; fit images of one "
             "size, or give image_size",
             stacklevel=3,

@@ -28,7 +28,7 @@ class FakeModel:
     def settings(self):
         return {"image_size": list(self.image_size), "backbone": "<fake>", "eps": "auto"}
 
-    def input_size(self, source=None):
+    def input_size(self, source=None, *, skip_bad=False):
         return self.image_size
 
     def fit(self, source, *, skip_bad=False, statistics=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import disk_of, fail, succeed
 from image_files import save_image, smooth_pixels
 
@@ -208,6 +209,20 @@ def test_what_the_images_say_of_their_depth_is_not_forgotten(tmp_path: Path) -> 
     assert [str(w.message) for w in caught] == [str(w.message) for w in expected]
 
 
+def test_what_other_sizes_the_images_have_is_not_forgotten(tmp_path: Path) -> None:
+    native = SMALL | {"image_size": "native"}
+    for i in range(12):
+        save_image(tmp_path / f"images/{i:02}.png", smooth_pixels(40 if i < 6 else 48, 40, seed=i))
+    stop_at(8, tmp_path / "images", tmp_path / "c", every=1, **native)
+    told = "6 of 12 images have another size than the first, 40 x 40, .*06.png has 48 x 40"
+    with pytest.warns(UserWarning, match=told):
+        model = NPad("filterbank", **native).fit(tmp_path / "images", checkpoint=tmp_path / "c")
+    with pytest.warns(UserWarning, match=told):
+        whole = NPad("filterbank", **native).fit(tmp_path / "images")
+    assert model.settings_.image_size == (40, 40)
+    assert torch.equal(model.members_[0].mean, whole.members_[0].mean)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -293,6 +308,7 @@ def change(header: dict, path: str, value: object) -> None:
         ("checkpoint.next", -1),
         ("checkpoint.skipped", [1]),
         ("checkpoint.undeclared", [[1]]),
+        ("checkpoint.other_sizes", [[1, "a.png", [3]]]),
         ("statistics.members", None),
         ("statistics.members.0.held_out.random", [3, [1, 2], None]),
         ("statistics.members.0.held_out.random", [3, [-1] * 625, None]),

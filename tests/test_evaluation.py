@@ -51,6 +51,26 @@ def direct(category, kinds):
     return [s.is_anomalous for s in chosen], [float(m.max()) for m in maps], masks, maps
 
 
+def test_each_category_is_measured_at_its_own_size(tmp_path):
+    """By one model, fitted again: its size is that of the category, not of the one before."""
+    model = NPad("filterbank", image_size="native", n_centroids=20, progress=False)
+    for name, size in (("a", (64, 80)), ("b", (96, 48))):
+        rng = np.random.default_rng(0)
+        for i in range(4):
+            for kind in ("train/good", "test/good", "test/bad"):
+                save(
+                    rng.integers(0, 256, size, dtype=np.uint8), tmp_path / name / kind / f"{i}.png"
+                )
+    for category, size in zip(find_categories(tmp_path), ((64, 80), (96, 48)), strict=True):
+        category.train[0].write_bytes(b"no image")
+        found = measure.evaluate(model, category, skip_bad=True, progress=False)
+        assert found.metric_size == model.settings_.image_size == size
+        assert found.settings["image_size"] == list(size)
+        assert measure.score(model, category, progress=False).metric_size == size
+    with pytest.raises(ValueError, match=r"image_size='native' .* cannot be read"):
+        measure.evaluate(model, category, progress=False)
+
+
 def test_figures_are_those_of_the_metrics(category, result):
     labels, scores, masks, maps = direct(category, {"good", "dent", "scratch"})
     expected = {**metrics.image_metrics(labels, scores), **metrics.pixel_metrics(masks, maps)}

@@ -402,6 +402,11 @@ def test_the_size_of_the_first_image(tmp_path: Path, images: np.ndarray) -> None
     assert size(path) == (30, 50)
     assert size([path.read_bytes()]) == (30, 50)
     assert size(turned) == (60, 40)
+    for suffix in ("jpg", "png", "tiff"):
+        file = tmp_path / f"opened.{suffix}"
+        Image.fromarray(images[0]).save(file, exif=exif)
+        with Image.open(file) as opened:
+            assert size(opened) == size(file) == (60, 40)
     assert size(images) == (40, 60)
     assert size(Image.fromarray(images[0])) == (40, 60)
     assert size(x for x in images) is None

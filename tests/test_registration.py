@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from command_line import fail, succeed
 from image_files import save_image
 from PIL import Image
 
-from npad import NPad
+from npad import NPad, preparation
 from npad.features.backbone import Backbone, filled, whole_strides
+from npad.images import ImageSource
 
 
 def noise(n: int, size: tuple[int, int], seed: int) -> np.ndarray:
@@ -126,6 +128,55 @@ def test_images_of_another_size_than_the_first_are_told(tmp_path: Path) -> None:
     model.set_params(image_size=(64, 80)).fit(tmp_path)  # where nobody thinks that they are kept
 
 
+def test_images_added_of_another_size_are_told() -> None:
+    model = NPad("filterbank", **NATIVE).fit(noise(4, (64, 80), 0)[..., None])
+    with pytest.warns(UserWarning, match=r"^NPad.partial_fit: 3 of 3 images .* 70 x 80"):
+        model.partial_fit(noise(3, (70, 80), 1)[..., None])
+    assert (model.n_images_, model.settings_.image_size) == (7, (64, 80))
+
+
+def test_a_mask_is_not_the_first_image(tmp_path: Path) -> None:
+    """Nor is it one of the images that a plan counts."""
+    for i, pixels in enumerate(noise(4, (64, 80), 0)):
+        save_image(tmp_path / f"{i}.png", pixels)
+        save_image(tmp_path / f"!{i}.png", np.full((32, 40), 255, np.uint8))  # sorted before
+    model = NPad("filterbank", **NATIVE, rois="!{}.png")
+    assert model.input_size(tmp_path) == (64, 80)
+    assert model.fit(tmp_path).settings_.image_size == (64, 80)
+    known = ["--backbone", "filterbank", "--image-size", "native", "--rois", "!{}.png"]
+    found = json.loads(succeed("plan", tmp_path, *known, "--json").out)
+    assert (found["settings"]["image_size"], found["n_images"]) == ([64, 80], 4)
+
+
+def test_the_size_is_that_of_an_image_as_it_is_displayed(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    for i, pixels in enumerate(noise(3, (64, 80), 0)):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg", exif=exif)
+    in_memory = [Image.open(path) for path in sorted(tmp_path.iterdir())]
+    for source in (tmp_path, in_memory):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = NPad("filterbank", **NATIVE).fit(source)
+        assert model.settings_.image_size == (80, 64)
+
+
+def test_scoring_a_stream_keeps_nothing_of_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera's never ends."""
+    model = NPad("filterbank", **NATIVE).fit(noise(4, (64, 80), 0)[..., None])
+    sources: list[ImageSource] = []
+    opened = preparation.ImageSource
+
+    def remembered(*args: object, **known: object) -> ImageSource:
+        sources.append(opened(*args, **known))
+        return sources[-1]
+
+    monkeypatch.setattr(preparation, "ImageSource", remembered)
+    for _ in model.predict_batches(noise(2, (32, 40), i)[..., None] for i in range(3)):
+        pass
+    assert [len(source.other_sizes) for source in sources] == [0]
+
+
 def test_native_needs_an_image_to_look_at(tmp_path: Path) -> None:
     model = NPad("filterbank", **NATIVE)
     batches = (x for x in [noise(4, (64, 64), 0)[..., None]])
@@ -163,3 +214,6 @@ def test_native_on_the_command_line(tmp_path: Path) -> None:
     assert report["settings"]["image_size"] == [64, 80]
     fail(1, "plan", *known, says=["--image-size", "give a folder of them"])
     succeed("evaluate", tmp_path, *known, "-o", tmp_path / "report")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/0.png").write_bytes(b"no image")
+    fail(1, "plan", tmp_path / "bad", *known, says=["--image-size", "cannot be read: give a size"])

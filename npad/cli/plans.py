@@ -33,9 +33,14 @@ def plan_of(model: NPad, folder: Path | None, n_images: int | None, statistics: 
             raise ValueError("image_size='native' is the size of the images; give a folder of them")
         return model.plan(n_images, statistics=statistics)
     images = find_images(folder)
-    source = ImageSource(images, image_size=(1, 1))  # of which nothing is read but a header
+    # Nothing is read but a header.
+    source = ImageSource(images, image_size=(1, 1), masks=model.rois)
     size = source.size_of_first()
-    return model.plan(len(images), source_size=size, statistics=statistics)
+    if size is None and model.image_size == NATIVE:
+        raise ValueError(
+            "image_size='native' is that of the first image, which cannot be read: give a size"
+        )
+    return model.plan(source.n_images, source_size=size, statistics=statistics)
 
 
 def print_plan(plan: Plan) -> None:

@@ -63,8 +63,10 @@ class Model(Protocol):
     def settings(self) -> dict[str, Any]:
         """All arguments as JSON values."""
 
-    def input_size(self, source: Sequence[Path]) -> tuple[int, int]:
-        """(height, width) to which it resizes images, once it is fitted to these if it is not yet."""
+    def input_size(
+        self, source: Sequence[Path] | None = None, *, skip_bad: bool = False
+    ) -> tuple[int, int]:
+        """(height, width) to which it resizes images; of a source, once it is fitted to that."""
 
 
 def evaluate(
@@ -82,8 +84,8 @@ def evaluate(
     model : `npad.NPad`, or anything that has what `Model` has
     category : from `npad.evaluation.datasets.find_categories`
     metric_size : (height, width) of maps and masks in the pixel metrics. The model gives its maps at
-        this size; a mask is resampled by nearest pixel. None is the model's ``input_size()``, at
-        which maps are as they were computed.
+        this size; a mask is resampled by nearest pixel. None is the model's ``input_size``, at which
+        maps are as they were computed.
     skip_bad : go on after an image that cannot be read, and list it in the result
     progress : False shows no bar while metrics are computed; the model shows its own
 
@@ -104,7 +106,7 @@ def evaluate(
     -----
     Memory: the test set's maps at the metric size, float32, and once more while they are ranked.
     """
-    size = metric_size or model.input_size(category.train)
+    size = metric_size or model.input_size(category.train, skip_bad=skip_bad)
     truth = read_truth(category, _checked(size), _max_pixels(model))
     start = time.perf_counter()
     model.fit(category.train, skip_bad=skip_bad, statistics=False)
@@ -121,7 +123,7 @@ def score(
     progress: bool | None = None,
 ) -> CategoryResult:
     """As `evaluate`, for a model that is fitted already; ``fit_seconds`` is NaN."""
-    size = metric_size or model.input_size(category.train)
+    size = metric_size or model.input_size()
     truth = read_truth(category, _checked(size), _max_pixels(model))
     return _score(model, category, truth, math.nan, skip_bad, progress)
 

@@ -25,7 +25,7 @@ from npad.images.alignment import Motion
 from npad.images.errors import ImageError
 from npad.images.formats import find_reader
 from npad.images.orientation import TURNS_AXES, upright
-from npad.images.pillow import read_pillow
+from npad.images.pillow import pillow_size, read_pillow
 from npad.images.quiet import quiet_pillow
 from npad.images.samples import (
     AS_IT_SAYS,
@@ -40,7 +40,16 @@ from npad.images.samples import (
 from npad.images.scaling import as_pixels, is_constant, resized, size_of, white_level
 from npad.images.stored import Stored
 
-__all__ = ["LARGE", "Loaded", "load", "opened", "read_image", "read_samples", "read_thumbnail"]
+__all__ = [
+    "LARGE",
+    "Loaded",
+    "load",
+    "opened",
+    "read_image",
+    "read_samples",
+    "read_thumbnail",
+    "upright_size",
+]
 
 LARGE = 1 << 25  # pixels: one such image is held at a time; and bytes that are read at once
 _one_large = threading.Lock()
@@ -209,6 +218,22 @@ def read_samples(
             samples = stored.decode()
         values = upright(samples.values, stored.orientation)
         return Samples(values, samples.white, stored.n_pages, stored.upright_size)
+
+
+def upright_size(image: Entry, name: str, reading: Reading) -> tuple[int, int]:
+    """(height, width) of an image as it is displayed; nothing is decoded.
+
+    Raises
+    ------
+    ImageError
+        As `read_image`, of the header.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    if isinstance(image, Image.Image) and not _is_misread(image):
+        return pillow_size(image)
+    with opened(image, name, reading) as stored:
+        return stored.upright_size
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from npad.images.errors import ImageError
-from npad.images.orientation import TAG, exif_orientation, upright
+from npad.images.orientation import TAG, TURNS_AXES, exif_orientation, upright
 from npad.images.samples import Array, Reading, Samples, check_size
 
-__all__ = ["look_up", "read_pillow", "rows_of", "to_array"]
+__all__ = ["look_up", "pillow_size", "read_pillow", "rows_of", "to_array"]
 
 # What each mode becomes, step by step. Alpha is dropped: an inspection image is what the camera saw.
 MODES = {"1": "L", "LA": "L", "La": "LA", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGBA"}
@@ -44,6 +44,12 @@ def read_pillow(image: Image.Image, name: str, reading: Reading) -> Samples:
             "uint8, uint16, or floating point in [0, 1]",
         )
     return Samples(upright(values, orientation), n_pages=n_pages)
+
+
+def pillow_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an image in memory once it is turned; its pixels are not decoded."""
+    turned = _orientation(image) in TURNS_AXES
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _load(image: Image.Image) -> None:

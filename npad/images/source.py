@@ -20,13 +20,12 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from npad.images.alignment import Aligner, Motion
 from npad.images.arrays import item_images, single_image, split_images
-from npad.images.decoding import LARGE, Loaded, load, opened
+from npad.images.decoding import LARGE, Loaded, load, upright_size
 from npad.images.depth import Range
 from npad.images.errors import ImageError
 from npad.images.folders import find_images
@@ -106,11 +105,14 @@ class ImageSource:
         What the images may not say of themselves.
     fitted : Range, optional
         That of a model: an image of another bit depth is refused. None, for a fit, fills
-        ``undeclared``.
+        ``undeclared`` and ``other_sizes``.
     keep_pixels : bool
         Hand out the images as they were decoded, too.
+    masks : str, optional
+        Pattern of the names of masks, as `RegionsOfInterest` has it: an image that is the mask of
+        another is left out. By default that of the regions.
     regions : RegionsOfInterest, optional
-        That of the model, and those of the images. An image that is the mask of another is left out.
+        That of the model, and those of the images.
     aligner : Aligner, optional
         Registers each image to a template, in the decoding threads.
 
@@ -169,6 +171,7 @@ class ImageSource:
         reading: Reading = AS_IT_SAYS,
         fitted: Range | None = None,
         keep_pixels: bool = False,
+        masks: str | None = None,
         regions: RegionsOfInterest | None = None,
         aligner: Aligner | None = None,
     ) -> None:
@@ -220,8 +223,10 @@ class ImageSource:
                 f"{type(source).__name__}"
             )
 
-        if regions is not None and regions.pattern is not None:
-            self._entries = _without_masks(self._entries, regions.pattern)
+        if masks is None and regions is not None:
+            masks = regions.pattern
+        if masks is not None:
+            self._entries = _without_masks(self._entries, masks)
         self.reiterable = self._stream is None or not isinstance(source, Iterator)
         self.random_access = self._stream is None
         self.n_images = len(self._entries) if self.random_access else _loader_length(source)
@@ -277,12 +282,8 @@ class ImageSource:
         With ``skip_bad`` it is the first that can be read. Of a file only the header is.
         """
         for entry in self._entries if self.skip_bad else self._entries[:1]:
-            if isinstance(entry, np.ndarray):
-                return entry.shape[0], entry.shape[1]
-            if isinstance(entry, Image.Image):
-                return entry.height, entry.width
-            with suppress(ImageError), opened(entry, _name(0, entry), self.reading) as stored:
-                return stored.upright_size
+            with suppress(ImageError):
+                return upright_size(entry, _name(0, entry), self.reading)
         return None
 
     def registered(self, batch: Batch, aligner: Aligner) -> Batch:
@@ -393,7 +394,7 @@ class ImageSource:
     def _look_at(self, image: Loaded, task: Task) -> None:
         """Refuse or remark upon what an image is as a whole."""
         index, name, _ = task
-        if image.size != self.image_size:
+        if self.fitted is None and image.size != self.image_size:
             self.other_sizes[index] = name, image.size
         if self.fitted is not None:
             self.fitted.check_bright(image.tensor, name)
