@@ -129,9 +129,7 @@ class StripFit(MemberFit):
         self._tiling = tiling
         self._held_places = _held_places(settings, member, n_images)
         self._overview = Overview()
-        self._moments: tuple[
-            NeighborhoodGaussian, ...
-        ] = ()  # of those fitted, and of those held out
+        self._moments: tuple[NeighborhoodGaussian, ...] = ()  # of images fitted, and held out
         self._first_axes: Tensor | None = None  # without the images held out
         self._last_axes: Tensor | None = None
         self._patches: Patches | None = None
@@ -162,7 +160,7 @@ class StripFit(MemberFit):
 
     def end_overview(self) -> None:
         """Choose axes, and the positions on which window and eps are chosen."""
-        if not self._overview.varies:
+        if self._overview.n_images > 1 and not self._overview.varies:
             raise self._alike()
         if self.settings.reduces_gaussians:
             fitted, held_out = self._moments

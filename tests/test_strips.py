@@ -199,6 +199,16 @@ def test_an_eps_that_is_too_small_for_a_strip_begins_again(
         NPad("filterbank", **known, eps=1e-3).fit(images, statistics=False)
 
 
+def test_two_images_in_strips(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one is held out."""
+    known = SMALL | TILED | {"factor_dtype": "float32"}
+    whole = NPad("filterbank", **known).fit(images[:2], statistics=False)
+    in_strips(monkeypatch, 2)
+    found = NPad("filterbank", **known).fit(images[:2], statistics=False)
+    a, b = (model.predict(images[2:4]).scores for model in (found, whole))
+    np.testing.assert_allclose(a, b, rtol=1e-3)
+
+
 def test_the_bad_images_of_strips(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     in_strips(monkeypatch, 2)
     with pytest.raises(ValueError, match="images are identical"):
