@@ -82,21 +82,22 @@ def covered(inside: Tensor, grid: tuple[int, int], extent: tuple[int, int]) -> T
     -------
     (B, h, w) bool, exact for any size
     """
-    rows, columns = (
-        _overlaps(*sizes, inside.device)
-        for sizes in zip(grid, inside.shape[1:], extent, strict=True)
-    )
-    share = rows @ inside.double() @ columns.mT  # whole numbers
+    share = _summed(inside.double(), grid[1], extent[1])
+    share = _summed(share.mT, grid[0], extent[0]).mT  # whole numbers
     return 2 * share >= extent[0] * extent[1]
 
 
-def _overlaps(n: int, size: int, extent: int, device: torch.device) -> Tensor:
-    """(n, size) float64: n times the length of pixel j that lies in cell i; a row sums to `extent`."""
-    cells = torch.arange(n, device=device)[:, None] * extent
-    edges = torch.arange(size + 1, device=device) * n
-    ends = torch.cat([edges[1:-1], edges[-1:] + (extent - size) * n])  # the last pixel goes on
-    shared = torch.minimum(cells + extent, ends) - torch.maximum(cells, edges[:-1])
-    return shared.clamp(min=0).double()
+def _summed(x: Tensor, n: int, extent: int) -> Tensor:
+    """Integrals over the n cells of rows (..., size) that go on up to `extent`, each times n.
+
+    As each pixel is constant, the integral up to a cell's end is the sum of the whole pixels before it
+    and a part of the one that it cuts.
+    """
+    ends = torch.arange(n + 1, device=x.device) * extent  # in n-ths of a pixel
+    place = (ends // n).clamp(max=x.shape[-1] - 1)  # the last pixel goes on
+    before = F.pad(x, (1, 0)).cumsum(-1)
+    integral = n * before[..., place] + (ends - n * place) * x[..., place]
+    return integral.diff(dim=-1)
 
 
 def nearest_covered(covered: Tensor) -> Tensor:
