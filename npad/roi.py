@@ -25,6 +25,8 @@ __all__ = [
     "spread",
 ]
 
+_AT_ONCE = 1 << 24  # numbers that are compared at a time
+
 
 def seen(inside: Tensor) -> Tensor:
     """Pixels of an image of the model's size that are made of pixels of the region alone.
@@ -122,7 +124,9 @@ def nearest_covered(covered: Tensor) -> Tensor:
     # By distance, then in row order.
     rank = squared * height * width + row[:, None] * width + place.clamp(0, width - 1)
     down = (row[:, None] - row).square() * height * width
-    found = (rank.mT[:, :, None] + down).amin(3).mT
+    step = max(1, _AT_ONCE // (len(rank) * height**2))  # columns
+    parts = [(some[:, :, None] + down).amin(3) for some in rank.mT.split(step, 1)]
+    found = torch.cat(parts, 1).mT
     return (found % (height * width)).flatten(1)
 
 
