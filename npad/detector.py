@@ -1123,7 +1123,8 @@ class NPad:
         networks, settings = model._networks.of_file(
             path, settings, found, fitted, searched=weights is None
         )
-        model.weights = settings.weights
+        if settings.weights != Settings(**given).weights:
+            model.weights = settings.weights  # where they were found
         check_embeddings(path, networks, learned.members, tiling_of(networks, settings, learned))
         model._adopt(settings, learned.having(tensors).to(found), networks, statistics)
         model.skipped_, model.unaligned_ = [], []

@@ -338,7 +338,17 @@ def test_the_command_line(images: np.ndarray, tmp_path: Path) -> None:
     )
     said = succeed("info", tmp_path / "a.npad").out
     assert "tile" in said
-    succeed("predict", tmp_path / "a.npad", tmp_path / "good", "-o", tmp_path / "out")
+    scores = []
+    for i, smoothing in enumerate([[], ["--smoothing", "1"]]):
+        out = tmp_path / str(i)
+        succeed("predict", tmp_path / "a.npad", tmp_path / "good", "-o", out, *smoothing)
+        scores.append((out / "scores.csv").read_text())
+    assert scores[0] != scores[1]
+    rate = ["--smoothing", "1", "--false-alarm-rate", "0.1"]
+    for i, pixels in enumerate(textures(10, seed=5)):
+        save_image(tmp_path / "more" / f"{i}.png", pixels)
+    succeed("calibrate", tmp_path / "a.npad", tmp_path / "more", *rate)
+    assert NPad.load(tmp_path / "a.npad").smoothing == 1
     larger = ["-o", tmp_path / "b.npad", *known, "--tile", "256"]
     fail(2, "fit", tmp_path / "good", *larger, says=["--tile 256x256 is larger than the images"])
 

@@ -286,6 +286,7 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device.")]
 BatchSize = Annotated[Any, model_option("batch_size")]
 MaxPixels = Annotated[Any, model_option("max_pixels")]
 Rois = Annotated[Any, model_option("rois")]
+Smoothing = Annotated[Any, model_option("smoothing")]
 FalseAlarmRate = Annotated[Any, model_option("false_alarm_rate")]
 Confidence = Annotated[Any, model_option("confidence")]
 Group = Annotated[
@@ -321,6 +322,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    smoothing: Smoothing = None,
     false_alarm_rate: FalseAlarmRate = None,
     confidence: Confidence = None,
     group: Group = None,
@@ -344,6 +346,7 @@ def calibrate(
     _check_can_be_written(target)
     model = _loaded(
         *(model_file, device, weights, _progress(quiet)),
+        smoothing=smoothing,
         false_alarm_rate=false_alarm_rate,
         confidence=confidence,
         batch_size=batch_size,
@@ -461,6 +464,7 @@ def predict(
     masks: Annotated[
         bool, typer.Option("--masks", help="Also write what is marked, as PNG of one bit.")
     ] = False,
+    smoothing: Smoothing = None,
     false_alarm_rate: FalseAlarmRate = None,
     confidence: Confidence = None,
     group: Group = None,
@@ -543,6 +547,7 @@ def predict(
     inputs = {} if watch else find_inputs(paths, output)
     model = _loaded(
         *(model_file, device, weights, progress),
+        smoothing=smoothing,
         false_alarm_rate=false_alarm_rate,
         confidence=confidence,
         batch_size=batch_size,
