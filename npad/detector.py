@@ -381,6 +381,7 @@ class NPad:
                 strips=images.random_access and file is None and regions is None,
             )
             refuse(plan)
+            tell_of_tiles(tiling)  # before the work that it is about
             where = () if regions is None else (regions.roi, regions.extent)
             fit, start, write = Fit(settings, members, *where), 0, None
             if file is not None:
@@ -401,7 +402,6 @@ class NPad:
                     learned = fit.finalize(last=not statistics)
                     learned = replace(learned, calibration=folds.finish(learned))
         tell_of_borrowed(learned, "NPad.fit")
-        tell_of_tiles(tiling)
         if of_images:
             tell_of_sizes("NPad.fit", images, learned.n_images)
         tell_of_depth(images, settings)
