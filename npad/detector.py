@@ -349,7 +349,7 @@ class NPad:
             another size than the first; most of the time goes into what tiles share.
         """
         settings = Settings(**self.get_params())
-        of_images = settings.image_size == NATIVE
+        of_images, asked = settings.image_size == NATIVE, settings.tile
         masks = settings.rois if rois is None else None
         settings = native(settings, source, "NPad.fit", skip_bad=skip_bad, masks=masks)
         file = None if checkpoint is None else Checkpoint(checkpoint, every)
@@ -381,7 +381,7 @@ class NPad:
                 strips=images.random_access and file is None and regions is None,
             )
             refuse(plan)
-            tell_of_tiles(tiling)  # before the work that it is about
+            tell_of_tiles(tiling, asked, settings)  # before the work that it is about
             where = () if regions is None else (regions.roi, regions.extent)
             fit, start, write = Fit(settings, members, *where), 0, None
             if file is not None:

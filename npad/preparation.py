@@ -175,8 +175,15 @@ def tell_of_sizes(call: str, images: ImageSource, n_images: int) -> None:
         )
 
 
-def tell_of_tiles(tiling: Tiling) -> None:
-    """Warn where most of the work is done again and again."""
+def tell_of_tiles(tiling: Tiling, asked: tuple[int, int] | None, used: Settings) -> None:
+    """Warn where tiles are larger than asked for, or most of the work is done again and again."""
+    if asked != used.tile:
+        warnings.warn(
+            f"NPad.fit: tiles of {asked} are too small for what the backbone sees, so they are "
+            f"{used.tile} and overlap by {used.overlap} pixels; give a smaller overlap to have smaller "
+            "ones, with which maps depend on where a tile ends",
+            stacklevel=3,
+        )
     if tiling.cost > _HIGH_COST:
         warnings.warn(
             f"NPad.fit: tiles of {tiling.tile} that overlap by {tiling.overlap} pixels go over a pixel "

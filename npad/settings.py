@@ -759,7 +759,8 @@ class Settings:
                 f"NPad: tile={self.tile} is larger than the images, of which image_size={size}; give "
                 "(height, width) of at most that, or leave it out"
             )
-        if self.overlap is not None and self.overlap >= min(self.tile):
+        cut = () if not isinstance(size, tuple) else zip(self.tile, size, strict=True)
+        if any((self.overlap or 0) >= tile < side for tile, side in cut):
             raise ValueError(
                 f"NPad: overlap must be less than the sides of a tile, {self.tile}, got {self.overlap}"
             )

@@ -50,9 +50,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHON_INSTEAD = {
     # A model of another size, and tiles in proportion.
     'backbone="wide_resnet50_2", image_size=4096, tile=1024, n_features=32': 'backbone="filterbank", '
-    "image_size=64, tile=48, n_features=8, n_centroids=50",
+    "image_size=64, tile=48, overlap=16, n_features=8, n_centroids=50",
     'backbone="wide_resnet50_2", image_size=(500, 20000), tile=(500, 1024), n_features=32': "backbone="
-    '"filterbank", image_size=(48, 256), tile=(48, 96), n_features=8, n_centroids=50',
+    '"filterbank", image_size=(48, 256), tile=(48, 96), overlap=32, n_features=8, n_centroids=50',
     'backbone="wide_resnet50_2"': 'backbone="filterbank", image_size=64, n_centroids=50, '
     "false_alarm_rate=0.3",
     'make_dataset("cloth")': 'make_dataset("cloth", image_size=(64, 64), n_train=6)',
@@ -72,7 +72,7 @@ AFTER = {
     "calibrate": (*THREADS, "--false-alarm-rate", "0.3"),
     "predict": THREADS,
 }
-TILE = ("--tile", "48", "--n-features", "8")  # of a model of that size
+TILE = ("--tile", "48", "--overlap", "16", "--n-features", "8")  # of a model of that size
 WATCH = ("--every", "0.1", "--until-idle", "0.5")  # it would not end
 WOVEN = "npad-demo/data-seed0/woven"  # what `npad demo` would weave, large, were it not there
 

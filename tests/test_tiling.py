@@ -312,6 +312,32 @@ def test_an_overlap_that_fills_a_tile(images: np.ndarray) -> None:
         NPad("filterbank", **SMALL, tile=96, overlap=65).fit(images)
 
 
+def test_a_tile_that_is_too_small_becomes_larger(
+    images: np.ndarray, new_images: np.ndarray
+) -> None:
+    """Rather than inexact: of 96 pixels all would be what two tiles share."""
+    known = SMALL | {"image_size": (380, 268), "factor_dtype": "float32"}
+    with pytest.warns(
+        UserWarning, match=r"tiles of \(96, 96\) .* they are \(256, 256\) and overlap"
+    ):
+        model = NPad("filterbank", **known, tile=96).fit(images)
+    assert (model.settings_.tile, model.settings_.overlap) == ((256, 256), 128)
+    wanted = NPad("filterbank", **known).fit(images).predict(new_images).scores
+    np.testing.assert_allclose(model.predict(new_images).scores, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [(190, 160), (64, 160)])
+def test_a_side_that_is_not_cut_needs_no_overlap(images: np.ndarray, tile: tuple[int, int]) -> None:
+    """A line scan that is lower than the overlap."""
+    lines = images[:, : tile[0]]
+    known = SMALL | {"image_size": lines.shape[1:3], "factor_dtype": "float32"}
+    model = NPad("filterbank", **known, tile=tile).fit(lines)
+    assert (model.settings_.tile, model.settings_.overlap) == (tile, 128)
+    wanted = NPad("filterbank", **known).fit(lines).predict(lines).scores
+    np.testing.assert_allclose(model.predict(lines).scores, wanted, rtol=1e-4)
+    NPad("filterbank", **known, tile=tile, overlap=100).fit(lines)
+
+
 def test_tiles_that_cost_much_are_told(images: np.ndarray) -> None:
     with pytest.warns(UserWarning, match=r"overlap by 128 pixels go over a pixel 14 times"):
         NPad("filterbank", **SMALL, tile=144).fit(images)

@@ -208,7 +208,7 @@ def tiling_of(
     tile, cell = _whole_tile(networks, settings.tile)
     assert settings.overlap is not None
     overlap = -(-settings.overlap // (2 * cell)) * 2 * cell
-    if overlap >= min(tile):
+    if any(overlap >= side < whole for side, whole in zip(tile, extent, strict=True)):
         raise ValueError(
             f"NPad: overlap={settings.overlap} leaves nothing of tile={settings.tile}: in steps of "
             f"{2 * cell} pixels it is {overlap}; give a larger tile or a smaller overlap"
@@ -217,22 +217,29 @@ def tiling_of(
 
 
 def with_overlap(settings: Settings, networks: Sequence[Backbone]) -> Settings:
-    """These, with an overlap of tiles where none is given: `least_overlap`."""
+    """These, with an overlap of tiles where none is given: `least_overlap`.
+
+    A side of a tile that it would fill becomes twice as long as it, or the image's, if that is shorter.
+    """
     if settings.tile is None or settings.overlap is not None:
         return settings
-    return replace(settings, overlap=least_overlap(networks, settings.tile))
+    overlap = least_overlap(networks, settings.tile)
+    height, width = (
+        min(2 * overlap, side) if tile <= overlap else tile
+        for tile, side in zip(settings.tile, settings.size, strict=True)
+    )
+    return replace(settings, tile=(height, width), overlap=overlap)
 
 
 def least_overlap(networks: Sequence[Backbone], tile: Size) -> int:
     """Pixels that neighbouring tiles must share for the embeddings to be those of whole images.
 
-    Of a network that looks farther than half a tile, it is a quarter of the tile's shorter side.
+    Where a network sees everything from everywhere, it is a quarter of the tile's shorter side.
     """
     tile, cell = _whole_tile(networks, tile)
     reaches = [network.reach(tile) for network in networks]
-    found = [2 * -(-reach // cell) * cell for reach in reaches if reach is not None]
-    seen = [overlap for overlap in found if overlap < min(tile)]
-    return max(seen) if len(seen) == len(networks) else min(tile) // 4 // (2 * cell) * 2 * cell
+    seen = [2 * -(-reach // cell) * cell for reach in reaches if reach is not None]
+    return max(seen) if len(seen) == len(reaches) else min(tile) // 4 // (2 * cell) * 2 * cell
 
 
 def _whole_tile(networks: Sequence[Backbone], tile: Size) -> tuple[Size, int]:
