@@ -64,11 +64,11 @@ def fit_in_strips(
     fit.compose()  # so that the bank makes room
     for one in fits:
         one.end_overview()
-    if any(one.chooses for one in fits):
-        take = [one.sample for one in fits if one.chooses]
-        choosing = [one.member for one in fits if one.chooses]
-        _go_over(images, fit, embed(choosing, None), take, "window and eps")
-        for one in fits:
+    choosing = [one for one in fits if one.chooses]
+    if choosing:
+        embed_choosing = embed([one.member for one in choosing], None)
+        _go_over(images, fit, embed_choosing, [one.sample for one in choosing], "window and eps")
+        for one in choosing:
             one.choose()
     strips = tiling.strips(n_strips)
     embeds = [embed([one.member for one in fits], cores) for cores in strips]
@@ -201,9 +201,8 @@ class StripFit(MemberFit):
         self._x.append(x[held][:, self._patches.middles.to(x.device)])
 
     def choose(self) -> None:
-        """Choose window and eps, where both are not given."""
-        if self._patches is None:
-            return
+        """Choose window and eps, by what `sample` has taken."""
+        assert self._patches is not None
         windows = self.settings.windows
         if self.n_images - len(self._held_places) < 2:
             windows = tuple(window for window in windows if window > 1) or windows

@@ -378,9 +378,8 @@ class Backbone(nn.Module):
         middle = [side // 2 // self.cell * self.cell for side in image_size]
         middle[1] += self.cell  # another place than along the other axis
         images = torch.zeros(1, 3, *image_size, dtype=torch.float32, device="cpu")
-        rows, columns = (
-            slice(place - 1, place + 1) for place in middle
-        )  # on both sides of a border
+        # On both sides of a border.
+        rows, columns = (slice(place - 1, place + 1) for place in middle)
         images[..., rows, columns] = torch.nan
         with torch.no_grad(), devices.plain(images.device):
             features = network._features(images)

@@ -117,7 +117,11 @@ class Tiling:
 
     def at_a_time(self, n_images: int) -> int:
         """Tiles of so many images that go through the networks together."""
-        return min(self.n_tiles, max(1, self.at_once // max(1, n_images))) * n_images
+        return min(self.n_tiles, self._step(n_images)) * n_images
+
+    def _step(self, n_images: int) -> int:
+        """As `at_a_time`, of each of the images, if it has so many."""
+        return max(1, self.at_once // max(1, n_images))
 
     def grid(self, network: Backbone, own_of: int | None = None) -> Size:
         """As `Backbone.grid`, of whole images."""
@@ -144,7 +148,7 @@ class Tiling:
         """
         n_images = len(images)
         cores = self._some(cores)
-        step = max(1, self.at_once // max(1, n_images))
+        step = self._step(n_images)
         for i in range(0, len(cores), step):
             group = cores[i : i + step]
             found = embed(torch.cat([self._tile(images, core) for core in group]))

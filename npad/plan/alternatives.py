@@ -140,8 +140,9 @@ def _ladders(plan: Plan) -> Iterator[list[Changes]]:
     if settings.calibration_folds is not None:
         yield [{"calibration_folds": None}]
     yield [{"batch_size": n} for n in halves]
-    if settings.tile is None and all(network.reach(settings.size) for network in networks):
-        yield [{"tile": tile} for tile in _tiles(settings.size)]
+    tiles = _tiles(settings.size) if settings.tile is None else []
+    if tiles and all(network.reach(settings.size) is not None for network in networks):
+        yield [{"tile": tile} for tile in tiles]
     if uses_gaussians(settings.fusion):
         if settings.gaussians == "joint" and any(len(m.member.levels) > 1 for m in plan.members):
             yield [{"gaussians": "per_layer"}]

@@ -95,15 +95,7 @@ class MemberScorer(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Embeddings (B, h, w, D) as the backbone gives them -> the distances, by their names."""
-        return distances(
-            reduce(x, self.projection),
-            self.mean,
-            self.factor,
-            self.centroids,
-            self.score_window,
-            self.member.prefix,
-            index=self.index,
-        )
+        return self._distances(reduce(x, self.projection), self.mean, self.factor)
 
     def of_core(self, x: Tensor, core: Core, stride: tuple[int, int]) -> dict[str, Tensor]:
         """As `forward`, of the embeddings of a core alone.
@@ -126,17 +118,16 @@ class MemberScorer(nn.Module):
             None if of_all is None else of_all.unflatten(0, self.grid)[around].flatten(0, 1)
             for of_all in (self.mean, self.factor)
         )
-        found = distances(
-            padded,
-            mean,
-            factor,
-            self.centroids,
-            self.score_window,
-            self.member.prefix,
-            index=self.index,
-        )
+        found = self._distances(padded, mean, factor)
         height, width = x.shape[1:3]
         return {kind: d[:, top : top + height, left : left + width] for kind, d in found.items()}
+
+    def _distances(
+        self, x: Tensor, mean: Tensor | None, factor: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Of reduced embeddings, to these Gaussians and to the nominal set."""
+        known = self.score_window, self.member.prefix
+        return distances(x, mean, factor, self.centroids, *known, index=self.index)
 
     def _make_index(self) -> None:
         """Of the centroids that it has now; that of others would find wrong distances."""

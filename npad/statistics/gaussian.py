@@ -249,9 +249,9 @@ class NeighborhoodGaussian:
         See `npad.statistics.choice`.
         """
         places = held_out.flatten(1, 2)
-        known = None if self.region is None else is_known(places)
-        counts = varied(self.variance)
-        if known is not None and self.region is not None:
+        known, counts = None, varied(self.variance)
+        if self.region is not None:
+            known = is_known(places)
             counts &= self.region.cpu() & known.any(0).cpu()
             if not counts.any():
                 raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -190,7 +188,7 @@ class StripGaussians:
         new = (getattr(self._strip, name)[self._new :] for name in _STATISTICS)
         ops.neighborhood_moments(x.contiguous(), *new)
 
-    def end(self, eps: float, advance: Callable[[int], None] | None = None) -> None:
+    def end(self, eps: float) -> None:
         """Factor what can be known now.
 
         Raises
@@ -202,7 +200,7 @@ class StripGaussians:
         n_rows = self._strip.grid[0]
         ends = self._begin + n_rows == self.grid[0]  # else windows reach beyond the last rows
         done = max(self._done, self._begin + n_rows - (0 if ends else self.window // 2))
-        found = self._strip.finalize(eps, self.dtype, advance)
+        found = self._strip.finalize(eps, self.dtype)
         of_strip = slice(self._done - self._begin, done - self._begin)
         for out, of_rows in zip((self.mean, self.factor), found, strict=True):
             new = of_rows.unflatten(0, self._strip.grid)[of_strip]
