@@ -362,17 +362,9 @@ class _Work:
         def add(moments: Iterator[Moment], more: Sequence[Part]) -> None:
             found.extend((name, [*base, *more, *parts]) for name, parts in moments)
 
-        if self.settings.chooses_axes:
-            moments = [4 * packed_size(member.channels) for member in self.members]
-            looking = [Part("choice of axes", sum(moments), max(moments))]
-            add(self._images(), looking)
-            add(self._embedded(), [*looking, *self._stitched()])
+        add(self._looked_at(), [])
         folds = self._folds()
-        learning = [*folds, *self._learning(self.members)]
-        add(self._images(), learning)
-        add(self._embedded(), [*learning, *self._stitched()])
-        add(self._taken(), learning)
-        add(self._composed(), learning)
+        add(self._gathered(), [*folds, *self._learning(self.members)])
         model: list[Part] = []
         for i, member in enumerate(self.members):
             left = self.members if self.keeps_statistics else self.members[i:]
@@ -394,6 +386,25 @@ class _Work:
         add(self._scored_by_folds(model), kept)
         return found
 
+    def _batches(self) -> Iterator[Moment]:
+        """A batch, from its files to its embeddings."""
+        yield from self._images()
+        for name, parts in self._embedded():
+            yield name, [*self._stitched(), *parts]
+
+    def _looked_at(self) -> Iterator[Moment]:
+        """A sample chooses axes, where they are chosen before."""
+        if self.settings.chooses_axes:
+            moments = [4 * packed_size(member.channels) for member in self.members]
+            for name, parts in self._batches():
+                yield name, [Part("choice of axes", sum(moments), max(moments)), *parts]
+
+    def _gathered(self) -> Iterator[Moment]:
+        """Batches come, and are taken in."""
+        yield from self._batches()
+        yield from self._taken()
+        yield from self._composed()
+
     def fit_in_strips(self) -> list[Moment]:
         """As `fit`, of `npad.strip_fit`."""
         base = [*self._base]
@@ -404,17 +415,9 @@ class _Work:
 
         gaussians = [member for member in self.members if member.member.gaussian]
         sets = [member for member in self.members if member.bank]
-        if self.settings.chooses_axes:
-            axes = [4 * packed_size(member.channels) for member in self.members]
-            looking = [Part("choice of axes", sum(axes), max(axes)), *self._stitched()]
-            add(self._images(), looking)
-            add(self._embedded(), looking)
+        add(self._looked_at(), [])
         overview = [self._overview(member) for member in gaussians]
-        learning = [*overview, *(part for member in sets for part in self._bank(member))]
-        add(self._images(), learning)
-        add(self._embedded(), [*learning, *self._stitched()])
-        add(self._taken(), learning)
-        add(self._composed(), learning)
+        add(self._gathered(), [*overview, *(part for one in sets for part in self._bank(one))])
         kept: list[Part] = []
         for i, member in enumerate(sets):
             banks = [part for other in sets[i + 1 :] for part in self._bank(other)]
@@ -424,9 +427,7 @@ class _Work:
         squares = [SQUARES_AT_ONCE * 8 * member.channels**2 for member in gaussians]
         choice = Part("choice of axes", max(squares), max(squares) // SQUARES_AT_ONCE)
         found.append(("axes are chosen", [*base, *overview, *kept, choice]))
-        patches = [*kept, *map(self._patches, gaussians)]
-        add(self._images(), patches)
-        add(self._embedded(), [*patches, *self._stitched()])
+        add(self._batches(), [*kept, *map(self._patches, gaussians)])
         done = 0.0
         for share in self._strip_shares():
             learning = [self._strip(member, share) for member in gaussians]
