@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from image_files import save_image
 
 
 class Pose(NamedTuple):
@@ -73,3 +76,18 @@ def _rotation(degrees: float) -> np.ndarray:
     """Of (x, y) with y downwards, clockwise as it is seen."""
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     return np.array([[cos, -sin], [sin, cos]])
+
+
+def write_plates(root: Path, sides: Sequence[int] = (7, 7, 7)) -> Path:
+    """A category: 8 parts to fit, 3 good ones, and one with a spot for each side of its mask."""
+    size = (64, 64)
+    for i in range(8):
+        save_image(root / f"train/good/{i}.png", part(size, seed=i))
+    for i in range(3):
+        save_image(root / f"test/good/{i}.png", part(size, seed=100 + i))
+    for i, side in enumerate(sides):
+        save_image(root / f"test/spot/{i}.png", part(size, defect=(0, 0.1), seed=200 + i))
+        mask = np.zeros(size, np.uint8)
+        mask[35 : 35 + side, 28 : 28 + side] = 255
+        save_image(root / f"ground_truth/spot/{i}_mask.png", mask)
+    return root

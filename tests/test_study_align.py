@@ -6,12 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import study_align
 from embedded import METRICS
-from image_files import save_image
-from parts import part
+from parts import write_plates
 
 SIZE = (64, 64)
 
@@ -20,15 +18,7 @@ SIZE = (64, 64)
 def test_figures_are_kept_with_what_they_ran_on(
     masked: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tmp_path / "plates"
-    for i in range(8):
-        save_image(root / f"train/good/{i}.png", part(SIZE, seed=i))
-    for i in range(3):
-        save_image(root / f"test/good/{i}.png", part(SIZE, seed=100 + i))
-        save_image(root / f"test/spot/{i}.png", part(SIZE, defect=(0, 0.1), seed=200 + i))
-        mask = np.zeros(SIZE, np.uint8)
-        mask[35:42, 28:35] = 255
-        save_image(root / f"ground_truth/spot/{i}_mask.png", mask)
+    root = write_plates(tmp_path / "plates")
     if not masked:
         shutil.rmtree(root / "ground_truth")
     small = ["--image-size", "64", "--n-centroids", "50", "--images", "8,3,3"]

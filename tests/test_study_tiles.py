@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import study_tiles
-from image_files import save_image
 from mosaics import Layout, drawn_mosaics
-from parts import part
+from parts import write_plates
 from PIL import Image
 
 from npad.evaluation.datasets import find_categories
@@ -23,17 +22,7 @@ SMALL = ["--piece", "64", "--small", "96", "--tile", "160", "--n-features", "8"]
 @pytest.fixture
 def plates(tmp_path: Path) -> Path:
     """With defects of 1, 9 and 49 pixels."""
-    root = tmp_path / "plates"
-    for i in range(8):
-        save_image(root / f"train/good/{i}.png", part(SIZE, seed=i))
-    for i in range(3):
-        save_image(root / f"test/good/{i}.png", part(SIZE, seed=100 + i))
-        save_image(root / f"test/spot/{i}.png", part(SIZE, defect=(0, 0.1), seed=200 + i))
-        mask = np.zeros(SIZE, np.uint8)
-        side = (1, 3, 7)[i]
-        mask[35 : 35 + side, 28 : 28 + side] = 255
-        save_image(root / f"ground_truth/spot/{i}_mask.png", mask)
-    return root
+    return write_plates(tmp_path / "plates", sides=(1, 3, 7))
 
 
 def test_one_piece_is_defective_and_no_good_one_is_fitted_and_scored(
